@@ -1,0 +1,49 @@
+SEED ?= 0
+SETUP := -I kvlib/bootstrap.py
+
+# The active Python counts only if this folder's kvlib is installed in it.
+ACTIVE := $(shell for p in python3 python; do $$p $(SETUP) --active 2>/dev/null && break; done)
+PY := $(if $(ACTIVE),$(ACTIVE),.venv/bin/python)
+
+# A python3.x on PATH may be a shim that fails, or lack the venv module, so each is tried.
+SUITABLE := import ensurepip, sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])
+PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python; do \
+	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help env charts test test-all lint tiny-model predictor clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+env: ## set up the environment: the active one if kvlib is installed in it, else .venv
+ifeq ($(ACTIVE),)
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with its venv module was found:" \
+		"install one (Debian, Ubuntu: apt install python3-venv), name one (make PYTHON=...)" \
+		"or use conda (conda env create -f env.yml)." >&2; exit 1; }
+	@"$(PYTHON)" $(SETUP)
+endif
+	@echo "Python: $(PY)"
+
+charts: env ## decode, grade, time and draw the four charts; SEED=1 for other noise
+	@"$(PY)" -m kvlib.study charts --grid notebooks/grid.yml --seed $(SEED)
+
+test: env ## run the tests, all but the slow ones
+	@"$(PY)" -m pytest
+
+test-all: env ## run every test
+	@"$(PY)" -m pytest -m "slow or not slow"
+
+lint: env ## check style and formatting
+	@"$(PY)" -m ruff check .
+	@"$(PY)" -m ruff format --check .
+
+tiny-model: env ## train the tiny reasoner from scratch, up to an hour
+	@"$(PY)" -m kvlib.tiny.train
+
+predictor: env ## train the importance predictor of the tiny reasoner
+	@"$(PY)" -m kvlib.predictor
+
+clean: ## remove caches and build leftovers; keeps .venv and everything measured
+	@rm -rf build dist kvlib.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find kvlib kernels tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
