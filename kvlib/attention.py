@@ -1,0 +1,94 @@
+"""The attention function of transformers models, and the two kinds of step it serves.
+
+A step is passed to the model twice, as `past_key_values` (transformers hands it every layer's new keys and
+values) and as `kv_step` (unknown keyword arguments reach the attention function). No hook, no patch.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from kvlib.cache import SlotCache
+from kvlib.kernels.attention import attention_probabilities, decode_attention, decode_attention_with_mass
+
+IMPLEMENTATION = "kvlib"
+MASS = "mass"
+
+
+def slot_attention(module, query, key, value, attention_mask, *, scaling, kv_step, **_):
+    """transformers' attention interface: query `[B, HQ, Q, D]` -> output `[B, Q, HQ, D]`, no weights."""
+    return kv_step.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(IMPLEMENTATION, slot_attention)
+
+
+def causal_mask(n: int, device: torch.device | str) -> Tensor:
+    """`[n, n]` bool, True where the query (row) may see the key (column)."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+class PrefillStep(Cache):
+    """The prompt of one row, unpadded, from position 0: fills slots 0 .. P-1 of that row."""
+
+    def __init__(self, cache: SlotCache, row: int, n_prompt: int):
+        super().__init__(layers=[])
+        self.cache, self.row, self.n_prompt = cache, row, n_prompt
+        cache.positions[:, row] = -1
+        cache.positions[:, row, :, :n_prompt] = torch.arange(n_prompt, dtype=torch.int32, device=cache.keys.device)
+        for state in cache.state.values():
+            state[:, row] = 0
+        cache.lengths[row] = n_prompt
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.cache.keys[layer_idx, self.row, :, : self.n_prompt] = key[0]
+        self.cache.values[layer_idx, self.row, :, : self.n_prompt] = value[0]
+        return key, value
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        cache, P, W = self.cache, self.n_prompt, self.cache.shape.n_queries
+        if W:
+            recent = torch.arange(max(0, P - W), P, device=query.device)
+            cache.ring[layer_idx, self.row][:, recent % W] = query[0][:, recent]
+        if MASS in cache.state:
+            H = key.shape[1]
+            grouped = query[0].unflatten(0, (H, -1))
+            probabilities = attention_probabilities(grouped, key[0, :, None], causal_mask(P, query.device), scaling)
+            cache.state[MASS][layer_idx, self.row, :, :P] = probabilities.sum((1, 2))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+class DecodeStep(Cache):
+    """One new token for every row, written to the row's next free slot.
+
+    positions `[B]`: the true position of each row's new token.
+    """
+
+    def __init__(self, cache: SlotCache, positions: Tensor):
+        super().__init__(layers=[])
+        self.cache, self.positions = cache, positions
+        self.rows = torch.arange(cache.shape.n_rows, device=positions.device)
+        self.live = torch.arange(cache.shape.n_slots, device=positions.device) <= cache.lengths[:, None]
+        cache.positions[:, self.rows, :, cache.lengths] = positions.to(torch.int32)[:, None, None]
+        for state in cache.state.values():
+            state[:, self.rows, :, cache.lengths] = 0.0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        cache = self.cache
+        cache.keys[layer_idx, self.rows, :, cache.lengths] = key[:, :, 0]
+        cache.values[layer_idx, self.rows, :, cache.lengths] = value[:, :, 0]
+        return cache.keys[layer_idx], cache.values[layer_idx]
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        cache, query = self.cache, query[:, :, 0]
+        if cache.shape.n_queries:
+            cache.ring[layer_idx, self.rows, :, self.positions % cache.shape.n_queries] = query
+        if MASS in cache.state:
+            out, mass = decode_attention_with_mass(query, key, value, self.live, scaling)
+            cache.state[MASS][layer_idx] += mass
+        else:
+            out = decode_attention(query, key, value, self.live, scaling)
+        return out[:, None]

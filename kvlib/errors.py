@@ -1,0 +1,5 @@
+"""Errors whose message is written for the person who can fix them."""
+
+
+class ConfigError(ValueError):
+    """A parameter, or a combination of parameters, that cannot run."""

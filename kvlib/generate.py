@@ -1,0 +1,248 @@
+"""Prefill and decode under a KV budget: the loop, the eviction clock, sampling and row refill."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.attention import DecodeStep, PrefillStep
+from kvlib.cache import CacheShape, SlotCache
+from kvlib.errors import ConfigError
+from kvlib.meter import Meter
+from kvlib.policies import Policy
+from kvlib.sampling import Sampling
+from kvlib.select import evict
+
+FINISH_LAG = 8
+"""Steps between two looks at the end-of-sequence flags, the only time the host waits for the device."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to decode: prompt ids, and the key of its noise (kvlib.noise.key)."""
+
+    id: str
+    prompt: tuple[int, ...]
+    noise: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A decoded request. tokens end with the end-of-sequence id iff stop is "eos".
+
+    held: slots per KV head in use after each token; rounds: evictions. kept, if traced: after each round, the number
+    of tokens seen and the surviving positions of layer 0, KV head 0.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    stop: str
+    held: tuple[int, ...]
+    rounds: int
+    kept: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+
+def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape:
+    """The cache that a policy needs for a model of this transformers config."""
+    return CacheShape(
+        n_layers=config.num_hidden_layers,
+        n_rows=n_rows,
+        n_kv_heads=config.num_key_value_heads,
+        n_query_heads=config.num_attention_heads,
+        n_slots=n_slots,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        shared_layers=policy.share == "model" or not policy.evicts,
+        shared_heads=policy.share in ("layer", "model") or not policy.evicts,
+        n_queries=policy.n_queries,
+        state_names=policy.state_names,
+    )
+
+
+class Decoder:
+    """Rows that decode side by side. The host mirrors every length arithmetically and never asks the device for one."""
+
+    def __init__(
+        self,
+        model,
+        policy: Policy,
+        kv_budget: int | None,
+        *,
+        n_rows: int,
+        n_prompt_max: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        answer_id: int | None = None,
+        meter: Meter | None = None,
+        trace: bool = False,
+    ):
+        """kv_budget: most slots a KV head holds between steps; None exactly for a policy that never evicts.
+
+        answer_id: the token (`</think>`) from which on a row is answering. trace: record Completion.kept.
+        """
+        if policy.evicts != (kv_budget is not None):
+            raise ConfigError(
+                "policy 'full' takes no kv_budget" if kv_budget else f"{type(policy).__name__} needs a kv_budget"
+            )
+        self.model, self.policy, self.kv_budget, self.sampling = model, policy, kv_budget, sampling
+        self.max_new_tokens, self.trace = max_new_tokens, trace
+        self.device = next(model.parameters()).device
+        self.meter = meter or Meter(self.device)
+        n_slots = n_prompt_max + max_new_tokens if kv_budget is None else kv_budget + 1
+        self.cache = SlotCache(cache_shape(model.config, policy, n_rows, n_slots), model.dtype, self.device)
+        self.scaling = self.cache.shape.head_dim**-0.5
+        self.eos = torch.tensor(list(eos_ids), device=self.device)
+        self.answer_id = answer_id
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(n_rows, dtype=dtype, device=self.device)
+
+        self.token, self.position, self.request = zeros(torch.int64), zeros(torch.int64), zeros(torch.int64)
+        self.active, self.done, self.answering = zeros(torch.bool), zeros(torch.bool), zeros(torch.bool)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.output = torch.zeros(n_rows, max_new_tokens + 1, dtype=torch.int64, device=self.device)
+        self.current: list[Request | None] = [None] * n_rows
+        self.n_prompt = np.zeros(n_rows, dtype=np.int64)
+        self.n_made = np.zeros(n_rows, dtype=np.int64)
+        self.length = np.zeros(n_rows, dtype=np.int64)
+        self.history = np.zeros((n_rows, max_new_tokens), dtype=np.int32)
+        self.rounds_at: list[list[int]] = [[] for _ in range(n_rows)]
+        self.kept: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in range(n_rows)]
+
+    @torch.inference_mode()
+    def admit(self, row: int, request: Request) -> None:
+        """Prefill the prompt alone, unpadded, into `row`, and sample its first token."""
+        P = len(request.prompt)
+        if self.kv_budget is not None:
+            self.policy.check(self.kv_budget, P, request.id)
+        with self.meter.phase("prefill"):
+            ids = torch.tensor([request.prompt], device=self.device)
+            step = PrefillStep(self.cache, row, P)
+            hidden = self._forward(ids, torch.arange(P, device=self.device)[None], step)[0]
+            self.answering[row] = False
+            self._write_creation_scores(hidden, torch.zeros(P, dtype=torch.bool, device=self.device), (row, slice(0, P)))
+            self.request[row], self.active[row], self.done[row] = request.noise, True, False
+            self.position[row] = P
+            logits = self._logits(hidden[-1:])
+            self.token[row] = self.sampling(logits, self.request[row, None], torch.zeros_like(self.position[row, None]))[0]
+            self.output[row, 0] = self.token[row]
+            self.done[row] = torch.isin(self.token[row], self.eos)
+        self.current[row] = request
+        self.n_prompt[row], self.n_made[row], self.length[row] = P, 1, P
+        self.history[row, 0] = P
+        self.rounds_at[row], self.kept[row] = [], []
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Feed every row's last token, evict where a row is over its budget, sample the next token."""
+        live_rows = np.array([request is not None for request in self.current]) & (self.n_made < self.max_new_tokens)
+        with self.meter.phase("forward"):
+            step = DecodeStep(self.cache, self.position)
+            hidden = self._forward(self.token[:, None], self.position[:, None], step)[:, 0]
+            if self.answer_id is not None:
+                self.answering |= self.token == self.answer_id
+            self._write_creation_scores(hidden, self.answering, (step.rows, self.cache.lengths))
+            logits = self._logits(hidden)
+        with self.meter.phase("evict"):
+            advance = torch.from_numpy(live_rows).to(self.device)
+            self.cache.lengths += advance
+            self.length += live_rows
+            if self.kv_budget is not None:
+                self._evict(np.flatnonzero(self.length > self.kv_budget))
+        with self.meter.phase("sample"):
+            made = self.position - torch.from_numpy(self.n_prompt).to(self.device) + 1
+            self.token = self.sampling(logits, self.request, made)
+            self.position += advance
+            self.output.scatter_(1, made[:, None], self.token[:, None])
+            self.done |= torch.isin(self.token, self.eos)
+        rows = np.flatnonzero(live_rows)
+        self.history[rows, self.n_made[rows]] = self.length[rows]
+        self.n_made += live_rows
+
+    def finished(self) -> list[tuple[int, Completion]]:
+        """Rows that ended, as (row, Completion), now idle. Waits for the device."""
+        if not self.finite.item():
+            raise FloatingPointError("the model's logits are not finite; use dtype bfloat16 or float32")
+        done = self.done.cpu().numpy() | (self.n_made >= self.max_new_tokens)
+        ended = [row for row in np.flatnonzero(done) if self.current[row] is not None]
+        completions = [(row, self._completion(row)) for row in ended]
+        for row in ended:
+            self.current[row], self.active[row] = None, False
+        return completions
+
+    def _completion(self, row: int) -> Completion:
+        tokens = self.output[row, : self.n_made[row]].tolist()
+        eos = set(self.eos.tolist())
+        n = next((i + 1 for i, token in enumerate(tokens) if token in eos), None)
+        stop, n = ("length", len(tokens)) if n is None else ("eos", n)
+        seen = self.n_prompt[row] + n
+        return Completion(
+            request=self.current[row],
+            tokens=tuple(tokens[:n]),
+            stop=stop,
+            held=tuple(self.history[row, :n].tolist()),
+            rounds=sum(at < seen for at in self.rounds_at[row]),
+            kept=tuple(kept for kept in self.kept[row] if kept[0] < seen),
+        )
+
+    def _evict(self, due: np.ndarray) -> None:
+        if not len(due):
+            return
+        n_live = self.kv_budget + 1
+        n_keep = np.array([self.policy.keep(self.kv_budget, int(P)) for P in self.n_prompt[due]])
+        rows = torch.from_numpy(due).to(self.device)
+        evict(
+            self.cache,
+            self.policy,
+            self.kv_budget,
+            rows,
+            n_live,
+            torch.from_numpy(self.n_prompt[due]).to(self.device),
+            torch.from_numpy(n_keep).to(self.device),
+            self.request[rows],
+            self.position[rows] + 1,
+            self.scaling,
+        )
+        self.length[due] = n_keep
+        for row, keep in zip(due.tolist(), n_keep.tolist(), strict=True):
+            seen = int(self.n_prompt[row] + self.n_made[row])
+            self.rounds_at[row].append(seen)
+            if self.trace:
+                positions = self.cache.positions[0, row, 0, :keep].sort().values
+                self.kept[row].append((seen, tuple(positions.tolist())))
+
+    def _forward(self, ids: Tensor, positions: Tensor, step: PrefillStep | DecodeStep) -> Tensor:
+        return self.model.base_model(
+            input_ids=ids, position_ids=positions, past_key_values=step, use_cache=True, kv_step=step
+        ).last_hidden_state
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(hidden)
+        self.finite &= logits.isfinite().all()
+        return logits
+
+    def _write_creation_scores(self, hidden: Tensor, answering: Tensor, where: tuple) -> None:
+        row, slot = where
+        for name, score in self.policy.creation_score(hidden, answering).items():
+            self.cache.state[name][:, row, :, slot] = score[:, None, None] if isinstance(row, Tensor) else score
+
+
+def generate(decoder: Decoder, queues: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+    """Decode `queues[row]`, one queue per row, and yield completions as rows end.
+
+    A row takes the next request of its own queue only, so that which row decodes what does not depend on what
+    was decoded before.
+    """
+    waiting = [list(reversed(queue)) for queue in queues]
+    for row, queue in enumerate(waiting):
+        if queue:
+            decoder.admit(row, queue.pop())
+    while any(request is not None for request in decoder.current):
+        for _ in range(FINISH_LAG):
+            decoder.step()
+        for row, completion in decoder.finished():
+            yield completion
+            if waiting[row]:
+                decoder.admit(row, waiting[row].pop())

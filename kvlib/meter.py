@@ -1,0 +1,38 @@
+"""Every clock and every synchronisation."""
+
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+
+
+class Meter:
+    """Seconds spent per phase ("prefill", "forward", "evict", "sample"). On CUDA they come from events, read at the end."""
+
+    def __init__(self, device: torch.device | str):
+        self._cuda = torch.device(device).type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str):
+        if self._cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Totals so far; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, start, end in self._events:
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return dict(self._seconds)

@@ -1,0 +1,49 @@
+"""DynTS: a learned head scores each token once, when it is made (arXiv 2601.18383)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvlib.policies.base import Policy, Share
+
+IMPORTANCE = "importance"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynTS(Policy):
+    """Keep the prompt, the newest n_recent tokens and, of the tokens between, the share `ratio` predicted to matter.
+
+    One keep set for all layers and heads. Tokens from `</think>` on are never outranked. The share is taken of what
+    the prompt leaves: keep = P + W + int(ratio * (kv_budget - P - W)). With prompt_in_share=True it is as published
+    (Robin930/DynTS, inference/dynts.py): keep = W + int(ratio * (kv_budget + 1 - W)), the prompt ranks highest but
+    uses up the share and is cut when it exceeds it. Published for R1-Qwen: n_recent 2000, ratio 0.4.
+
+    predictor: importance `[B]` from the last hidden state `[B, d]` (after the final norm).
+    rank: "lowest" is the paper's ablation that keeps the least important.
+    """
+
+    n_recent: int = 2000
+    ratio: float = 0.4
+    protect_prompt: bool = True
+    share: Share = "model"
+    prompt_in_share: bool = False
+    rank: Literal["highest", "lowest"] = "highest"
+    predictor: Callable[[Tensor], Tensor] | None = None
+    state_names: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
+
+    def keep(self, kv_budget: int, n_prompt: int) -> int:
+        n_recent = min(self.n_recent, kv_budget)
+        if self.prompt_in_share:
+            return n_recent + int(self.ratio * (kv_budget + 1 - n_recent))
+        return n_prompt + n_recent + int(self.ratio * max(0, kv_budget - n_prompt - n_recent))
+
+    def creation_score(self, hidden: Tensor, answering: Tensor) -> dict[str, Tensor]:
+        """Scores of new tokens: hidden `[B, d]`, answering `[B]` bool (from `</think>` on) -> float32 `[B]`."""
+        return {IMPORTANCE: self.predictor(hidden).float().masked_fill(answering, torch.inf)}
+
+    def score(self, view, state):
+        importance = state[IMPORTANCE].masked_fill(view.is_prompt, torch.inf)
+        return (importance if self.rank == "highest" else -importance), state

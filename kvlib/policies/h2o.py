@@ -1,0 +1,25 @@
+"""H2O: heavy hitters by accumulated attention (arXiv 2306.14048)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvlib.attention import MASS
+from kvlib.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    """Keep the slots that received most attention since they were made, and the newest `recent_ratio` of the budget.
+
+    Per KV head, attention summed over the group, the prompt's queries included. Follows
+    `H2OKVCache_LayerWise` (FMInference/H2O, utils_real_drop/modify_llama.py), half heavy and half recent.
+    """
+
+    recent_ratio: float = 0.5
+    state_names: ClassVar[tuple[str, ...]] = (MASS,)
+
+    def recent(self, kv_budget: int) -> int:
+        return max(self.n_recent, int(self.recent_ratio * self.keep(kv_budget, 0)))
+
+    def score(self, view, state):
+        return state[MASS], state

@@ -1,0 +1,57 @@
+"""R-KV: importance minus redundancy (arXiv 2505.24133)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlib.policies.base import Policy
+from kvlib.policies.snapkv import keep_window, observed_importance
+
+ROWS_AT_ONCE = 512
+
+
+def redundancy(keys: Tensor, threshold: float) -> Tensor:
+    """softmax over slots j of the mean cosine between key j and all keys i: `[..., N, D]` -> `[..., N]`.
+
+    The diagonal counts 0, and so does, for each i, the newest j more similar than the threshold: the newest of a
+    set of duplicates is spared. An i without such a j spares slot 0, a side effect of the original that is kept
+    (`cal_similarity`, Zefan-Cai/R-KV, rkv/utils.py, with each batch row compared with itself only).
+    """
+    N = keys.shape[-2]
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    unit = wide / (wide.norm(dim=-1, keepdim=True) + 1e-8)
+    slot = torch.arange(N, device=keys.device)
+    total = torch.zeros_like(unit[..., 0])
+    for start in range(0, N, ROWS_AT_ONCE):
+        rows = slot[start : start + ROWS_AT_ONCE]
+        cosine = unit[..., rows, :] @ unit.transpose(-1, -2)
+        cosine = cosine.masked_fill(rows[:, None] == slot, 0.0)
+        newest = torch.where(cosine > threshold, slot, 0).amax(-1, keepdim=True)
+        total += cosine.scatter(-1, newest, 0.0).sum(-2)
+    return (total / N).softmax(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKV(Policy):
+    """Keep by `mix_lambda * importance - (1 - mix_lambda) * redundancy`, and the newest n_recent tokens.
+
+    Equation 5 of the paper; defaults of Zefan-Cai/R-KV (rkv/compression/r1_kv.py, README): lambda 0.1,
+    window 8, kernel 7, threshold 0.5, a round every 128 tokens.
+    """
+
+    mix_lambda: float = 0.1
+    threshold: float = 0.5
+    n_obs: int = 8
+    kernel: int = 7
+    n_recent: int = 8
+    buffer: int = 128
+
+    @property
+    def n_queries(self) -> int:
+        return self.n_obs
+
+    def score(self, view, state):
+        importance = observed_importance(view, self.n_obs, self.kernel)
+        repeated = redundancy(view.keys, self.threshold)[..., : -self.n_obs]
+        return keep_window(self.mix_lambda * importance - (1 - self.mix_lambda) * repeated, self.n_obs), state

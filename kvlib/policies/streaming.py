@@ -1,0 +1,20 @@
+"""StreamingLLM: attention sinks and the newest tokens (arXiv 2309.17453)."""
+
+from dataclasses import dataclass
+
+from kvlib.policies.base import Policy, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Policy):
+    """Keep the first n_sink and the newest tokens; keys keep their original positions.
+
+    Follows `StartRecentKVCache` (mit-han-lab/streaming-llm, kv_cache.py), with its 4 sinks; its re-indexed
+    positions are not applied, as in every port to reasoning models.
+    """
+
+    n_sink: int = 4
+    share: Share = "model"
+
+    def score(self, view, state):
+        return view.positions.float(), state

@@ -1,0 +1,176 @@
+"""The engine decodes what the model says, row by row, and holds no more than its budget."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import as_requests, decode, prompts, small_policy
+
+from kvlib.errors import ConfigError
+from kvlib.generate import Decoder, Request
+from kvlib.policies import PRESETS
+from kvlib.sampling import Sampling
+
+EVICTING = [name for name in PRESETS if name != "full"]
+BUDGET = 28
+
+
+def test_budget_no_smaller_than_the_sequence_equals_generate(any_model):
+    requests = as_requests(prompts(5))
+    any_model.set_attn_implementation("eager")
+    expected = {
+        r.id: any_model.generate(torch.tensor([r.prompt]), max_new_tokens=40, do_sample=False)[0, len(r.prompt) :].tolist()
+        for r in requests
+    }
+    any_model.set_attn_implementation("kvlib")
+    for name in PRESETS:
+        kv_budget = None if name == "full" else 12 + 40
+        done = decode(any_model, small_policy(name), kv_budget, requests, n_rows=3)
+        assert {i: list(c.tokens) for i, c in done.items()} == expected, name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_row_among_others_decodes_as_alone(any_model, name):
+    requests = as_requests(prompts(5))
+    kv_budget = None if name == "full" else BUDGET
+    together = decode(any_model, small_policy(name), kv_budget, requests, n_rows=3, temperature=1.0, trace=True)
+    for request in requests:
+        alone = decode(any_model, small_policy(name), kv_budget, [request], n_rows=1, temperature=1.0, trace=True)
+        assert together[request.id] == alone[request.id]
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_eviction_changes_the_output(qwen2, name):
+    requests = as_requests(prompts(5))
+    full = decode(qwen2, small_policy("full"), None, requests, n_rows=5)
+    evicted = decode(qwen2, small_policy(name), BUDGET, requests, n_rows=5)
+    assert any(full[i].tokens != evicted[i].tokens for i in full)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_between_steps_no_head_holds_more_than_its_budget(qwen2, name):
+    policy = small_policy(name)
+    decoder = Decoder(
+        qwen2, policy, BUDGET, n_rows=3, n_prompt_max=12, max_new_tokens=50, sampling=Sampling(0.0), eos_ids=()
+    )
+    for row, prompt in enumerate(prompts(3)):
+        decoder.admit(row, Request(str(row), prompt, row))
+    reached = 0
+    for _ in range(49):
+        decoder.step()
+        held = (decoder.cache.positions >= 0).sum(-1)
+        assert held.max() <= BUDGET
+        assert (held == torch.from_numpy(decoder.length)[None, :, None]).all(), "the host's mirror is exact"
+        assert (decoder.cache.lengths.numpy() == decoder.length).all()
+        reached = max(reached, int(held.max()))
+    assert reached == BUDGET, "the budget is used, not only respected"
+
+
+@pytest.mark.parametrize("name", [name for name in EVICTING if name != "dynts-published"])
+def test_sinks_prompt_and_recent_survive_when_protected(qwen2, name):
+    requests = as_requests(prompts(4))
+    policy = small_policy(name, n_sink=2, n_recent=5, protect_prompt=True)
+    policy = dataclasses.replace(policy, recent_ratio=0.0) if name == "h2o" else policy
+    done = decode(qwen2, policy, BUDGET, requests, n_rows=4, trace=True)
+    for request in requests:
+        assert done[request.id].kept
+        for seen, kept in done[request.id].kept:
+            assert set(range(len(request.prompt))) <= set(kept)
+            assert set(range(seen - 5, seen)) <= set(kept)
+    sinks_only = dataclasses.replace(policy, protect_prompt=False, n_recent=0)
+    for completion in decode(qwen2, sinks_only, BUDGET, requests, n_rows=4, trace=True).values():
+        assert all({0, 1} <= set(kept) for _, kept in completion.kept)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_what_is_kept_does_not_depend_on_where_slots_lie(qwen2, name):
+    requests = as_requests(prompts(2))
+
+    def run(scramble: bool) -> list:
+        decoder = Decoder(
+            qwen2, small_policy(name), BUDGET, n_rows=2, n_prompt_max=12, max_new_tokens=45,
+            sampling=Sampling(0.0), eos_ids=(), trace=True,
+        )  # fmt: skip
+        for row, request in enumerate(requests):
+            decoder.admit(row, request)
+        cache = decoder.cache
+        for step in range(44):
+            if scramble and step % 5 == 0:
+                for row, n in enumerate(decoder.length):
+                    order = torch.randperm(int(n), generator=torch.Generator().manual_seed(step))
+                    for tensor in (cache.keys, cache.values, cache.positions, *cache.state.values()):
+                        tensor[:, row, :, :n] = tensor[:, row, :, order]
+            decoder.step()
+        return [(row, c.tokens, c.kept) for row, c in decoder.finished()]
+
+    assert run(scramble=True) == run(scramble=False)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_two_runs_share_no_state(qwen2, name):
+    requests = as_requests(prompts(3))
+    policy, kv_budget = small_policy(name), None if name == "full" else BUDGET
+    first = decode(qwen2, policy, kv_budget, requests, n_rows=2, temperature=1.0)
+    decode(qwen2, policy, kv_budget, as_requests(prompts(3, seed=9)), n_rows=2, temperature=1.0)
+    assert decode(qwen2, policy, kv_budget, requests, n_rows=2, temperature=1.0) == first
+
+
+def test_a_refilled_row_starts_clean(qwen2):
+    requests = as_requests(prompts(6))
+    for name in PRESETS:
+        kv_budget = None if name == "full" else BUDGET
+        queued = decode(qwen2, small_policy(name), kv_budget, requests, n_rows=1)
+        apart = decode(qwen2, small_policy(name), kv_budget, requests, n_rows=6)
+        assert queued == apart, name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_bytes_held_are_the_formula_and_never_change(qwen2, name):
+    kv_budget = None if name == "full" else BUDGET
+    decoder = Decoder(
+        qwen2, small_policy(name), kv_budget, n_rows=2, n_prompt_max=12, max_new_tokens=60, sampling=Sampling(0.0), eos_ids=()
+    )
+    n_slots = 12 + 60 if kv_budget is None else BUDGET + 1
+    L, B, H, HQ, D = 3, 2, 2, 14, 4
+    policy = decoder.policy
+    maps = 1 if policy.share == "model" or name == "full" else L * H
+    expected = 8 * (2 * L * B * H * n_slots * D + L * B * HQ * policy.n_queries * D)
+    expected += 4 * maps * B * n_slots * (1 + len(policy.state_names))
+    assert decoder.cache.nbytes() == decoder.cache.shape.nbytes(8) == expected
+    pointers = [t.data_ptr() for t in (decoder.cache.keys, decoder.cache.values, decoder.cache.positions)]
+    for row, prompt in enumerate(prompts(2)):
+        decoder.admit(row, Request(str(row), prompt, row))
+    for _ in range(59):
+        decoder.step()
+    assert pointers == [t.data_ptr() for t in (decoder.cache.keys, decoder.cache.values, decoder.cache.positions)]
+    assert decoder.cache.nbytes() == expected
+
+
+def test_outputs_stop_at_the_end_of_sequence_and_at_the_limit(qwen2):
+    requests = as_requests(prompts(8))
+    free = decode(qwen2, small_policy("full"), None, requests, n_rows=3, temperature=1.0)
+    eos = free["0"].tokens[17]
+    stopped = decode(qwen2, small_policy("full"), None, requests, n_rows=3, temperature=1.0, eos_ids=(eos,))
+    for i, completion in free.items():
+        if eos in completion.tokens:
+            n = completion.tokens.index(eos) + 1
+            assert (stopped[i].tokens, stopped[i].stop, len(stopped[i].held)) == (completion.tokens[:n], "eos", n)
+        else:
+            assert (stopped[i].tokens, stopped[i].stop) == (completion.tokens, "length")
+            assert len(completion.tokens) == 40
+
+
+def test_a_prompt_that_does_not_fit_is_refused_by_name(qwen2):
+    request = Request("chain-d/12", tuple(range(30)), 0)
+    with pytest.raises(ConfigError, match=r"30-token prompt of chain-d/12 does not fit into kv_budget 28; use 31 or more"):
+        decode(qwen2, small_policy("window"), BUDGET, [request], n_rows=1)
+    with pytest.raises(ConfigError, match=r"kv_budget 28 keeps .* cannot hold .* 20-token prompt of p: .* use \d+ or more"):
+        decode(qwen2, small_policy("window", protect_prompt=True, n_recent=9), BUDGET, [Request("p", tuple(range(20)), 0)], 1)
+
+
+def test_numbers_that_are_not_finite_are_an_error(qwen2):
+    broken = type(qwen2)(qwen2.config).double().eval()
+    broken.set_attn_implementation("kvlib")
+    broken.lm_head.weight.data[3, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        decode(broken, small_policy("full"), None, as_requests(prompts(1)), n_rows=1)

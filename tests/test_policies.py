@@ -1,0 +1,119 @@
+"""What each policy promises beyond its oracle vectors, and that its settings are checked."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from conftest import as_requests, decode, prompts, small_policy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvlib.errors import ConfigError
+from kvlib.policies import PRESETS, DynTS, Window, make_policy
+from kvlib.policies.rkv import redundancy
+
+
+def test_h2o_mass_of_a_full_run_is_the_eager_attention_column_sum(qwen2):
+    """Attention mass collected step by step equals the column sums of one full attention map."""
+    from kvlib.attention import MASS
+    from kvlib.generate import Decoder, Request
+    from kvlib.sampling import Sampling
+
+    decoder = Decoder(
+        qwen2, small_policy("h2o"), 60, n_rows=1, n_prompt_max=12, max_new_tokens=30, sampling=Sampling(0.0), eos_ids=()
+    )
+    decoder.admit(0, Request("0", prompts(1)[0], 0))
+    for _ in range(29):
+        decoder.step()
+    n = int(decoder.length[0])
+    ids = torch.cat([torch.tensor(prompts(1)[0]), decoder.output[0, :29]])[None]
+    qwen2.set_attn_implementation("eager")
+    attentions = qwen2(ids, output_attentions=True).attentions
+    qwen2.set_attn_implementation("kvlib")
+    for layer, attention in enumerate(attentions):
+        expected = attention[0].unflatten(0, (2, 7)).sum((1, 2))
+        torch.testing.assert_close(decoder.cache.state[MASS][layer, 0, :, :n].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(2, 40))
+@settings(max_examples=40, deadline=None)
+def test_rkv_redundancy_by_tiles_equals_the_whole_matrix(seed, n):
+    from kvlib.policies import rkv
+
+    keys = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    whole = redundancy(keys, 0.5)
+    original = rkv.ROWS_AT_ONCE
+    try:
+        rkv.ROWS_AT_ONCE = 7
+        torch.testing.assert_close(redundancy(keys, 0.5), whole)
+    finally:
+        rkv.ROWS_AT_ONCE = original
+    torch.testing.assert_close(redundancy(keys[1:], 0.5), whole[1:], msg="a batch row is compared with itself only")
+
+
+def test_sound_dynts_never_evicts_the_prompt_and_the_published_one_does(qwen2):
+    requests = as_requests([tuple(range(14))])
+    sound = decode(qwen2, small_policy("dynts"), 28, requests, 1, trace=True)["0"]
+    published = decode(qwen2, small_policy("dynts-published"), 28, requests, 1, trace=True)["0"]
+    assert all(set(range(14)) <= set(kept) for _, kept in sound.kept)
+    assert not all(set(range(14)) <= set(kept) for _, kept in published.kept)
+
+
+@pytest.mark.parametrize(("kv_budget", "kept"), [(2500, 2200), (3000, 2400), (3500, 2600), (4000, 2800), (4500, 3000), (5000, 3200)])
+def test_published_dynts_keeps_the_published_numbers(kv_budget, kept):
+    assert make_policy("dynts-published").keep(kv_budget, 150) == kept
+
+
+def test_dynts_keeps_every_token_of_the_answer(qwen2):
+    """From the answer token on, tokens outrank all thinking tokens."""
+    requests = as_requests(prompts(1))
+    free = decode(qwen2, small_policy("full"), None, requests, 1, max_new_tokens=40)["0"]
+    policy = dataclasses.replace(small_policy("dynts", n_recent=2, ratio=0.9), predictor=lambda hidden: hidden[..., 0] * 0)
+    done = decode(qwen2, policy, 28, requests, 1, trace=True, answer_id=free.tokens[3])["0"]
+    assert done.tokens[3] == free.tokens[3]
+    answer_from = len(requests[0].prompt) + 3
+    for seen, kept in done.kept:
+        answer = set(range(answer_from, seen))
+        thinking_kept = [p for p in kept if len(requests[0].prompt) <= p < answer_from]
+        assert answer <= set(kept) or not thinking_kept
+
+
+def test_random_draws_differ_by_round_head_and_seed_and_repeat_by_key(qwen2):
+    requests = as_requests(prompts(1))
+    one = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
+    again = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
+    other = decode(qwen2, small_policy("random"), 28, [dataclasses.replace(requests[0], noise=7)], 1, trace=True)["0"]
+    assert one.kept == again.kept
+    assert one.kept != other.kept
+
+
+def test_unknown_names_and_settings_are_refused_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="did you mean 'dynts'"):
+        make_policy("dynst")
+    with pytest.raises(ConfigError, match="no setting 'n_sinks'; did you mean 'n_sink'"):
+        make_policy("window", n_sinks=4)
+    for wrong in ({"buffer": 0}, {"buffer": "1"}, {"buffer": True}, {"n_recent": -1}, {"share": "row"}, {"n_sink": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            make_policy("window", **wrong)
+
+
+def test_every_setting_can_be_set_on_every_preset():
+    for name in PRESETS:
+        policy = make_policy(name, n_sink=3, protect_prompt=True, n_recent=5, buffer=2)
+        assert (policy.n_sink, policy.protect_prompt, policy.n_recent, policy.buffer) == (3, True, 5, 2)
+
+
+def test_a_policy_holds_no_state():
+    for name in PRESETS:
+        policy = make_policy(name)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            policy.n_sink = 1
+
+
+def test_every_policy_names_its_source():
+    for preset in PRESETS.values():
+        module = inspect.getmodule(getattr(preset, "func", preset))
+        if module.__name__.rsplit(".")[-1] not in ("full", "window"):
+            assert "arXiv" in module.__doc__
+    assert DynTS.__doc__ and Window.__doc__

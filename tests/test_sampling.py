@@ -1,0 +1,66 @@
+"""Sampling has transformers' support and probabilities, and noise that only its key decides."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kvlib import noise
+from kvlib.sampling import Sampling
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(0.6, 1.0, 0), (0.6, 0.95, 20), (1.3, 0.5, 0), (1.0, 1.0, 3)])
+def test_draws_follow_transformers_warpers(temperature, top_p, top_k):
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected = warpers(None, logits).softmax(-1)[0]
+    n = 40_000
+    draws = Sampling(temperature, top_p, top_k)(logits.expand(n, -1), torch.arange(n), torch.zeros(n, dtype=torch.long))
+    frequency = draws.bincount(minlength=40) / n
+    assert set(draws.tolist()) <= set(expected.nonzero().flatten().tolist())
+    assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-3).all()
+
+
+def test_a_draw_depends_on_its_key_only():
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
+    sampling, request, step = Sampling(1.0), torch.arange(6) * 77, torch.arange(6)
+    together = sampling(logits, request, step)
+    for i in range(6):
+        assert sampling(logits[i : i + 1], request[i : i + 1], step[i : i + 1])[0] == together[i]
+
+
+def test_temperature_zero_is_greedy():
+    logits = torch.randn(5, 30)
+    zeros = torch.zeros(5, dtype=torch.long)
+    assert torch.equal(Sampling(0.0)(logits, zeros, zeros), logits.argmax(-1))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_noise_is_inside_the_open_interval(a, b):
+    assert 0.0 < noise.uniform(torch.tensor([a]), b).item() < 1.0
+
+
+def test_noise_is_uniform_and_uncorrelated():
+    u = noise.uniform(torch.arange(400)[:, None], torch.arange(500)[None])
+    assert abs(u.mean().item() - 0.5) < 3e-3
+    assert abs(u.var().item() - 1 / 12) < 1e-3
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()) < 0.01
+    assert u.unique().numel() > 0.999 * u.numel()
+
+
+def test_noise_keys_tell_their_parts_apart():
+    keys = {noise.key(seed, f"chain-a/{i}", sample) for seed in range(5) for i in range(200) for sample in range(4)}
+    assert len(keys) == 5 * 200 * 4
+    assert noise.key("a", "bc") != noise.key("ab", "c")
