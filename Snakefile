@@ -1,0 +1,44 @@
+# The cells of one grid; `make charts` calls it through kvlib.study. On a Slurm cluster:
+#   snakemake --executor slurm --jobs 20 --retries 2 --rerun-incomplete --keep-going --config seed=0
+# grid=, runs= and seed= after --config change the defaults; paths are relative to this file.
+# The cell command, not Snakemake, decides what is done: it skips, resumes and locks. Samples are no
+# declared output, because Snakemake deletes those; retries stand on the command line, because a rule's
+# own would multiply with the cluster's.
+import json
+import re
+import sys
+from pathlib import Path
+
+from kvlib.config import load_grid
+from kvlib.record import notebook_sha256
+
+ROOT = Path(workflow.basedir)
+GRID = load_grid(ROOT / config.get("grid", "notebooks/grid.yml"))
+RUNS = ROOT / config.get("runs", "runs") / GRID.study
+NOTEBOOK = GRID.path.parent / "30_run.ipynb"
+CELLS = {cell.cell_path: cell for cell in GRID.cells(int(config.get("seed", 0)))}
+
+RUNS.mkdir(parents=True, exist_ok=True)
+workdir: str(RUNS)
+
+wildcard_constraints:
+    cell="|".join(re.escape(path) for path in CELLS)
+
+rule all:
+    input: [f"{path}/record.json" for path in CELLS]
+
+rule cell:
+    output: update("{cell}/record.json")
+    threads: lambda wildcards: CELLS[wildcards.cell].threads
+    resources:
+        gpu=lambda wildcards: int(CELLS[wildcards.cell].device.startswith("cuda"))
+    params:  # functions, because braces in a plain string would be wildcards
+        python=lambda wildcards: sys.executable,
+        notebook=lambda wildcards: str(NOTEBOOK),
+        code=lambda wildcards: notebook_sha256(NOTEBOOK),
+        folder=lambda wildcards: str(RUNS / wildcards.cell),
+        config=lambda wildcards: json.dumps(CELLS[wildcards.cell].parameters()),
+    # exec, so that the cell command is Snakemake's own child and dies with it
+    shell:
+        "exec {params.python:q} -m kvlib.cell --notebook {params.notebook:q} --folder {params.folder:q}"
+        " --config {params.config:q} > {params.folder:q}/run.log 2>&1"

@@ -1,0 +1,223 @@
+"""RunConfig: everything that decides one cell's samples, as flat literals; and the grid of cells as data.
+
+Checks form only: names, types, ranges. Whether a model, dataset or policy exists is for `kvlib.run.check`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from kvlib.errors import ConfigError
+
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
+
+# name: types, the condition in words, the condition
+RULES = {
+    "model": ((str,), "a name or a path", lambda x: x.strip() != ""),
+    "dataset": ((str,), "a name or a path", lambda x: x.strip() != ""),
+    "policy": ((str,), "a name such as dynts", lambda x: re.fullmatch(r"[A-Za-z0-9_.-]+", x)),
+    "kv_budget": ((int, type(None)), "a positive integer (slots)", lambda x: x is None or x > 0),
+    "policy_options": ((dict,), "a mapping of names to literals", lambda x: True),
+    "seed": ((int,), "an integer from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
+    "n_problems": ((int, type(None)), "a positive integer, or None for all", lambda x: x is None or x > 0),
+    "n_samples": ((int,), "a positive integer", lambda x: x > 0),
+    "temperature": ((float, int), "a finite number, 0 (greedy) or more", lambda x: x >= 0),
+    "top_p": ((float, int), "a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "top_k": ((int,), "an integer, 0 (off) or more", lambda x: x >= 0),
+    "max_new_tokens": ((int,), "a positive integer (tokens)", lambda x: x > 0),
+    "batch_size": ((int,), "a positive integer (rows)", lambda x: x > 0),
+    "dtype": ((str,), f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
+    "device": ((str,), "cpu, cuda, cuda:N or mps", lambda x: re.fullmatch(r"cpu|mps|cuda(:\d+)?", x)),
+    "threads": ((int,), "a positive integer", lambda x: x > 0),
+}
+TIMING_KEYS = ["batch_size", "n_steps", "repeats"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One cell: model, dataset, policy, KV budget, seed, and how to decode.
+
+    kv_budget is in slots per KV head and layer, None exactly when policy is "full". policy_options holds
+    the policy's hyper-parameters and n_sink, n_recent, protect_prompt, buffer. n_problems None means all.
+    Raises ConfigError if a value is ill-typed or out of range; numbers are never guessed from strings.
+    """
+
+    model: str = "tiny"
+    dataset: str = "chain-a"
+    policy: str = "dynts"
+    kv_budget: int | None = None
+    policy_options: dict = field(default_factory=dict)
+    seed: int = 0
+    n_problems: int | None = None
+    n_samples: int = 1
+    temperature: float = 0.6
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 768
+    batch_size: int = 100
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self):
+        for name in RULES:
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
+        if self.policy == "full" and self.kv_budget is not None:
+            raise ConfigError(f"kv_budget={self.kv_budget}: policy full keeps everything; set kv_budget=None")
+        if self.policy != "full" and self.kv_budget is None:
+            raise ConfigError(f"kv_budget is missing: policy {self.policy} evicts; set kv_budget to the most "
+                              "slots a head may hold, e.g. 96, or set policy to full")  # fmt: skip
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping) -> "RunConfig":
+        """A config from a notebook's or a JSON's parameters; raises ConfigError on an unknown name."""
+        if not isinstance(parameters, Mapping):
+            raise ConfigError(f"a mapping of parameters is needed, got {parameters!r}")
+        check_names(parameters, list(RULES), "parameter")
+        return cls(**parameters)
+
+    def parameters(self) -> dict:
+        """The fields as a dict of literals, ready for JSON, papermill or from_parameters."""
+        return dataclasses.asdict(self)
+
+    @property
+    def cell_path(self) -> str:
+        """The cell's folder inside its study, e.g. chain-a/dynts/b96/s0."""
+        budget = "full" if self.kv_budget is None else self.kv_budget
+        return f"{folder_name(self.dataset)}/{folder_name(self.policy)}/b{budget}/s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One study: its datasets x KV budgets (slots) at one policy, read from `path`.
+
+    timing, None or {batch_size, n_steps, repeats}, asks for a timing run per dataset. `shared` holds
+    the RunConfig fields that all cells have in common.
+    """
+
+    path: Path
+    study: str
+    datasets: list[str]
+    kv_budgets: list[int]
+    full_cache: bool
+    timing: dict | None
+    shared: dict
+
+    def cells(self, seed: int = 0) -> list[RunConfig]:
+        """Every cell on this seed's noise: budgets dataset by dataset, full cache last."""
+        budgets = [{"kv_budget": budget} for budget in self.kv_budgets]
+        if self.full_cache:
+            budgets.append({"kv_budget": None, "policy": "full", "policy_options": {}})
+        pairs = itertools.product(self.datasets, budgets)
+        return [RunConfig(**{**self.shared, "dataset": name, "seed": seed, **own}) for name, own in pairs]
+
+
+def expand(grid: Mapping, seed: int = 0) -> list[RunConfig]:
+    """The cells of a grid given as the mapping a grid file holds; raises ConfigError if it is not one."""
+    return parse_grid(grid, Path("grid")).cells(seed)
+
+
+def load_grid(path) -> Grid:
+    """Read a grid file (YAML); raises ConfigError naming the file, the key and the next step."""
+    path = Path(path).absolute()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no grid can be read at {path} ({error.strerror}); check --grid") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return parse_grid(content, path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_grid(content, path: Path) -> Grid:
+    if not isinstance(content, Mapping):
+        raise ConfigError("a grid is a mapping with the keys study, datasets and kv_budgets")
+    own = ["study", "datasets", "kv_budgets", "full_cache", "timing"]
+    shared = [name for name in RULES if name not in ("dataset", "kv_budget", "seed")]
+    check_names(content, own + shared, "key")
+    missing = [name for name in ("study", "datasets", "kv_budgets") if name not in content]
+    if missing:
+        raise ConfigError(f"the key {missing[0]} is missing; add it")
+    study = content["study"]
+    if not isinstance(study, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", study):
+        raise ConfigError(f"study={study!r} must be a name of letters, digits, - and _ (it names a folder)")
+    if not isinstance(content.get("full_cache", False), bool):
+        raise ConfigError(f"full_cache={content['full_cache']!r} must be true or false")
+    timing = content.get("timing")
+    if timing is not None:
+        if not isinstance(timing, Mapping) or set(timing) != set(TIMING_KEYS):
+            raise ConfigError(f"timing={timing!r} must be a mapping with the keys {', '.join(TIMING_KEYS)}")
+        for name, value in timing.items():
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"timing.{name}={value!r} must be a positive integer")
+    grid = Grid(
+        path=path,
+        study=study,
+        datasets=listed(content, "datasets", "dataset"),
+        kv_budgets=listed(content, "kv_budgets", "kv_budget"),
+        full_cache=content.get("full_cache", False),
+        timing=None if timing is None else dict(timing),
+        shared={name: content[name] for name in shared if name in content},
+    )
+    if not grid.cells():
+        raise ConfigError("the grid has no cell; list at least one dataset, and a budget or full_cache: true")
+    return grid
+
+
+def listed(content: Mapping, key: str, name: str) -> list:
+    """The list under a grid's key, each entry checked as the RunConfig field `name`, none twice."""
+    values = content[key]
+    if not isinstance(values, list):
+        raise ConfigError(f"{key}={values!r} must be a list, e.g. {key}: [{values}]")
+    for value in values:
+        if value is None:
+            raise ConfigError(f"{key} has an empty entry; for the full cache set full_cache: true")
+        checked(name, value)
+    repeated = [value for value in values if values.count(value) > 1]
+    if repeated:
+        raise ConfigError(f"{key} lists {repeated[0]!r} twice; remove one")
+    return list(values)
+
+
+def checked(name: str, value):
+    """The value if it obeys its field's rule (as a float where one is due), else ConfigError."""
+    types, wanted, holds = RULES[name]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if type(value) not in types or not finite or not holds(value):
+        raise ConfigError(f"{name}={value!r} ({type(value).__name__}) must be {wanted}")
+    if name == "policy_options":
+        for option, setting in value.items():
+            if type(option) is not str or not option.isidentifier():
+                raise ConfigError(f"policy_options has the key {option!r}; a key is a name such as n_recent")
+            finite = not isinstance(setting, float) or math.isfinite(setting)
+            if type(setting) not in (str, int, float, bool, type(None)) or not finite:
+                raise ConfigError(f"policy_options.{option}={setting!r} must be a string, a finite number, "
+                                  "true, false or None")  # fmt: skip
+        return dict(value)
+    return float(value) if float in types else value
+
+
+def check_names(given: Mapping, known: list[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"unknown {what} {name!r}; {hint}Valid: {', '.join(known)}")
+
+
+def folder_name(name: str) -> str:
+    """The name if it can be a folder, else a cleaned one with a hash, so that no two names share a folder."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        return name
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,0 +1,171 @@
+"""Parameters are taken literally or refused with a sentence; a grid file is read strictly."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvlib.config import RULES, RunConfig, expand, load_grid
+from kvlib.errors import ConfigError
+
+GRID = """
+study: tiny
+model: tiny
+datasets: [chain-a, chain-b]
+policy: dynts
+policy_options: {n_recent: 16, ratio: 0.8}
+kv_budgets: [80, 104]
+full_cache: true
+n_problems: 200
+threads: 1
+timing: {batch_size: 64, n_steps: 384, repeats: 5}
+"""
+POSITIVE = ["kv_budget", "n_problems", "n_samples", "max_new_tokens", "batch_size", "threads"]
+INTEGERS = [*POSITIVE, "seed", "top_k"]
+NUMBERS = ["temperature", "top_p"]
+STRINGS = ["model", "dataset", "policy", "dtype", "device"]
+
+literals = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]))
+
+
+def refused(**parameters):
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_parameters({"kv_budget": 96, **parameters})
+    return str(error.value)
+
+
+@given(name=st.sampled_from(INTEGERS), value=literals.filter(lambda x: type(x) is not int and x is not None))
+def test_an_integer_field_takes_only_integers(name, value):
+    assert name in refused(**{name: value})
+
+
+@given(name=st.sampled_from(NUMBERS), value=literals.filter(lambda x: type(x) not in (int, float)))
+def test_a_number_field_takes_only_numbers(name, value):
+    assert name in refused(**{name: value})
+
+
+@given(name=st.sampled_from(STRINGS), value=literals.filter(lambda x: type(x) is not str))
+def test_a_string_field_takes_only_strings(name, value):
+    assert name in refused(**{name: value})
+
+
+@given(name=st.sampled_from(POSITIVE), value=st.integers(max_value=0))
+def test_a_count_is_positive(name, value):
+    assert name in refused(**{name: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, 1e400])
+def test_a_number_is_finite_and_in_range(value):
+    for name in NUMBERS:
+        assert name in refused(**{name: value})
+    assert "policy_options.ratio" in refused(policy_options={"ratio": math.nan})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"dtype": "fp32"}, "float32"),
+        ({"device": "gpu"}, "cuda"),
+        ({"model": " "}, "model"),
+        ({"policy": "a/b"}, "policy"),
+        ({"policy_options": {"a b": 1}}, "policy_options"),
+        ({"policy_options": {"n_sink": [1]}}, "policy_options.n_sink"),
+        ({"policy_options": None}, "policy_options"),
+        ({"policy": "full"}, "kv_budget=96"),
+        ({"kv_budget": None}, "kv_budget is missing"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(parameters, part):
+    assert part in refused(**parameters)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_all_valid_ones():
+    message = refused(kv_bugdet=64)
+    assert "'kv_bugdet'" in message and "did you mean kv_budget?" in message
+    assert all(name in message for name in RULES)
+
+
+def test_parameters_survive_json():
+    config = RunConfig(kv_budget=96, policy_options={"ratio": 0.8, "protect_prompt": True}, temperature=1)
+    again = RunConfig.from_parameters(json.loads(json.dumps(config.parameters())))
+    assert again == config and type(again.temperature) is float
+
+
+def test_a_config_does_not_share_its_options():
+    options = {"n_sink": 4}
+    config = RunConfig(kv_budget=96, policy_options=options)
+    options["n_sink"] = 5
+    config.parameters()["policy_options"]["n_sink"] = 6
+    assert config.policy_options == {"n_sink": 4}
+
+
+def test_cell_paths():
+    assert RunConfig(kv_budget=96).cell_path == "chain-a/dynts/b96/s0"
+    assert RunConfig(policy="full", seed=3).cell_path == "chain-a/full/bfull/s3"
+
+
+def test_datasets_of_different_names_never_share_a_folder():
+    names = ["org/set", "org-set", "../org-set", "..", "./x", "x", "_", "a b", "ä"]
+    paths = [RunConfig(kv_budget=1, dataset=name).cell_path for name in names]
+    assert len(set(paths)) == len(names)
+    assert all(path.count("/") == 3 and ".." not in path for path in paths)
+
+
+def test_a_grid_expands_to_budgets_and_full_cache_per_dataset(tmp_path):
+    (tmp_path / "grid.yml").write_text(GRID)
+    cells = load_grid(tmp_path / "grid.yml").cells(seed=2)
+    assert [cell.cell_path for cell in cells] == [
+        f"{dataset}/{rest}/s2"
+        for dataset in ("chain-a", "chain-b")
+        for rest in ("dynts/b80", "dynts/b104", "full/bfull")
+    ]
+    assert {cell.n_problems for cell in cells} == {200}
+    assert cells[0].policy_options == {"n_recent": 16, "ratio": 0.8} and cells[2].policy_options == {}
+
+
+def test_expand_takes_the_same_mapping_as_the_file():
+    cells = expand({"study": "x", "datasets": ["chain-a"], "kv_budgets": [8, 16]}, seed=1)
+    assert [(cell.kv_budget, cell.seed) for cell in cells] == [(8, 1), (16, 1)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("kv_budgets:", "kv_bugdets:", "did you mean kv_budgets?"),
+        ("study: tiny", "", "study"),
+        ("study: tiny", "study: ../x", "study"),
+        ("[80, 104]", "[80, '104']", "kv_budget='104'"),
+        ("[80, 104]", "80", "kv_budgets=80"),
+        ("[80, 104]", "[80, 80]", "twice"),
+        ("[80, 104]", "[80, ]\nseed: 1", "'seed'"),
+        ("full_cache: true", "full_cache: 1", "full_cache"),
+        ("n_problems: 200", "n_problems: -1", "n_problems"),
+        ("repeats: 5", "repeat: 5", "repeats"),
+        ("repeats: 5", "repeats: 0", "timing.repeats"),
+        ("study: tiny", "study: [", "YAML"),
+        ("policy: dynts", "policy: full", "kv_budget=80"),
+    ],
+)
+def test_a_bad_grid_is_refused_naming_file_and_key(tmp_path, old, new, part):
+    path = tmp_path / "grid.yml"
+    path.write_text(GRID.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        load_grid(path)
+    assert str(path) in str(error.value) and part in str(error.value)
+
+
+def test_a_missing_grid_is_a_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="check --grid"):
+        load_grid(tmp_path / "none.yml")
+
+
+def test_config_and_record_do_not_import_torch():
+    code = "import sys, kvlib.config, kvlib.record, kvlib.cell, kvlib.study; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
