@@ -1,0 +1,117 @@
+"""Models by name: the embedded tiny reasoner, a local folder, or a hub id."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kvlib.attention import IMPLEMENTATION
+from kvlib.errors import ConfigError
+from kvlib.files import write_atomically
+
+TINY = Path(__file__).parent / "tiny" / "weights"
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Reasoner:
+    """A causal LM that decodes through kvlib's attention, and what a run must know about it.
+
+    answer_id: the token that ends thinking (`</think>`), None if the tokenizer has none. sha256: see weights_sha256.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    eos_ids: tuple[int, ...]
+    answer_id: int | None
+    sha256: str
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text))
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked_file(folder: Path, name: str) -> Path:
+    """A shipped file that exists and has the hash its manifest states; ConfigError otherwise."""
+    repair = "restore it with `git checkout -- kvlib/tiny/weights`, or install kvlib again"
+    if not (folder / MANIFEST).exists():
+        raise ConfigError(f"{folder / MANIFEST} is missing; {repair}")
+    expected = json.loads((folder / MANIFEST).read_text())
+    if name not in expected or not (folder / name).exists():
+        raise ConfigError(f"{folder / name} is missing; {repair}")
+    if file_sha256(folder / name) != expected[name]:
+        raise ConfigError(f"{folder / name} is damaged (its sha256 is not the one in {MANIFEST}); {repair}")
+    return folder / name
+
+
+def update_manifest(folder: Path, files: Iterable[str]) -> None:
+    """Write the sha256 of the named files of a weights folder into its manifest."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    manifest.update({name: file_sha256(folder / name) for name in files})
+    write_atomically(path, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+
+
+def check_model(name: str) -> None:
+    """Raise ConfigError at once for a model that cannot be loaded, as far as that can be told without loading."""
+    if name == "tiny":
+        for file in ("model.safetensors", "config.json", "tokenizer.json"):
+            checked_file(TINY, file)
+    elif "/" not in name or (name.startswith((".", "/")) and not (Path(name) / "config.json").exists()):
+        raise ConfigError(
+            f"unknown model {name!r}; use 'tiny', a hub id such as owner/name, or a folder that holds config.json"
+        )
+
+
+def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Reasoner:
+    """Load "tiny", a folder in transformers' format, or a hub id; safetensors only, no remote code.
+
+    Raises ConfigError in a sentence for what is unknown, missing or damaged.
+    """
+    check_model(name)
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    path = TINY if name == "tiny" else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation=IMPLEMENTATION, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    eos = model.generation_config.eos_token_id or model.config.eos_token_id
+    answer_id = tokenizer.convert_tokens_to_ids("</think>")
+    unknown = answer_id is None or answer_id == tokenizer.unk_token_id
+    return Reasoner(
+        model=model,
+        tokenizer=tokenizer,
+        eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        answer_id=None if unknown else answer_id,
+        sha256=weights_sha256(name),
+    )
+
+
+def weights_sha256(name: str) -> str:
+    """What identifies a model's weights: a hash of its config and safetensors files, or the commit of a hub id."""
+    folder = TINY if name == "tiny" else Path(name)
+    if not folder.is_dir():
+        return AutoConfig.from_pretrained(name)._commit_hash
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.name.startswith("model") or file.name == "config.json":
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
