@@ -7,7 +7,6 @@ or how an interval is computed, and it never imports torch or pyplot.
 import io
 import itertools
 import math
-import os
 import textwrap
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import matplotlib.style
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from kvlib.files import write_atomically
 
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
@@ -78,9 +79,7 @@ def load_published(path):
         try:
             df = df.assign(**{name: pd.to_numeric(df[name])})
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}: {name} holds something other than numbers ({error}); {restore}"
-            ) from error
+            raise ValueError(f"{path}: {name} holds something other than numbers ({error}); {restore}") from error
     if df.drop(columns="throughput_tps").isna().any(axis=None):
         raise ValueError(f"{path} has an empty field outside throughput_tps; {restore}")
     if (df["kv_budget"] % 1 != 0).any() or (df["kv_budget"] <= 0).any():
@@ -90,10 +89,7 @@ def load_published(path):
     df = df.astype({"kv_budget": int, "pass_at_1": float, "throughput_tps": float})
     # A file cut short or pasted twice still parses; the rectangle of cells gives it away.
     cells = df.groupby(["model", "dataset", "kv_budget"]).size()
-    if (
-        len(df) != df["model"].nunique() * df["dataset"].nunique() * df["kv_budget"].nunique()
-        or cells.max() > 1
-    ):
+    if len(df) != df["model"].nunique() * df["dataset"].nunique() * df["kv_budget"].nunique() or cells.max() > 1:
         raise ValueError(f"{path} does not hold each dataset at each KV budget exactly once; {restore}")
     return df
 
@@ -110,18 +106,14 @@ def published_figure(df):
     model = df["model"].iloc[0]
     for row in df.itertuples():
         if row.dataset not in PUBLISHED_PASS_RANGE:
-            raise ValueError(
-                f"no published axis range for {row.dataset}; known: {', '.join(PUBLISHED_PASS_RANGE)}"
-            )
+            raise ValueError(f"no published axis range for {row.dataset}; known: {', '.join(PUBLISHED_PASS_RANGE)}")
         for name, (low, high) in [
             ("pass_at_1", PUBLISHED_PASS_RANGE[row.dataset]),
             ("throughput_tps", PUBLISHED_THROUGHPUT_RANGE),
         ]:
             if not low <= getattr(row, name) <= high:  # NaN fails too
                 cell = f"{row.model}, {row.dataset}, KV budget {row.kv_budget}"
-                raise ValueError(
-                    f"{name} of {cell} is {getattr(row, name)}, not within the axis {low} to {high}"
-                )
+                raise ValueError(f"{name} of {cell} is {getattr(row, name)}, not within the axis {low} to {high}")
 
     notes = [
         "Published data. Pass@1 as printed on the bars; throughput read off the line, about ±30. "
@@ -312,9 +304,7 @@ def measured_table(df):
             "Dataset": dataset,
             "KV budget": "full cache" if budget is None else str(budget),
             "n": str(row.n_problems),
-            "Pass@1 (%) with 95 % interval": (
-                f"{row.pass_at_1:.1f} ({row.pass_low:.1f} to {row.pass_high:.1f})"
-            ),
+            "Pass@1 (%) with 95 % interval": (f"{row.pass_at_1:.1f} ({row.pass_low:.1f} to {row.pass_high:.1f})"),
             row.throughput_definition: (
                 f"{row.throughput:,.0f} ({row.throughput_low:,.0f} to {row.throughput_high:,.0f})"
             ),
@@ -343,24 +333,10 @@ def save(fig, stem):
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         for path, data in pictures:
-            _write_whole(path, data)
+            write_atomically(path, data)
     except OSError as error:
-        raise type(error)(
-            f"cannot write charts to {stem.parent} ({error}); make that folder writable"
-        ) from error
+        raise type(error)(f"cannot write charts to {stem.parent} ({error}); make that folder writable") from error
     return [path for path, _ in pictures]
-
-
-def _write_whole(path, data):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _style():
@@ -405,9 +381,7 @@ def _measured_rows(df):
         for name in numbers:
             value = getattr(row, name)
             if pd.isna(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"{name} of {_name_cell(*cell)} is {value}; every value drawn must be measured"
-                )
+                raise ValueError(f"{name} of {_name_cell(*cell)} is {value}; every value drawn must be measured")
         # A rounding error of the interval's formula is not a fault.
         for name, low, high in [
             ("pass_at_1", "pass_low", "pass_high"),
@@ -416,9 +390,7 @@ def _measured_rows(df):
             if not getattr(row, low) - 1e-6 <= getattr(row, name) <= getattr(row, high) + 1e-6:
                 raise ValueError(f"{name} of {_name_cell(*cell)} lies outside its interval {low} to {high}")
         if row.pass_high > 100 + 1e-6 or getattr(row, "truncated_share", 0) > 1:
-            raise ValueError(
-                f"{_name_cell(*cell)}: pass_high is above 100 percent or truncated_share above 1"
-            )
+            raise ValueError(f"{_name_cell(*cell)}: pass_high is above 100 percent or truncated_share above 1")
         rows[cell] = row
     return rows
 
@@ -444,15 +416,9 @@ def _canvas(n_panels, heading, band, ink, notes, gap, right=0.82, mark=None):
     )
     for i, (text, face, color) in enumerate(strips):
         y = 1 - 0.34 * (i + 1) / height
-        fig.add_artist(
-            Rectangle((0, y), 1, 0.34 / height, transform=fig.transFigure, color=face, linewidth=0)
-        )
-        fig.text(
-            0.15 / width, y + 0.17 / height, text, color=color, weight="bold", size=11.5, va="center_baseline"
-        )
-    fig.text(
-        0.15 / width, 0.1 / height, "\n".join(lines), color=INK, size=10.5, va="bottom", linespacing=1.35
-    )
+        fig.add_artist(Rectangle((0, y), 1, 0.34 / height, transform=fig.transFigure, color=face, linewidth=0))
+        fig.text(0.15 / width, y + 0.17 / height, text, color=color, weight="bold", size=11.5, va="center_baseline")
+    fig.text(0.15 / width, 0.1 / height, "\n".join(lines), color=INK, size=10.5, va="bottom", linespacing=1.35)
     return fig, axes
 
 
@@ -485,9 +451,7 @@ def _draw_throughput(right, x, rows):
 def _print_value(ax, x, base, value, color):
     # At the foot of the bar, where neither the line nor a whisker passes.
     text = "100" if value == 100 else f"{value:.1f}"
-    ax.annotate(
-        text, (x, base), (0, 3), textcoords="offset points", ha="center", va="bottom", color=color, size=9
-    )
+    ax.annotate(text, (x, base), (0, 3), textcoords="offset points", ha="center", va="bottom", color=color, size=9)
 
 
 def _draw_whisker(ax, x, row, step):
@@ -510,9 +474,7 @@ def _draw_whisker(ax, x, row, step):
 
 def _draw_missing(ax, x, step, text="missing"):
     half = BAR_WIDTH * step / 2
-    ax.axvspan(
-        x - half, x + half, facecolor="#F6F6F6", edgecolor=GREY, hatch="////", linewidth=0, gid="missing"
-    )
+    ax.axvspan(x - half, x + half, facecolor="#F6F6F6", edgecolor=GREY, hatch="////", linewidth=0, gid="missing")
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     ax.text(x, 50, text, rotation=90, ha="center", va="center", size=9.5, color=INK, bbox=paper)
 
@@ -542,6 +504,4 @@ def _round_up(value):
     if value <= 0:
         return 1
     power = 10.0 ** math.floor(math.log10(value))
-    return next(
-        power * m for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if power * m >= value * (1 - 1e-9)
-    )
+    return next(power * m for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if power * m >= value * (1 - 1e-9))

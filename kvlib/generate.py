@@ -122,11 +122,15 @@ class Decoder:
             step = PrefillStep(self.cache, row, P)
             hidden = self._forward(ids, torch.arange(P, device=self.device)[None], step)[0]
             self.answering[row] = False
-            self._write_creation_scores(hidden, torch.zeros(P, dtype=torch.bool, device=self.device), (row, slice(0, P)))
+            self._write_creation_scores(
+                hidden, torch.zeros(P, dtype=torch.bool, device=self.device), (row, slice(0, P))
+            )
             self.request[row], self.active[row], self.done[row] = request.noise, True, False
             self.position[row] = P
             logits = self._logits(hidden[-1:])
-            self.token[row] = self.sampling(logits, self.request[row, None], torch.zeros_like(self.position[row, None]))[0]
+            self.token[row] = self.sampling(
+                logits, self.request[row, None], torch.zeros_like(self.position[row, None])
+            )[0]
             self.output[row, 0] = self.token[row]
             self.done[row] = torch.isin(self.token[row], self.eos)
         self.current[row] = request

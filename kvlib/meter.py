@@ -8,7 +8,7 @@ import torch
 
 
 class Meter:
-    """Seconds spent per phase ("prefill", "forward", "evict", "sample"). On CUDA they come from events, read at the end."""
+    """Seconds per phase ("prefill", "forward", "evict", "sample"). On CUDA they come from events, read at the end."""
 
     def __init__(self, device: torch.device | str):
         self._cuda = torch.device(device).type == "cuda"

@@ -15,7 +15,7 @@ def share_scores(scores: Tensor, share: Share) -> Tensor:
 
 
 def protection(positions: Tensor, n_prompt: Tensor, n_sink: int, protect_prompt: bool, n_recent: int) -> Tensor:
-    """Bool, like positions `[L or 1, R, H or 1, N]` in ascending order: sinks, prompt (n_prompt `[R]`), newest n_recent."""
+    """Bool, like positions `[L or 1, R, H or 1, N]` (ascending): sinks, prompt (n_prompt `[R]`), newest n_recent."""
     N = positions.shape[-1]
     recent = torch.arange(N, device=positions.device) >= N - n_recent
     first = n_prompt.clamp(min=n_sink) if protect_prompt else torch.full_like(n_prompt, n_sink)
@@ -33,7 +33,9 @@ def select(scores: Tensor, protected: Tensor, n_keep: Tensor) -> Tensor:
     newest_first = ranked.flip(-1)
     order = newest_first.argsort(dim=-1, descending=True, stable=True)
     # Protected slots outrank a policy's own +inf.
-    order = order.gather(-1, protected.flip(-1).gather(-1, order).to(torch.int8).argsort(dim=-1, descending=True, stable=True))
+    order = order.gather(
+        -1, protected.flip(-1).gather(-1, order).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    )
     chosen = torch.arange(scores.shape[-1], device=scores.device) < n_keep.view(1, -1, 1, 1)
     return torch.zeros_like(protected).scatter(-1, order, chosen.expand_as(order)).flip(-1)
 
@@ -50,7 +52,7 @@ def evict(
     step: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Run one round on `rows [R]`, each holding n_live slots; leaves n_keep `[R]`. Returns the keep mask in position order.
+    """Run one round on `rows [R]`, each holding n_live slots; leaves n_keep `[R]`. Returns the mask in position order.
 
     n_prompt, request (noise keys) and step (tokens seen) are `[R]`.
     """

@@ -19,7 +19,9 @@ def test_budget_no_smaller_than_the_sequence_equals_generate(any_model):
     requests = as_requests(prompts(5))
     any_model.set_attn_implementation("eager")
     expected = {
-        r.id: any_model.generate(torch.tensor([r.prompt]), max_new_tokens=40, do_sample=False)[0, len(r.prompt) :].tolist()
+        r.id: any_model.generate(torch.tensor([r.prompt]), max_new_tokens=40, do_sample=False)[
+            0, len(r.prompt) :
+        ].tolist()
         for r in requests
     }
     any_model.set_attn_implementation("kvlib")
@@ -99,7 +101,7 @@ def test_what_is_kept_does_not_depend_on_where_slots_lie(qwen2, name):
                 for row, n in enumerate(decoder.length):
                     order = torch.randperm(int(n), generator=torch.Generator().manual_seed(step))
                     for tensor in (cache.keys, cache.values, cache.positions, *cache.state.values()):
-                        tensor[:, row, :, :n] = tensor[:, row, :, order]
+                        tensor[:, row, :, :n] = tensor[:, row][:, :, order]
             decoder.step()
         return [(row, c.tokens, c.kept) for row, c in decoder.finished()]
 
@@ -128,7 +130,14 @@ def test_a_refilled_row_starts_clean(qwen2):
 def test_bytes_held_are_the_formula_and_never_change(qwen2, name):
     kv_budget = None if name == "full" else BUDGET
     decoder = Decoder(
-        qwen2, small_policy(name), kv_budget, n_rows=2, n_prompt_max=12, max_new_tokens=60, sampling=Sampling(0.0), eos_ids=()
+        qwen2,
+        small_policy(name),
+        kv_budget,
+        n_rows=2,
+        n_prompt_max=12,
+        max_new_tokens=60,
+        sampling=Sampling(0.0),
+        eos_ids=(),
     )
     n_slots = 12 + 60 if kv_budget is None else BUDGET + 1
     L, B, H, HQ, D = 3, 2, 2, 14, 4
@@ -162,10 +171,20 @@ def test_outputs_stop_at_the_end_of_sequence_and_at_the_limit(qwen2):
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name(qwen2):
     request = Request("chain-d/12", tuple(range(30)), 0)
-    with pytest.raises(ConfigError, match=r"30-token prompt of chain-d/12 does not fit into kv_budget 28; use 31 or more"):
+    with pytest.raises(
+        ConfigError, match=r"30-token prompt of chain-d/12 does not fit into kv_budget 28; use 31 or more"
+    ):
         decode(qwen2, small_policy("window"), BUDGET, [request], n_rows=1)
-    with pytest.raises(ConfigError, match=r"kv_budget 28 keeps .* cannot hold .* 20-token prompt of p: .* use \d+ or more"):
-        decode(qwen2, small_policy("window", protect_prompt=True, n_recent=9), BUDGET, [Request("p", tuple(range(20)), 0)], 1)
+    with pytest.raises(
+        ConfigError, match=r"kv_budget 28 keeps .* cannot hold .* 20-token prompt of p: .* use \d+ or more"
+    ):
+        decode(
+            qwen2,
+            small_policy("window", protect_prompt=True, n_recent=9),
+            BUDGET,
+            [Request("p", tuple(range(20)), 0)],
+            1,
+        )
 
 
 def test_numbers_that_are_not_finite_are_an_error(qwen2):

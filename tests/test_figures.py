@@ -81,9 +81,7 @@ def outside(fig):
     return [
         t.get_text()
         for t in words(fig)
-        if t.get_window_extent().x0 < 0
-        or t.get_window_extent().x1 > fig.bbox.x1
-        or t.get_window_extent().y0 < 0
+        if t.get_window_extent().x0 < 0 or t.get_window_extent().x1 > fig.bbox.x1 or t.get_window_extent().y0 < 0
     ]
 
 
@@ -119,9 +117,7 @@ def test_published_bars_and_line_are_the_numbers_in_the_file(published):
         here = [r for r in rows if left.get_title().endswith("| " + r["dataset"])]
         budgets = [float(r["kv_budget"]) for r in here]
         drawn = [(bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height()) for bar in bars(left)]
-        assert drawn == [
-            pytest.approx((b, float(r["pass_at_1"]))) for b, r in zip(budgets, here, strict=True)
-        ]
+        assert drawn == [pytest.approx((b, float(r["pass_at_1"]))) for b, r in zip(budgets, here, strict=True)]
         assert [t.get_text() for t in left.texts] == [r["pass_at_1"] for r in here]
         (line,) = right.lines
         assert list(line.get_xdata()) == budgets
@@ -142,11 +138,7 @@ def test_published_has_one_legend_in_the_top_right_of_the_last_chart(published):
 
 @pytest.mark.parametrize("kind", ["published", "measured"])
 def test_bars_are_blue_and_the_line_is_orange_with_white_edged_markers(kind, published, measured):
-    fig = (
-        figures.published_figure(published)
-        if kind == "published"
-        else figures.measured_figure(measured, EXPECTED)
-    )
+    fig = figures.published_figure(published) if kind == "published" else figures.measured_figure(measured, EXPECTED)
     for left, right in panels(fig):
         assert {to_hex(bar.get_facecolor()) for bar in bars(left)} == {"#0072b2"}
         (line,) = right.lines
@@ -209,9 +201,7 @@ def test_a_missing_published_file_is_named_with_the_next_step(tmp_path):
 
 
 def test_measured_bars_line_and_intervals_are_the_records(measured):
-    for dataset, (left, right) in zip(
-        DATASETS, panels(figures.measured_figure(measured, EXPECTED)), strict=True
-    ):
+    for dataset, (left, right) in zip(DATASETS, panels(figures.measured_figure(measured, EXPECTED)), strict=True):
         rows = measured[(measured["dataset"] == dataset) & measured["kv_budget"].notna()]
         assert [bar.get_height() for bar in bars(left)] == rows["pass_at_1"].tolist()
         assert [bar.get_y() for bar in bars(left)] == [0] * 6
@@ -225,10 +215,7 @@ def test_measured_bars_line_and_intervals_are_the_records(measured):
         assert list(line.get_xdata()) == BUDGETS and list(line.get_ydata()) == rows["throughput"].tolist()
         (band,) = right.collections
         edge = band.get_paths()[0].vertices
-        assert (
-            edge[:, 1].min() == rows["throughput_low"].min()
-            and edge[:, 1].max() == rows["throughput_high"].max()
-        )
+        assert edge[:, 1].min() == rows["throughput_low"].min() and edge[:, 1].max() == rows["throughput_high"].max()
 
 
 def test_measured_shows_the_full_cache_level_and_names_it(measured):
@@ -257,10 +244,7 @@ def test_measured_axes_start_at_zero_hold_every_value_and_are_shared(measured):
 
 
 def test_measured_axis_names_the_throughput_definition(measured):
-    assert (
-        panels(figures.measured_figure(measured, EXPECTED))[-1][1].get_ylabel().replace("\n", " ")
-        == DEFINITION
-    )
+    assert panels(figures.measured_figure(measured, EXPECTED))[-1][1].get_ylabel().replace("\n", " ") == DEFINITION
 
 
 def test_several_samples_per_problem_are_said_to_be_bootstrapped(measured):
@@ -296,8 +280,7 @@ def test_missing_cells_are_marked_when_allowed(measured):
     assert np.isnan(first_right.lines[0].get_ydata()[3])
     assert "full cache missing" in [t.get_text() for t in second.texts]
     marks = [
-        len([p for p in ax.patches if p.get_gid() == "missing" and p.get_hatch()])
-        for ax in (first, second, third)
+        len([p for p in ax.patches if p.get_gid() == "missing" and p.get_hatch()]) for ax in (first, second, third)
     ]
     assert marks == [1, 1, 0]
     assert "INCOMPLETE" not in all_text(figures.measured_figure(measured, EXPECTED, allow_incomplete=True))
@@ -413,7 +396,5 @@ def test_a_save_that_fails_keeps_the_old_files_and_says_where(published, tmp_pat
 
 def test_figures_needs_neither_torch_nor_pyplot():
     code = "import sys, kvlib.figures; print([m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.stdout.strip() == "[]", run.stderr

@@ -60,7 +60,9 @@ def test_sound_dynts_never_evicts_the_prompt_and_the_published_one_does(qwen2):
     assert not all(set(range(14)) <= set(kept) for _, kept in published.kept)
 
 
-@pytest.mark.parametrize(("kv_budget", "kept"), [(2500, 2200), (3000, 2400), (3500, 2600), (4000, 2800), (4500, 3000), (5000, 3200)])
+@pytest.mark.parametrize(
+    ("kv_budget", "kept"), [(2500, 2200), (3000, 2400), (3500, 2600), (4000, 2800), (4500, 3000), (5000, 3200)]
+)
 def test_published_dynts_keeps_the_published_numbers(kv_budget, kept):
     assert make_policy("dynts-published").keep(kv_budget, 150) == kept
 
@@ -69,7 +71,9 @@ def test_dynts_keeps_every_token_of_the_answer(qwen2):
     """From the answer token on, tokens outrank all thinking tokens."""
     requests = as_requests(prompts(1))
     free = decode(qwen2, small_policy("full"), None, requests, 1, max_new_tokens=40)["0"]
-    policy = dataclasses.replace(small_policy("dynts", n_recent=2, ratio=0.9), predictor=lambda hidden: hidden[..., 0] * 0)
+    policy = dataclasses.replace(
+        small_policy("dynts", n_recent=2, ratio=0.9), predictor=lambda hidden: hidden[..., 0] * 0
+    )
     done = decode(qwen2, policy, 28, requests, 1, trace=True, answer_id=free.tokens[3])["0"]
     assert done.tokens[3] == free.tokens[3]
     answer_from = len(requests[0].prompt) + 3
@@ -93,7 +97,14 @@ def test_unknown_names_and_settings_are_refused_with_the_nearest_one():
         make_policy("dynst")
     with pytest.raises(ConfigError, match="no setting 'n_sinks'; did you mean 'n_sink'"):
         make_policy("window", n_sinks=4)
-    for wrong in ({"buffer": 0}, {"buffer": "1"}, {"buffer": True}, {"n_recent": -1}, {"share": "row"}, {"n_sink": 1.5}):
+    for wrong in (
+        {"buffer": 0},
+        {"buffer": "1"},
+        {"buffer": True},
+        {"n_recent": -1},
+        {"share": "row"},
+        {"n_sink": 1.5},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             make_policy("window", **wrong)
 

@@ -15,7 +15,9 @@ from kvlib import noise
 from kvlib.sampling import Sampling
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(0.6, 1.0, 0), (0.6, 0.95, 20), (1.3, 0.5, 0), (1.0, 1.0, 3)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.6, 1.0, 0), (0.6, 0.95, 20), (1.3, 0.5, 0), (1.0, 1.0, 3)]
+)
 def test_draws_follow_transformers_warpers(temperature, top_p, top_k):
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])

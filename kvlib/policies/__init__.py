@@ -28,7 +28,18 @@ PRESETS = {
 }
 
 __all__ = [
-    "PRESETS", "DynTS", "Full", "H2O", "Policy", "RKV", "Random", "SnapKV", "StreamingLLM", "View", "Window", "make_policy",
+    "H2O",
+    "PRESETS",
+    "RKV",
+    "DynTS",
+    "Full",
+    "Policy",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+    "View",
+    "Window",
+    "make_policy",
 ]
 
 
@@ -39,7 +50,9 @@ def make_policy(name: str, **options) -> Policy:
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
-        raise ConfigError(f"unknown policy {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(PRESETS)})")
+        raise ConfigError(
+            f"unknown policy {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(PRESETS)})"
+        )
     preset = PRESETS[name]
     fields = {f.name: f for f in dataclasses.fields(getattr(preset, "func", preset))}
     for option, value in options.items():
@@ -49,6 +62,10 @@ def make_policy(name: str, **options) -> Policy:
             raise ConfigError(f"policy {name!r} has no setting {option!r}{hint} (known: {', '.join(fields)})")
         default = fields[option].default
         wanted = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)):
-            raise ConfigError(f"setting {option!r} of policy {name!r} is {value!r}; it must be of type {type(default).__name__}")
+        if default is not None and (
+            not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ConfigError(
+                f"setting {option!r} of policy {name!r} is {value!r}; it must be of type {type(default).__name__}"
+            )
     return preset(**options)

@@ -66,18 +66,23 @@ class Policy:
             )
         keep, protected = self.keep(kv_budget, n_prompt), self.protected(kv_budget, n_prompt)
         if keep < 1:
-            raise ConfigError(f"kv_budget {kv_budget} leaves {keep} slots after a round; raise it or lower buffer={self.buffer}")
-        if protected > keep:
-            least = next((b for b in range(kv_budget, 64 * kv_budget) if self.protected(b, n_prompt) <= self.keep(b, n_prompt)), None)
             raise ConfigError(
-                f"kv_budget {kv_budget} keeps {keep} slots after a round and cannot hold the {protected} that are protected "
+                f"kv_budget {kv_budget} leaves {keep} slots after a round; raise it or lower buffer={self.buffer}"
+            )
+        if protected > keep:
+            least = next(
+                (b for b in range(kv_budget, 64 * kv_budget) if self.protected(b, n_prompt) <= self.keep(b, n_prompt)),
+                None,
+            )
+            raise ConfigError(
+                f"kv_budget {kv_budget} keeps {keep} slots after a round and cannot hold the {protected} protected "
                 f"({n_prompt}-token prompt of {problem}: protect_prompt={self.protect_prompt}, n_sink={self.n_sink}, "
                 f"n_recent={self.recent(kv_budget)}); "
                 + (f"use {least} or more, or protect less" if least else "protect less")
             )
 
     def creation_score(self, hidden: Tensor, answering: Tensor) -> dict[str, Tensor]:
-        """State of new tokens, by name: hidden `[B, d]`, after the final norm; answering `[B]` bool -> float32 `[B]` each."""
+        """State of new tokens, by name: hidden `[B, d]` (final norm applied), answering `[B]` bool -> float32 `[B]`."""
         return {}
 
     def score(self, view: "View", state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,174 @@
+"""run(config) -> record: the only place that wires model, dataset, policy, decoding, grading and records together."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kvlib import noise
+from kvlib.config import RunConfig
+from kvlib.datasets import Problem, check_dataset, content_sha256, load_problems
+from kvlib.errors import ConfigError
+from kvlib.generate import Completion, Decoder, Request, generate
+from kvlib.grade import grade, pass_at_1
+from kvlib.meter import Meter
+from kvlib.models import Reasoner, check_model, file_sha256, load_reasoner, weights_sha256
+from kvlib.policies import DynTS, Policy, make_policy
+from kvlib.predictor import load_predictor, predictor_path
+from kvlib.record import SampleLog, fingerprint, provenance, publish
+from kvlib.sampling import Sampling
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError for an unknown model, dataset, policy or setting, before any model is loaded."""
+    check_model(config.model)
+    check_dataset(config.dataset)
+    policy = make_policy(config.policy, **config.policy_options)
+    if isinstance(policy, DynTS):
+        predictor_path(config.model)
+    if config.kv_budget is not None:
+        policy.check(config.kv_budget, 0, config.dataset)
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
+
+
+def build_policy(config: RunConfig, reasoner: Reasoner) -> Policy:
+    """The configured policy, with the model's predictor where it needs one."""
+    policy = make_policy(config.policy, **config.policy_options)
+    if isinstance(policy, DynTS):
+        head, _ = load_predictor(predictor_path(config.model), reasoner.sha256)
+        policy = dataclasses.replace(policy, predictor=head.to(reasoner.model.device))
+    return policy
+
+
+def run_fingerprint(config: RunConfig, notebook_sha256: str) -> str:
+    """Hash of all that decides a cell's samples: config, notebook, dataset, weights and predictor files."""
+    policy = make_policy(config.policy, **config.policy_options)
+    return fingerprint(
+        {
+            "config": config.parameters(),
+            "notebook": notebook_sha256,
+            "dataset": content_sha256(load_problems(config.dataset, config.n_problems)),
+            "model": weights_sha256(config.model),
+            "predictor": file_sha256(predictor_path(config.model)) if isinstance(policy, DynTS) else None,
+        }
+    )
+
+
+def requests_of(config: RunConfig, problems: list[Problem], reasoner: Reasoner) -> list[Request]:
+    """One request per problem and sample, in order; its noise depends on seed, problem and sample only."""
+    return [
+        Request(f"{problem.id}/{sample}", reasoner.encode(problem.question), noise.key(config.seed, problem.id, sample))
+        for problem in problems
+        for sample in range(config.n_samples)
+    ]
+
+
+def build_decoder(config: RunConfig, reasoner: Reasoner, requests: list[Request], **options) -> Decoder:
+    """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
+    policy = build_policy(config, reasoner)
+    if config.kv_budget is not None:
+        for request in sorted(requests, key=lambda request: -len(request.prompt)):
+            policy.check(config.kv_budget, len(request.prompt), request.id)
+    settings = {
+        "n_rows": config.batch_size,
+        "n_prompt_max": max(len(request.prompt) for request in requests),
+        "max_new_tokens": config.max_new_tokens,
+        "sampling": Sampling(config.temperature, config.top_p, config.top_k),
+        "eos_ids": reasoner.eos_ids,
+        "answer_id": reasoner.answer_id,
+    }
+    return Decoder(reasoner.model, policy, config.kv_budget, **{**settings, **options})
+
+
+def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -> dict:
+    """One line of samples.jsonl: output, verdict and what the cache held."""
+    output = reasoner.decode(completion.tokens)
+    answer, correct = grade(problem, output)
+    return {
+        "id": completion.request.id,
+        "problem": problem.id,
+        "sample": int(completion.request.id.rsplit("/", 1)[1]),
+        "output": output,
+        "answer": answer,
+        "correct": correct,
+        "n_prompt": len(completion.request.prompt),
+        "n_tokens": len(completion.tokens),
+        "stop": completion.stop,
+        "mean_live": sum(completion.held) / len(completion.held),
+        "peak_slots": max(completion.held),
+        "rounds": completion.rounds,
+    }
+
+
+def results_of(samples: list[dict]) -> dict:
+    """Counts of a finished cell, and Pass@1 with its 95 % interval (in [0, 1])."""
+    rate, low, high = pass_at_1((s["problem"], s["correct"]) for s in samples)
+    n_tokens = sum(s["n_tokens"] for s in samples)
+    return {
+        "n_problems": len({s["problem"] for s in samples}),
+        "n_samples": len(samples),
+        "n_correct": sum(s["correct"] for s in samples),
+        "n_unanswered": sum(s["answer"] is None for s in samples),
+        "n_truncated": sum(s["stop"] == "length" for s in samples),
+        "n_tokens": n_tokens,
+        "n_rounds": sum(s["rounds"] for s in samples),
+        "mean_live_slots": sum(s["mean_live"] * s["n_tokens"] for s in samples) / n_tokens,
+        "peak_slots": max(s["peak_slots"] for s in samples),
+        "pass_at_1": rate,
+        "pass_low": low,
+        "pass_high": high,
+    }
+
+
+def run(
+    config: RunConfig, folder: Path | str, notebook_sha256: str = "", progress: Callable[[int, int], None] | None = None
+) -> dict:
+    """Decode and grade one cell into `folder`, sample by sample, and publish its record last.
+
+    Finished samples in the folder are kept and not decoded again; a change of anything that decides the samples
+    moves them aside. progress is called with (samples done, samples in all). Returns the record.
+    Raises ConfigError before the first token if the config cannot run.
+    """
+    check(config)
+    torch.set_num_threads(config.threads)
+    reasoner = load_reasoner(config.model, config.dtype, config.device)
+    problems = load_problems(config.dataset, config.n_problems)
+    by_id = {problem.id: problem for problem in problems}
+    requests = requests_of(config, problems, reasoner)
+    meter = Meter(config.device)
+    decoder = build_decoder(config, reasoner, requests, meter=meter)
+    mark = run_fingerprint(config, notebook_sha256)
+    header = {"fingerprint": mark, "config": config.parameters(), "provenance": provenance()}
+    started = time.monotonic()
+    with SampleLog(folder, header) as log:
+        n_before = len(log.done)
+        queues = [
+            [request for request in requests[row :: config.batch_size] if request.id not in log.done]
+            for row in range(config.batch_size)
+        ]
+        for completion in generate(decoder, queues):
+            problem = by_id[completion.request.id.rsplit("/", 1)[0]]
+            log.append(sample_entry(completion, problem, reasoner))
+            if progress:
+                progress(len(log.done), len(requests))
+        samples = [log.done[request.id] for request in requests]
+        return publish(
+            folder,
+            {
+                "kind": "cell",
+                "fingerprint": mark,
+                "config": config.parameters(),
+                "provenance": {"finished": provenance(), "started": log.header["provenance"]},
+                "results": results_of(samples),
+                "cost": {
+                    "kv_bytes": decoder.cache.nbytes(),
+                    "slots_per_row": decoder.cache.shape.n_slots,
+                    "seconds": time.monotonic() - started,
+                    "phase_seconds": meter.seconds(),
+                    "resumed_samples": n_before,
+                },
+            },
+        )

@@ -1,0 +1,167 @@
+"""A run measures the model, resumes to the same samples, and refuses what cannot run, in a sentence and early."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvlib.config import RunConfig
+from kvlib.errors import ConfigError
+from kvlib.models import TINY, load_reasoner
+from kvlib.predictor import FILE, load_predictor
+from kvlib.record import SampleLog, read_record
+from kvlib.run import check, run
+
+SMALL = {"dataset": "chain-a", "n_problems": 12, "batch_size": 6, "max_new_tokens": 400}
+DYNTS = {"policy": "dynts", "kv_budget": 128, "policy_options": {"n_recent": 16, "ratio": 0.8}}
+
+
+def samples_of(folder) -> dict[str, dict]:
+    lines = (folder / "samples.jsonl").read_text().splitlines()[1:]
+    return {sample["id"]: sample for sample in map(json.loads, lines)}
+
+
+def copy_of_tiny(folder) -> str:
+    for file in TINY.iterdir():
+        shutil.copy(file, folder / file.name)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run(RunConfig(**SMALL, **DYNTS), folder)
+
+
+def test_a_record_counts_what_its_samples_say(undisturbed):
+    folder, record = undisturbed
+    samples, results = samples_of(folder).values(), record["results"]
+    assert read_record(folder) == record
+    assert results["n_samples"] == len(samples) == 12
+    assert results["n_correct"] == sum(s["correct"] for s in samples)
+    assert results["n_tokens"] == sum(s["n_tokens"] for s in samples)
+    assert results["peak_slots"] == max(s["peak_slots"] for s in samples) <= 128
+    assert results["n_rounds"] > 0
+    assert record["cost"]["kv_bytes"] == 4 * (2 * 4 * 6 * 2 * 129 * 32) + 4 * 2 * 6 * 129
+
+
+def test_an_interrupted_run_ends_with_the_same_samples(undisturbed, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def stop_at(done, _):
+        if done == 4:
+            raise Interrupted
+
+    config = RunConfig(**SMALL, **DYNTS)
+    with pytest.raises(Interrupted):
+        run(config, tmp_path, progress=stop_at)
+    assert not (tmp_path / "record.json").exists()
+    record = run(config, tmp_path)
+    assert record["cost"]["resumed_samples"] == 4
+    assert samples_of(tmp_path) == samples_of(undisturbed[0])
+    assert record["results"] == undisturbed[1]["results"]
+
+
+def test_another_seed_is_another_run(undisturbed, tmp_path):
+    run(RunConfig(**SMALL, **DYNTS, seed=1), tmp_path)
+    assert samples_of(tmp_path) != samples_of(undisturbed[0])
+
+
+def test_a_changed_config_moves_the_old_samples_aside(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "cell")
+    before = (tmp_path / "cell" / "samples.jsonl").read_bytes()
+    run(RunConfig(**{**SMALL, "n_problems": 6}, **DYNTS), tmp_path / "cell")
+    assert any(path.read_bytes() == before for path in (tmp_path / "cell").glob("samples*.jsonl"))
+    assert len(samples_of(tmp_path / "cell")) == 6
+
+
+def test_weights_of_zero_fall_to_the_guessing_floor(tmp_path):
+    """The pipeline measures the model and nothing else."""
+    model = tmp_path / "zero"
+    model.mkdir()
+    copy_of_tiny(model)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(TINY / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = RunConfig(
+        model=str(model), policy="full", dataset="chain-a", n_problems=40, batch_size=40, max_new_tokens=60
+    )
+    assert run(config, tmp_path / "cell")["results"]["n_correct"] <= 4
+
+
+def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
+    config = RunConfig(dataset="chain-a", n_problems=3, n_samples=3, batch_size=9, policy="full", max_new_tokens=400)
+    record = run(config, tmp_path)
+    assert (record["results"]["n_problems"], record["results"]["n_samples"]) == (3, 9)
+    samples = samples_of(tmp_path)
+    assert len({samples[f"chain-a/0/{i}"]["output"] for i in range(3)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"dataset": "chain-z"}, "unknown dataset 'chain-z'"),
+        ({"model": "tinyy"}, "unknown model 'tinyy'"),
+        ({"model": "./no/such/folder"}, "unknown model"),
+        ({"policy": "dynst"}, "unknown policy 'dynst'; did you mean 'dynts'"),
+        ({"policy_options": {"rato": 0.4}}, "did you mean 'ratio'"),
+        ({"n_problems": 500}, "use 1 to 200"),
+        ({"kv_budget": 24}, "kv_budget 24"),
+        ({"kv_budget": 40}, r"kv_budget 40 .* prompt of chain-a/\d+/0"),
+        ({"device": "cuda"}, "sees no CUDA GPU"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_a_sentence(change, sentence, tmp_path):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    with pytest.raises(ConfigError, match=sentence):
+        run(RunConfig(**{**SMALL, **DYNTS, **change}), tmp_path / "cell")
+    assert not (tmp_path / "cell" / "record.json").exists()
+
+
+def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
+    copy_of_tiny(tmp_path)
+    monkeypatch.setattr("kvlib.models.TINY", tmp_path)
+    monkeypatch.setattr("kvlib.predictor.TINY", tmp_path)
+    check(RunConfig(**SMALL, **DYNTS))
+    for name in ("model.safetensors", FILE):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ConfigError, match=f"{name} is damaged .* git checkout"):
+            check(RunConfig(**SMALL, **DYNTS))
+        (tmp_path / name).unlink()
+        with pytest.raises(ConfigError, match=f"{name} is missing"):
+            check(RunConfig(**SMALL, **DYNTS))
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_a_predictor_of_other_weights_is_refused():
+    with pytest.raises(ConfigError, match="trained for other weights"):
+        load_predictor(TINY / FILE, "0" * 64)
+
+
+def test_the_tiny_reasoner_loads_with_plain_auto_classes_and_no_remote_code():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
+    assert sum(file.stat().st_size for file in TINY.glob("*.safetensors")) < 4e6
+    ids = tokenizer("a b +3 ; a 2 ; b ? <think>", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :])
+    assert text.endswith("ans 5 <eos>")
+
+
+def test_the_shipped_reasoner_is_the_one_its_predictor_was_trained_for():
+    _, held_out = load_predictor(TINY / FILE, load_reasoner("tiny").sha256)
+    assert held_out.n_traces >= 50
+    assert held_out.spearman > 0.4
+    assert held_out.top20_recall > 0.5
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_a_sentence(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(Exception, match="choose another"):
+        SampleLog(tmp_path / "cell", {"fingerprint": "x"})
