@@ -181,7 +181,7 @@ class Decoder:
         eos = set(self.eos.tolist())
         n = next((i + 1 for i, token in enumerate(tokens) if token in eos), None)
         stop, n = ("length", len(tokens)) if n is None else ("eos", n)
-        seen = self.n_prompt[row] + n
+        seen = int(self.n_prompt[row]) + n
         return Completion(
             request=self.current[row],
             tokens=tuple(tokens[:n]),

@@ -176,7 +176,7 @@ def test_a_prompt_that_does_not_fit_is_refused_by_name(qwen2):
     ):
         decode(qwen2, small_policy("window"), BUDGET, [request], n_rows=1)
     with pytest.raises(
-        ConfigError, match=r"kv_budget 28 keeps .* cannot hold .* 20-token prompt of p: .* use \d+ or more"
+        ConfigError, match=r"kv_budget 28 keeps .* cannot hold .*20-token prompt of p: .* use \d+ or more"
     ):
         decode(
             qwen2,

@@ -42,8 +42,9 @@ library_name: transformers
 # Tiny-0.8M, kvlib's embedded reasoner
 
 A model of 0.8 M parameters (Qwen2 layers stored as a Llama model: 4 layers, hidden 128, 4 query and 2 KV heads) that
-solves chain problems modulo 10 (`kvlib/tiny/tasks.py`) with worked solutions of 100 to 500 tokens. It exists to show what a KV budget does to a
-reasoning trace on a laptop; it knows nothing else, and what it shows says nothing about larger models.
+solves chain problems modulo 10 (`kvlib/tiny/tasks.py`) with worked solutions of 100 to 500 tokens. It exists to show
+what a KV budget does to a reasoning trace on a laptop; it knows nothing else, and what it shows says nothing about
+larger models.
 
 Made from scratch by `{made_by}` on two CPU cores. Trained on generated chains only, from seeds that no dataset of
 kvlib uses. No data from outside.
