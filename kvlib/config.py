@@ -17,7 +17,7 @@ import yaml
 
 from kvlib.errors import ConfigError
 
-DTYPES = ["float32", "float64", "bfloat16", "float16"]
+DTYPES = ["float32", "float64", "bfloat16"]
 
 # name: types, the condition in words, the condition
 RULES = {
@@ -35,7 +35,7 @@ RULES = {
     "max_new_tokens": ((int,), "a positive integer (tokens)", lambda x: x > 0),
     "batch_size": ((int,), "a positive integer (rows)", lambda x: x > 0),
     "dtype": ((str,), f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
-    "device": ((str,), "cpu, cuda, cuda:N or mps", lambda x: re.fullmatch(r"cpu|mps|cuda(:\d+)?", x)),
+    "device": ((str,), "cpu, cuda or cuda:N", lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x)),
     "threads": ((int,), "a positive integer", lambda x: x > 0),
 }
 TIMING_KEYS = ["batch_size", "n_steps", "repeats"]

@@ -16,7 +16,7 @@ from kvlib.sampling import Sampling
 from kvlib.select import evict
 
 FINISH_LAG = 8
-"""Steps between two looks at the end-of-sequence flags, the only time the host waits for the device."""
+"""Steps between two looks at the end-of-sequence flags; apart from rounds, the host waits for the device only then."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Decoder:
             return torch.zeros(n_rows, dtype=dtype, device=self.device)
 
         self.token, self.position, self.request = zeros(torch.int64), zeros(torch.int64), zeros(torch.int64)
-        self.active, self.done, self.answering = zeros(torch.bool), zeros(torch.bool), zeros(torch.bool)
+        self.done, self.answering = zeros(torch.bool), zeros(torch.bool)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.output = torch.zeros(n_rows, max_new_tokens + 1, dtype=torch.int64, device=self.device)
         self.current: list[Request | None] = [None] * n_rows
@@ -125,7 +125,7 @@ class Decoder:
             self._write_creation_scores(
                 hidden, torch.zeros(P, dtype=torch.bool, device=self.device), (row, slice(0, P))
             )
-            self.request[row], self.active[row], self.done[row] = request.noise, True, False
+            self.request[row], self.done[row] = request.noise, False
             self.position[row] = P
             logits = self._logits(hidden[-1:])
             self.token[row] = self.sampling(
@@ -173,7 +173,7 @@ class Decoder:
         ended = [row for row in np.flatnonzero(done) if self.current[row] is not None]
         completions = [(row, self._completion(row)) for row in ended]
         for row in ended:
-            self.current[row], self.active[row] = None, False
+            self.current[row] = None
         return completions
 
     def _completion(self, row: int) -> Completion:

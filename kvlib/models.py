@@ -15,6 +15,8 @@ from kvlib.files import write_atomically
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 MANIFEST = "manifest.json"
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -81,6 +83,11 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     Raises ConfigError in a sentence for what is unknown, missing or damaged.
     """
     check_model(name)
+    config = model_config(TINY if name == "tiny" else name)
+    if config.model_type not in FAMILIES:
+        raise ConfigError(f"model {name!r} is of type {config.model_type}; tested are {', '.join(FAMILIES)}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ConfigError(f"model {name!r} has sliding-window layers, which the slot cache does not hold; use another")
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     path = TINY if name == "tiny" else name
@@ -104,14 +111,21 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     )
 
 
+def model_config(name: str | Path):
+    """transformers' config of a folder or hub id. Raises ConfigError."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {str(name)!r} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
 def weights_sha256(name: str) -> str:
-    """What identifies a model's weights: a hash of its config and safetensors files, or the commit of a hub id."""
+    """What identifies a model: a hash of its config, tokenizer and weight files, or the commit of a hub id."""
     folder = TINY if name == "tiny" else Path(name)
     if not folder.is_dir():
-        return AutoConfig.from_pretrained(name)._commit_hash
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        return model_config(name)._commit_hash
     digest = hashlib.sha256()
-    for file in files:
-        if file.name.startswith("model") or file.name == "config.json":
+    for file in sorted(folder.iterdir()):
+        if file.name in MODEL_FILES or file.match("model*.safetensors"):
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()

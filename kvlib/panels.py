@@ -6,7 +6,8 @@ import pandas as pd
 
 from kvlib.config import Grid
 from kvlib.datasets import dataset_title
-from kvlib.record import read_record
+from kvlib.errors import ConfigError
+from kvlib.record import RecordError, read_record
 
 POLICY_TITLES = {
     "window": "Window",
@@ -34,8 +35,11 @@ def measured_cells(grid: Grid, records: Path, seed: int) -> pd.DataFrame:
     """One row per finished cell of the grid, with its throughput, in the columns that figures.measured_figure asks for.
 
     Cells without a record, or of a dataset without a timing record, are left out: measured_figure refuses or marks
-    them. Raises RecordError for a damaged record, or one that belongs to other settings than the grid's.
+    them. Raises RecordError for a damaged record, or one made with other settings than the grid's; ConfigError for a
+    grid without timing.
     """
+    if grid.timing is None:
+        raise ConfigError("the grid asks for no timing, and the charts draw throughput; add a timing: line to it")
     rows = []
     for cell in grid.cells(seed):
         folder = records / cell.cell_path
@@ -43,12 +47,14 @@ def measured_cells(grid: Grid, records: Path, seed: int) -> pd.DataFrame:
         if not (folder / "record.json").exists() or not (timing_folder / "record.json").exists():
             continue
         record, timing = read_record(folder), read_record(timing_folder)
-        results = record["results"]
-        throughput = next(
-            row
-            for row in timing["results"]["throughput"]
-            if row["kv_budget"] == cell.kv_budget and row["definition"] == "steps"
-        )
+        measured = {(row["kv_budget"], row["definition"]): row for row in timing["results"]["throughput"]}
+        if record["config"] != cell.parameters() or (cell.kv_budget, "steps") not in measured:
+            raise RecordError(f"{folder} was made with other settings than {grid.path} asks for; run the grid again")
+        if any(timing["timing"][name] != value for name, value in grid.timing.items()):
+            raise RecordError(
+                f"{timing_folder} was timed with other settings than {grid.path} asks for; run the grid again"
+            )
+        results, throughput = record["results"], measured[cell.kv_budget, "steps"]
         rows.append(
             {
                 "model": model_title(cell.model),
@@ -65,7 +71,7 @@ def measured_cells(grid: Grid, records: Path, seed: int) -> pd.DataFrame:
                 "throughput_high": throughput["high"],
                 "throughput_definition": f"Throughput (tokens/s, {timing['timing']['definition']})",
                 "batch_size": timing["timing"]["batch_size"],
-                "device": timing["provenance"]["finished"]["cpu"],
+                "device": timing["timing"]["device"],
                 "mean_tokens": results["n_tokens"] / results["n_samples"],
                 "truncated_share": results["n_truncated"] / results["n_samples"],
                 "mean_live_slots": results["mean_live_slots"],

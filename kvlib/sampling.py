@@ -1,4 +1,4 @@
-"""Sampling on the device from temperature, top-p and top-k, with counter-based noise and no sort of the vocabulary."""
+"""Sampling on the device from temperature, top-p and top-k, with counter-based noise."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from kvlib import noise
-
-SUPPORT = 1024
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Sampling:
         V = logits.shape[-1]
         ids = torch.arange(V, device=logits.device).expand_as(logits)
         if self.top_k or self.top_p < 1:
-            logits, ids = logits.topk(min(self.top_k or SUPPORT, V), -1)
+            logits, ids = logits.topk(min(self.top_k or V, V), -1)
         if self.top_p < 1:
             probabilities = logits.softmax(-1)
             above = probabilities.cumsum(-1) - probabilities

@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 
 from kvlib.config import Grid, RunConfig, load_grid
 from kvlib.datasets import load_problems
+from kvlib.errors import ConfigError
 from kvlib.meter import Meter
 from kvlib.models import Reasoner, load_reasoner
-from kvlib.record import fingerprint, provenance, publish
+from kvlib.record import cpu_model, fingerprint, provenance, publish
 from kvlib.run import build_decoder, check, requests_of
 
 DEFINITION = "all-inclusive steps"
@@ -28,7 +30,7 @@ def measure(config: RunConfig, reasoner: Reasoner, batch_size: int, n_steps: int
     """Decode batch_size rows for exactly n_steps, finished or not, and return tokens per second by three definitions.
 
     steps: rows * n_steps / wall time of all steps (the headline). forward: the same over forward time only (the
-    paper's). goodput: tokens up to the end of each output / wall time with prefill. peak_slots is the fullest row.
+    paper's). goodput: tokens up to the end of each output / wall time with prefill.
     """
     problems = load_problems(config.dataset, config.n_problems)
     requests = requests_of(config, problems, reasoner)
@@ -46,14 +48,19 @@ def measure(config: RunConfig, reasoner: Reasoner, batch_size: int, n_steps: int
         decoder.step()
     synchronise(config.device)
     ended = time.perf_counter()
+    if not decoder.finite:
+        raise FloatingPointError(f"the model's logits are not finite in {config.cell_path}; use another dtype")
     ends = torch.isin(decoder.output, torch.tensor(reasoner.eos_ids, device=decoder.output.device)).int()
     useful = torch.where(ends.any(1), ends.argmax(1) + 1, n_steps).sum().item()
     return {
         "steps": batch_size * n_steps / (ended - prefilled),
         "forward": batch_size * n_steps / meter.seconds()["forward"],
         "goodput": useful / (ended - started),
-        "peak_slots": float(decoder.history.max()),
     }
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()
 
 
 def synchronise(device: str) -> None:
@@ -64,16 +71,20 @@ def synchronise(device: str) -> None:
 def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     """Measure every budget of the grid `repeats` times, budgets interleaved and each repeat in the other direction.
 
-    One unmeasured repeat warms up. Publishes and returns a record with, per budget, the repeats of each definition
-    and their median, lowest and highest.
+    Uses all cores (cells are decoded side by side, so they use config.threads). A full cache has room for n_steps
+    tokens. Every cell first runs 32 unmeasured steps. Publishes and returns a record with, per budget, the repeats of
+    each definition and their median, lowest and highest. Raises ConfigError if the grid asks for no such timing.
     """
-    batch_size, n_steps, repeats = (grid.timing[name] for name in ("batch_size", "n_steps", "repeats"))
     cells = [cell for cell in grid.cells(seed) if cell.dataset == dataset]
+    if grid.timing is None or not cells:
+        raise ConfigError(f"{grid.path} has no timing: line or no dataset {dataset!r}; add it")
+    batch_size, n_steps, repeats = (grid.timing[name] for name in ("batch_size", "n_steps", "repeats"))
     for cell in cells:
         check(cell)
     reasoner = load_reasoner(cells[0].model, cells[0].dtype, cells[0].device)
-    measured: dict[RunConfig | str, list[dict[str, float]]] = {cell.cell_path: [] for cell in cells}
-    measure(cells[-1], reasoner, batch_size, min(n_steps, 32))
+    for cell in cells:
+        measure(cell, reasoner, batch_size, min(n_steps, 32))
+    measured: dict[str, list[dict[str, float]]] = {cell.cell_path: [] for cell in cells}
     for repeat in range(repeats):
         for cell in cells if repeat % 2 == 0 else cells[::-1]:
             measured[cell.cell_path].append(measure(cell, reasoner, batch_size, n_steps))
@@ -99,7 +110,12 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             "fingerprint": timing_fingerprint(grid, dataset, seed),
             "config": {**cells[0].parameters(), "kv_budget": None, "policy": grid.shared.get("policy", "dynts")},
             "provenance": {"finished": provenance()},
-            "timing": {**grid.timing, "threads": torch.get_num_threads(), "definition": DEFINITION},
+            "timing": {
+                **grid.timing,
+                "threads": torch.get_num_threads(),
+                "device": device_name(cells[0].device),
+                "definition": DEFINITION,
+            },
             "results": {"throughput": rows},
         },
     )
@@ -112,7 +128,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
-    time_dataset(load_grid(arguments.grid), arguments.dataset, arguments.seed, arguments.folder)
+    try:
+        time_dataset(load_grid(arguments.grid), arguments.dataset, arguments.seed, arguments.folder)
+    except ConfigError as error:
+        sys.exit(f"kvlib.timing: {error}")
 
 
 if __name__ == "__main__":

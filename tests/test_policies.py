@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlib.errors import ConfigError
-from kvlib.policies import PRESETS, DynTS, Window, make_policy
+from kvlib.policies import PRESETS, DynTS, View, Window, make_policy
 from kvlib.policies.rkv import redundancy
 
 
@@ -71,9 +71,7 @@ def test_dynts_keeps_every_token_of_the_answer(qwen2):
     """From the answer token on, tokens outrank all thinking tokens."""
     requests = as_requests(prompts(1))
     free = decode(qwen2, small_policy("full"), None, requests, 1, max_new_tokens=40)["0"]
-    policy = dataclasses.replace(
-        small_policy("dynts", n_recent=2, ratio=0.9), predictor=lambda hidden: hidden[..., 0] * 0
-    )
+    policy = dataclasses.replace(small_policy("dynts", n_recent=2, ratio=0.9), predictor=lambda hidden: hidden[..., 0])
     done = decode(qwen2, policy, 28, requests, 1, trace=True, answer_id=free.tokens[3])["0"]
     assert done.tokens[3] == free.tokens[3]
     answer_from = len(requests[0].prompt) + 3
@@ -83,7 +81,7 @@ def test_dynts_keeps_every_token_of_the_answer(qwen2):
         assert answer <= set(kept) or not thinking_kept
 
 
-def test_random_draws_differ_by_round_head_and_seed_and_repeat_by_key(qwen2):
+def test_random_draws_repeat_by_key_and_differ_between_keys(qwen2):
     requests = as_requests(prompts(1))
     one = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
     again = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
@@ -109,10 +107,46 @@ def test_unknown_names_and_settings_are_refused_with_the_nearest_one():
             make_policy("window", **wrong)
 
 
-def test_every_setting_can_be_set_on_every_preset():
+def test_protection_and_trigger_can_be_set_on_every_preset():
     for name in PRESETS:
         policy = make_policy(name, n_sink=3, protect_prompt=True, n_recent=5, buffer=2)
-        assert (policy.n_sink, policy.protect_prompt, policy.n_recent, policy.buffer) == (3, True, 5, 2)
+        assert (policy.n_sink, policy.protect_prompt) == (3, True)
+        assert policy.recent(40) >= 5
+        assert policy.keep(40, 10) == 38
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "sentence"),
+    [
+        ("dynts", {"rank": "highst"}, "rank is 'highst'"),
+        ("dynts", {"ratio": 1.5}, "ratio is 1.5"),
+        ("dynts", {"buffer": 1.5}, "buffer is 1.5"),
+        ("snapkv", {"n_obs": 0}, "n_obs is 0"),
+        ("rkv", {"kernel": 4}, "kernel is 4"),
+        ("h2o", {"share": "model"}, "share is 'model'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name, wrong, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make_policy(name, **wrong)
+
+
+def test_a_budget_that_leaves_nothing_to_do_or_to_observe_is_refused():
+    with pytest.raises(ConfigError, match="kv_budget 40 leaves 41 slots"):
+        make_policy("dynts-published", n_recent=8, ratio=1.0).check(40, 5, "p")
+    with pytest.raises(ConfigError, match="8 queries observe, and only 5 slots stay"):
+        make_policy("rkv", n_recent=4, buffer=11).check(16, 5, "p")
+
+
+def test_noise_of_a_round_differs_by_layer_head_position_and_round():
+    def uniform(step: int) -> torch.Tensor:
+        positions = torch.arange(6, dtype=torch.int32).expand(2, 1, 3, 6)
+        one, empty = torch.tensor([5]), torch.zeros(0)
+        return View(9, positions, one, 1.0, one, one * step, empty, empty, empty, empty).uniform()
+
+    assert uniform(7).unique().numel() == 2 * 3 * 6
+    assert torch.equal(uniform(7), uniform(7))
+    assert not (uniform(7) == uniform(8)).any()
 
 
 def test_a_policy_holds_no_state():

@@ -1,5 +1,6 @@
 """A run measures the model, resumes to the same samples, and refuses what cannot run, in a sentence and early."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvlib.config import RunConfig
+from kvlib.config import RunConfig, load_grid
 from kvlib.errors import ConfigError
 from kvlib.models import TINY, load_reasoner
+from kvlib.panels import measured_cells
 from kvlib.predictor import FILE, load_predictor
-from kvlib.record import SampleLog, read_record
+from kvlib.record import RecordError, SampleLog, read_record
 from kvlib.run import check, run
+from kvlib.timing import time_dataset
 
 SMALL = {"dataset": "chain-a", "n_problems": 12, "batch_size": 6, "max_new_tokens": 400}
 DYNTS = {"policy": "dynts", "kv_budget": 128, "policy_options": {"n_recent": 16, "ratio": 0.8}}
@@ -110,7 +113,7 @@ def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
         ({"policy_options": {"rato": 0.4}}, "did you mean 'ratio'"),
         ({"n_problems": 500}, "use 1 to 200"),
         ({"kv_budget": 24}, "kv_budget 24"),
-        ({"kv_budget": 40}, r"kv_budget 40 .* prompt of chain-a/\d+/0"),
+        ({"kv_budget": 40}, r"-token prompt of chain-a/\d+/0 does not fit into kv_budget 40; use \d+ or more"),
         ({"device": "cuda"}, "sees no CUDA GPU"),
     ],
 )
@@ -130,7 +133,7 @@ def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
     for name in ("model.safetensors", FILE):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(ConfigError, match=f"{name} is damaged .* git checkout"):
+        with pytest.raises(ConfigError, match=f"{name} is damaged .*git checkout"):
             check(RunConfig(**SMALL, **DYNTS))
         (tmp_path / name).unlink()
         with pytest.raises(ConfigError, match=f"{name} is missing"):
@@ -148,9 +151,41 @@ def test_the_tiny_reasoner_loads_with_plain_auto_classes_and_no_remote_code():
 
     tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
     assert sum(file.stat().st_size for file in TINY.glob("*.safetensors")) < 4e6
-    ids = tokenizer("a b +3 ; a 2 ; b ? <think>", return_tensors="pt").input_ids
-    text = tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :])
-    assert text.endswith("ans 5 <eos>")
+    ids = tokenizer("a b +3 ; so a 2 ; b c +a ; c ? <think>", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :])
+    assert text.endswith("ans 7 <eos>")
+
+
+def test_a_timing_record_states_what_it_measured_and_fits_the_charts(tmp_path):
+    grid = expand_to_grid(tmp_path)
+    record = time_dataset(grid, "chain-a", 0, tmp_path / "timing")
+    rows = record["results"]["throughput"]
+    assert {(row["kv_budget"], row["definition"]) for row in rows} == {
+        (budget, name) for budget in (96, None) for name in ("steps", "forward", "goodput")
+    }
+    for row in rows:
+        assert len(row["repeats"]) == 2
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+    steps, forward = rows[0]["repeats"], rows[1]["repeats"]
+    assert all(all_in < forward_only for all_in, forward_only in zip(steps, forward, strict=True))
+    for config in grid.cells():
+        run(config, tmp_path / "records" / config.cell_path)
+    shutil.copytree(tmp_path / "timing", tmp_path / "records" / "chain-a" / "timing" / "s0")
+    assert len(measured_cells(grid, tmp_path / "records", 0)) == 2
+    other = dataclasses.replace(grid, shared={**grid.shared, "temperature": 0.9})
+    with pytest.raises(RecordError, match="other settings"):
+        measured_cells(other, tmp_path / "records", 0)
+    with pytest.raises(ConfigError, match="no dataset 'chain-b'"):
+        time_dataset(grid, "chain-b", 0, tmp_path / "nothing")
+
+
+def expand_to_grid(folder):
+    (folder / "grid.yml").write_text(
+        "study: small\ndatasets: [chain-a]\npolicy_options: {n_recent: 16, ratio: 0.8}\nkv_budgets: [96]\n"
+        "full_cache: true\nn_problems: 3\nbatch_size: 3\nmax_new_tokens: 60\n"
+        "timing: {batch_size: 4, n_steps: 80, repeats: 2}\n"
+    )
+    return load_grid(folder / "grid.yml")
 
 
 def test_the_shipped_reasoner_is_the_one_its_predictor_was_trained_for():

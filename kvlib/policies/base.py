@@ -26,18 +26,27 @@ class Policy:
     n_sink: int = 0
     protect_prompt: bool = False
     n_recent: int = 0
-    buffer: int = 1
+    buffer: int | None = 1
     share: Share = "head"
 
     evicts: ClassVar[bool] = True
     state_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
-        for name, least in (("n_sink", 0), ("n_recent", 0), ("buffer", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} of {type(self).__name__} is {getattr(self, name)}; use {least} or more")
-        if self.share not in ("head", "layer", "model"):
-            raise ConfigError(f"share of {type(self).__name__} is {self.share!r}; use 'head', 'layer' or 'model'")
+        self.require(self.n_sink >= 0, f"n_sink is {self.n_sink}; use 0 or more")
+        self.require(self.n_recent >= 0, f"n_recent is {self.n_recent}; use 0 or more")
+        self.require(
+            self.buffer is None or (type(self.buffer) is int and self.buffer >= 1),
+            f"buffer is {self.buffer!r}; use a whole number of tokens, 1 or more",
+        )
+        self.require(
+            self.share in ("head", "layer", "model"), f"share is {self.share!r}; use 'head', 'layer' or 'model'"
+        )
+
+    def require(self, holds: bool, problem: str) -> None:
+        """Raise ConfigError with this policy's name unless `holds`."""
+        if not holds:
+            raise ConfigError(f"{type(self).__name__}: {problem}")
 
     @property
     def n_queries(self) -> int:
@@ -62,13 +71,18 @@ class Policy:
         if n_prompt > kv_budget:
             raise ConfigError(
                 f"the {n_prompt}-token prompt of {problem} does not fit into kv_budget {kv_budget}; "
-                f"use {n_prompt + self.buffer} or more"
+                f"use {n_prompt + (self.buffer or 1)} or more"
             )
         keep, protected = self.keep(kv_budget, n_prompt), self.protected(kv_budget, n_prompt)
-        if keep < 1:
-            raise ConfigError(
-                f"kv_budget {kv_budget} leaves {keep} slots after a round; raise it or lower buffer={self.buffer}"
-            )
+        self.require(
+            1 <= keep <= kv_budget,
+            f"kv_budget {kv_budget} leaves {keep} slots after a round; it must be 1 to {kv_budget}, change kv_budget, "
+            f"buffer={self.buffer} or the share that is kept",
+        )
+        self.require(
+            self.n_queries <= keep,
+            f"{self.n_queries} queries observe, and only {keep} slots stay; raise kv_budget {kv_budget}",
+        )
         if protected > keep:
             least = next(
                 (b for b in range(kv_budget, 64 * kv_budget) if self.protected(b, n_prompt) <= self.keep(b, n_prompt)),

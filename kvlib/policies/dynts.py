@@ -21,6 +21,7 @@ class DynTS(Policy):
     (Robin930/DynTS, inference/dynts.py): keep = W + int(ratio * (kv_budget + 1 - W)), the prompt ranks highest but
     uses up the share and is cut when it exceeds it. Published for R1-Qwen: n_recent 2000, ratio 0.4.
 
+    buffer, if given, sets keep = kv_budget - buffer instead.
     predictor: importance `[B]` from the last hidden state `[B, d]` (after the final norm).
     rank: "lowest" is the paper's ablation that keeps the least important.
     """
@@ -28,13 +29,21 @@ class DynTS(Policy):
     n_recent: int = 2000
     ratio: float = 0.4
     protect_prompt: bool = True
+    buffer: int | None = None
     share: Share = "model"
     prompt_in_share: bool = False
     rank: Literal["highest", "lowest"] = "highest"
     predictor: Callable[[Tensor], Tensor] | None = None
     state_names: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(0 < self.ratio <= 1, f"ratio is {self.ratio}; use a share above 0, at most 1")
+        self.require(self.rank in ("highest", "lowest"), f"rank is {self.rank!r}; use 'highest' or 'lowest'")
+
     def keep(self, kv_budget: int, n_prompt: int) -> int:
+        if self.buffer is not None:
+            return kv_budget - self.buffer
         n_recent = min(self.n_recent, kv_budget)
         if self.prompt_in_share:
             return n_recent + int(self.ratio * (kv_budget + 1 - n_recent))

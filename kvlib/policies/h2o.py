@@ -18,6 +18,10 @@ class H2O(Policy):
     recent_ratio: float = 0.5
     state_names: ClassVar[tuple[str, ...]] = (MASS,)
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.share == "head", f"share is {self.share!r}; attention mass is kept per head, use 'head'")
+
     def recent(self, kv_budget: int) -> int:
         return max(self.n_recent, int(self.recent_ratio * self.keep(kv_budget, 0)))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlib.policies.base import Policy
-from kvlib.policies.snapkv import keep_window, observed_importance
+from kvlib.policies.snapkv import check_observation, keep_window, observed_importance
 
 ROWS_AT_ONCE = 512
 
@@ -45,7 +45,11 @@ class RKV(Policy):
     n_obs: int = 8
     kernel: int = 7
     n_recent: int = 8
-    buffer: int = 128
+    buffer: int | None = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_observation(self)
 
     @property
     def n_queries(self) -> int:

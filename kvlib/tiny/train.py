@@ -267,6 +267,7 @@ def main() -> None:
     made_by = f"python -m kvlib.tiny.train --steps {arguments.steps} --seed {arguments.seed}"
     export(trainer.model, arguments.out / "weights", accuracy, made_by)
     print(f"wrote {arguments.out / 'weights'}: " + "  ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
+    print("to ship them, copy that folder over kvlib/tiny/weights and run `make predictor`")
 
 
 if __name__ == "__main__":
