@@ -387,7 +387,7 @@ def test_a_save_that_fails_keeps_the_old_files_and_says_where(published, tmp_pat
     def refuse(source, target):
         raise PermissionError("no")
 
-    monkeypatch.setattr(figures.os, "replace", refuse)
+    monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(PermissionError, match=f"cannot write charts to {tmp_path}"):
         figures.save(fig, tmp_path / "chart")
     assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
