@@ -89,6 +89,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
         for cell in cells if repeat % 2 == 0 else cells[::-1]:
             measured[cell.cell_path].append(measure(cell, reasoner, batch_size, n_steps))
         print(f"timing {dataset}: repeat {repeat + 1} of {repeats}", flush=True)
+    command = f"python -m kvlib.timing --grid {grid.path.name} --dataset {dataset} --seed {seed}"
     rows = []
     for cell in cells:
         for definition in ("steps", "forward", "goodput"):
@@ -109,7 +110,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             "kind": "timing",
             "fingerprint": timing_fingerprint(grid, dataset, seed),
             "config": {**cells[0].parameters(), "kv_budget": None, "policy": grid.shared.get("policy", "dynts")},
-            "provenance": {"finished": provenance()},
+            "provenance": {"finished": {**provenance(), "command": command}},
             "timing": {
                 **grid.timing,
                 "threads": torch.get_num_threads(),
