@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlib.policies.base import Policy
-from kvlib.policies.snapkv import check_observation, keep_window, observed_importance
+from kvlib.policies.snapkv import SnapKV, keep_window, observed_importance
 
 ROWS_AT_ONCE = 512
 
@@ -33,7 +32,7 @@ def redundancy(keys: Tensor, threshold: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RKV(Policy):
+class RKV(SnapKV):
     """Keep by `mix_lambda * importance - (1 - mix_lambda) * redundancy`, and the newest n_recent tokens.
 
     Equation 5 of the paper; defaults of Zefan-Cai/R-KV (rkv/compression/r1_kv.py, README): lambda 0.1,
@@ -42,18 +41,6 @@ class RKV(Policy):
 
     mix_lambda: float = 0.1
     threshold: float = 0.5
-    n_obs: int = 8
-    kernel: int = 7
-    n_recent: int = 8
-    buffer: int | None = 128
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_observation(self)
-
-    @property
-    def n_queries(self) -> int:
-        return self.n_obs
 
     def score(self, view, state):
         importance = observed_importance(view, self.n_obs, self.kernel)

@@ -30,12 +30,6 @@ def keep_window(scores: Tensor, n_obs: int) -> Tensor:
     return F.pad(scores, (0, n_obs), value=torch.inf)
 
 
-def check_observation(policy: Policy) -> None:
-    """Raise ConfigError for an observation window or a pooling kernel that cannot be."""
-    policy.require(policy.n_obs >= 1, f"n_obs is {policy.n_obs}; use 1 or more queries")
-    policy.require(policy.kernel % 2 == 1, f"kernel is {policy.kernel}; use an odd number of slots")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
     """Keep what the last n_obs queries attend to, and the newest n_recent tokens.
@@ -51,7 +45,8 @@ class SnapKV(Policy):
 
     def __post_init__(self):
         super().__post_init__()
-        check_observation(self)
+        self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
+        self.require(self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
 
     @property
     def n_queries(self) -> int:
