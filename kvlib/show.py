@@ -31,7 +31,15 @@ def slots_figure(held: Mapping[str, Sequence[int]], kv_budget: int) -> Figure:
     fig = Figure(figsize=(8, 3.2), layout="constrained")
     ax = fig.add_subplot()
     ax.axhline(kv_budget, color=GREY, linestyle=":", linewidth=1.2)
-    ax.annotate(f"KV budget {kv_budget}", (0, kv_budget), xytext=(2, 3), textcoords="offset points", color=INK)
+    ax.annotate(
+        f"KV budget {kv_budget}",
+        (1, kv_budget),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        color=INK,
+    )
     for (name, slots), color, style in zip(held.items(), (INK, BLUE, ORANGE), ("-", "-", "--"), strict=False):
         ax.plot(range(1, len(slots) + 1), slots, style, color=color, label=name)
     ax.set(xlabel="tokens written", ylabel="slots held per KV head", ylim=(0, None))
