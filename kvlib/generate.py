@@ -33,7 +33,7 @@ class Completion:
     """A decoded request. tokens end with the end-of-sequence id iff stop is "eos".
 
     held: slots per KV head in use after each token; rounds: evictions. kept, if traced: after each round, the number
-    of tokens seen and the surviving positions of layer 0, KV head 0.
+    of tokens seen and the surviving positions, ascending, by layer and KV head (one where the keep set is shared).
     """
 
     request: Request
@@ -41,7 +41,7 @@ class Completion:
     stop: str
     held: tuple[int, ...]
     rounds: int
-    kept: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    kept: tuple[tuple[int, list[list[list[int]]]], ...] = ()
 
 
 def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape:
@@ -53,7 +53,7 @@ def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape
         n_query_heads=config.num_attention_heads,
         n_slots=n_slots,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        shared_layers=policy.share == "model" or not policy.evicts,
+        shared_layers=policy.share in ("head_across_layers", "model") or not policy.evicts,
         shared_heads=policy.share in ("layer", "model") or not policy.evicts,
         n_queries=policy.n_queries,
         state_names=policy.state_names,
@@ -109,7 +109,9 @@ class Decoder:
         self.length = np.zeros(n_rows, dtype=np.int64)
         self.history = np.zeros((n_rows, max_new_tokens), dtype=np.int32)
         self.rounds_at: list[list[int]] = [[] for _ in range(n_rows)]
-        self.kept: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in range(n_rows)]
+        self.kept: list[list[tuple[int, list]]] = [[] for _ in range(n_rows)]
+        self.limit = np.zeros(n_rows, dtype=np.int64)
+        self.inv_freq = model.base_model.rotary_emb.inv_freq
 
     @torch.inference_mode()
     def admit(self, row: int, request: Request) -> None:
@@ -122,9 +124,8 @@ class Decoder:
             step = PrefillStep(self.cache, row, P)
             hidden = self._forward(ids, torch.arange(P, device=self.device)[None], step)[0]
             self.answering[row] = False
-            self._write_creation_scores(
-                hidden, torch.zeros(P, dtype=torch.bool, device=self.device), (row, slice(0, P))
-            )
+            for name, score in self._creation_scores(hidden, ids[0], torch.zeros_like(ids[0], dtype=torch.bool)):
+                self.cache.state[name][:, row, :, :P] = score.transpose(1, 2)
             self.request[row], self.done[row] = request.noise, False
             self.position[row] = P
             logits = self._logits(hidden[-1:])
@@ -135,6 +136,8 @@ class Decoder:
             self.done[row] = torch.isin(self.token[row], self.eos)
         self.current[row] = request
         self.n_prompt[row], self.n_made[row], self.length[row] = P, 1, P
+        if self.kv_budget is not None:
+            self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, P, P))
         self.history[row, 0] = P
         self.rounds_at[row], self.kept[row] = [], []
 
@@ -147,14 +150,17 @@ class Decoder:
             hidden = self._forward(self.token[:, None], self.position[:, None], step)[:, 0]
             if self.answer_id is not None:
                 self.answering |= self.token == self.answer_id
-            self._write_creation_scores(hidden, self.answering, (step.rows, self.cache.lengths))
+            for name, score in self._creation_scores(hidden, self.token, self.answering):
+                self.cache.state[name][:, step.rows, :, self.cache.lengths] = score.transpose(0, 1)
             logits = self._logits(hidden)
         with self.meter.phase("evict"):
             advance = torch.from_numpy(live_rows).to(self.device)
             self.cache.lengths += advance
             self.length += live_rows
             if self.kv_budget is not None:
-                self._evict(np.flatnonzero(self.length > self.kv_budget))
+                due = live_rows & (self.length > self.limit)
+                for n_live in np.unique(self.length[due]):
+                    self._evict(np.flatnonzero(due & (self.length == n_live)), int(n_live))
         with self.meter.phase("sample"):
             made = self.position - torch.from_numpy(self.n_prompt).to(self.device) + 1
             self.token = self.sampling(logits, self.request, made)
@@ -191,11 +197,11 @@ class Decoder:
             kept=tuple(kept for kept in self.kept[row] if kept[0] < seen),
         )
 
-    def _evict(self, due: np.ndarray) -> None:
-        if not len(due):
-            return
-        n_live = self.kv_budget + 1
-        n_keep = np.array([self.policy.keep(self.kv_budget, int(P)) for P in self.n_prompt[due]])
+    def _evict(self, due: np.ndarray, n_live: int) -> None:
+        """A round on the rows `due`, each holding n_live slots."""
+        P, seen = self.n_prompt[due].tolist(), (self.n_prompt[due] + self.n_made[due]).tolist()
+        keep = [self.policy.keep(self.kv_budget, *row) for row in zip(P, seen, strict=True)]
+        n_keep = np.minimum(keep, n_live)
         rows = torch.from_numpy(due).to(self.device)
         evict(
             self.cache,
@@ -208,14 +214,16 @@ class Decoder:
             self.request[rows],
             self.position[rows] + 1,
             self.scaling,
+            self.inv_freq,
         )
         self.length[due] = n_keep
-        for row, keep in zip(due.tolist(), n_keep.tolist(), strict=True):
-            seen = int(self.n_prompt[row] + self.n_made[row])
-            self.rounds_at[row].append(seen)
-            if self.trace:
-                positions = self.cache.positions[0, row, 0, :keep].sort().values
-                self.kept[row].append((seen, tuple(positions.tolist())))
+        for row, n_prompt, n_seen, n in zip(due.tolist(), P, seen, n_keep.tolist(), strict=True):
+            self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, n_prompt, n))
+            if n < n_live:
+                self.rounds_at[row].append(n_seen)
+                if self.trace:
+                    positions = self.cache.positions[:, row, :, :n].sort(-1).values
+                    self.kept[row].append((n_seen, positions.tolist()))
 
     def _forward(self, ids: Tensor, positions: Tensor, step: PrefillStep | DecodeStep) -> Tensor:
         return self.model.base_model(
@@ -227,10 +235,10 @@ class Decoder:
         self.finite &= logits.isfinite().all()
         return logits
 
-    def _write_creation_scores(self, hidden: Tensor, answering: Tensor, where: tuple) -> None:
-        row, slot = where
-        for name, score in self.policy.creation_score(hidden, answering).items():
-            self.cache.state[name][:, row, :, slot] = score[:, None, None] if isinstance(row, Tensor) else score
+    def _creation_scores(self, hidden: Tensor, token_ids: Tensor, answering: Tensor) -> list[tuple[str, Tensor]]:
+        """(name, score `[L or 1, B, H or 1]`) of B new tokens."""
+        scores = self.policy.creation_score(hidden, token_ids, answering)
+        return [(name, score if score.dim() == 3 else score[None, :, None]) for name, score in scores.items()]
 
 
 def generate(decoder: Decoder, queues: Sequence[Sequence[Request]]) -> Iterator[Completion]:

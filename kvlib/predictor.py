@@ -19,7 +19,7 @@ from kvlib import noise
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.generate import Decoder, Request, generate
-from kvlib.models import TINY, Reasoner, checked_file, load_reasoner, update_manifest
+from kvlib.models import TINY, Reasoner, load_reasoner, update_manifest
 from kvlib.policies import make_policy
 from kvlib.sampling import Sampling
 from kvlib.tiny.tasks import extract_answer, make_chain
@@ -205,13 +205,6 @@ def load_predictor(path: Path, model_sha256: str | None = None) -> tuple[Importa
     if model_sha256 and metadata["model_sha256"] != model_sha256:
         raise ConfigError(f"predictor {path} was trained for other weights; train it again with `make predictor`")
     return head.eval().requires_grad_(False), HeldOut(**json.loads(metadata["held_out"]))
-
-
-def predictor_path(model_name: str) -> Path:
-    """The shipped predictor of a model. Raises ConfigError where there is none."""
-    if model_name != "tiny":
-        raise ConfigError(f"there is no DynTS predictor for model {model_name!r}; use another policy")
-    return checked_file(TINY, FILE)
 
 
 def train_predictor(

@@ -1,6 +1,5 @@
 """run(config) -> record: the only place that wires model, dataset, policy, decoding, grading and records together."""
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,12 @@ from kvlib import noise
 from kvlib.config import RunConfig
 from kvlib.datasets import Problem, check_dataset, content_sha256, load_problems
 from kvlib.errors import ConfigError
+from kvlib.fitted import check_fitted, fit
 from kvlib.generate import Completion, Decoder, Request, generate
 from kvlib.grade import grade, pass_at_1
 from kvlib.meter import Meter
-from kvlib.models import Reasoner, check_model, file_sha256, load_reasoner, weights_sha256
-from kvlib.policies import DynTS, Policy, make_policy
-from kvlib.predictor import load_predictor, predictor_path
+from kvlib.models import Reasoner, check_model, load_reasoner, weights_sha256
+from kvlib.policies import make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.sampling import Sampling
 
@@ -26,25 +25,15 @@ def check(config: RunConfig) -> None:
     check_model(config.model)
     check_dataset(config.dataset)
     policy = make_policy(config.policy, **config.policy_options)
-    if isinstance(policy, DynTS):
-        predictor_path(config.model)
+    check_fitted(policy, config.model)
     if config.kv_budget is not None:
         policy.check(config.kv_budget, 0, config.dataset)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
 
 
-def build_policy(config: RunConfig, reasoner: Reasoner) -> Policy:
-    """The configured policy, with the model's predictor where it needs one."""
-    policy = make_policy(config.policy, **config.policy_options)
-    if isinstance(policy, DynTS):
-        head, _ = load_predictor(predictor_path(config.model), reasoner.sha256)
-        policy = dataclasses.replace(policy, predictor=head.to(reasoner.model.device))
-    return policy
-
-
 def run_fingerprint(config: RunConfig, notebook_sha256: str) -> str:
-    """Hash of all that decides a cell's samples: config, notebook, dataset, weights and predictor files."""
+    """Hash of all that decides a cell's samples: config, notebook, dataset, weights and what was fitted to them."""
     policy = make_policy(config.policy, **config.policy_options)
     return fingerprint(
         {
@@ -52,7 +41,8 @@ def run_fingerprint(config: RunConfig, notebook_sha256: str) -> str:
             "notebook": notebook_sha256,
             "dataset": content_sha256(load_problems(config.dataset, config.n_problems)),
             "model": weights_sha256(config.model),
-            "predictor": file_sha256(predictor_path(config.model)) if isinstance(policy, DynTS) else None,
+            "predictor": None,
+            **check_fitted(policy, config.model),
         }
     )
 
@@ -68,7 +58,7 @@ def requests_of(config: RunConfig, problems: list[Problem], reasoner: Reasoner) 
 
 def build_decoder(config: RunConfig, reasoner: Reasoner, requests: list[Request], **options) -> Decoder:
     """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
-    policy = build_policy(config, reasoner)
+    policy = fit(make_policy(config.policy, **config.policy_options), config.model, reasoner)
     if config.kv_budget is not None:
         for request in sorted(requests, key=lambda request: -len(request.prompt)):
             policy.check(config.kv_budget, len(request.prompt), request.id)

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from kvlib.cache import SlotCache
 from kvlib.policies.base import Policy, Share, View
+from kvlib.rope import rotate
 
 
 def share_scores(scores: Tensor, share: Share) -> Tensor:
     """Average scores `[L or 1, R, H or 1, N]` over what shares one keep set."""
-    if share == "model":
-        return scores.mean((0, 2), keepdim=True)
-    return scores.mean(2, keepdim=True) if share == "layer" else scores
+    over = {"head": (), "layer": (2,), "head_across_layers": (0,), "model": (0, 2)}[share]
+    return scores.mean(over, keepdim=True) if over else scores
 
 
 def protection(positions: Tensor, n_prompt: Tensor, n_sink: int, protect_prompt: bool, n_recent: int) -> Tensor:
@@ -51,10 +51,11 @@ def evict(
     request: Tensor,
     step: Tensor,
     scaling: float,
+    inv_freq: Tensor,
 ) -> Tensor:
     """Run one round on `rows [R]`, each holding n_live slots; leaves n_keep `[R]`. Returns the mask in position order.
 
-    n_prompt, request (noise keys) and step (tokens seen) are `[R]`.
+    n_prompt, request (noise keys) and step (tokens seen) are `[R]`; inv_freq `[D / 2]` is RoPE's.
     """
     positions = cache.positions[:, rows, :, :n_live]
     positions, slots = positions.sort(-1)
@@ -62,7 +63,9 @@ def evict(
         kv_budget=kv_budget,
         positions=positions,
         n_prompt=n_prompt,
+        n_keep=n_keep,
         scaling=scaling,
+        inv_freq=inv_freq,
         request=request,
         step=step,
         _slots=slots,
@@ -78,5 +81,9 @@ def evict(
     for name, tensor in cache.state.items():
         old = tensor[:, rows, :, :n_live]
         tensor[:, rows, :, :n_live] = old.scatter(-1, slots, state[name])
+    if policy.reindex:
+        n_newer_evicted = (~kept).flip(-1).cumsum(-1).flip(-1)
+        shift = torch.zeros_like(n_newer_evicted).scatter(-1, slots, n_newer_evicted)
+        cache.keys[:, rows, :, :n_live] = rotate(cache.keys[:, rows, :, :n_live], shift, inv_freq)
     cache.keep(rows, torch.zeros_like(kept).scatter(-1, slots, kept), n_keep)
     return kept

@@ -77,11 +77,11 @@ def test_sinks_prompt_and_recent_survive_when_protected(qwen2, name):
     for request in requests:
         assert done[request.id].kept
         for seen, kept in done[request.id].kept:
-            assert set(range(len(request.prompt))) <= set(kept)
-            assert set(range(seen - 5, seen)) <= set(kept)
+            assert set(range(len(request.prompt))) <= set(kept[0][0])
+            assert set(range(seen - 5, seen)) <= set(kept[0][0])
     sinks_only = dataclasses.replace(policy, protect_prompt=False, n_recent=0)
     for completion in decode(qwen2, sinks_only, BUDGET, requests, n_rows=4, trace=True).values():
-        assert all({0, 1} <= set(kept) for _, kept in completion.kept)
+        assert all({0, 1} <= set(kept[0][0]) for _, kept in completion.kept)
 
 
 @pytest.mark.parametrize("name", EVICTING)
@@ -172,7 +172,7 @@ def test_outputs_stop_at_the_end_of_sequence_and_at_the_limit(qwen2):
 def test_a_prompt_that_does_not_fit_is_refused_by_name(qwen2):
     request = Request("chain-d/12", tuple(range(30)), 0)
     with pytest.raises(
-        ConfigError, match=r"30-token prompt of chain-d/12 does not fit into kv_budget 28; use 31 or more"
+        ConfigError, match=r"30-token prompt of chain-d/12 does not fit into kv_budget 28; use 30 or more"
     ):
         decode(qwen2, small_policy("window"), BUDGET, [request], n_rows=1)
     with pytest.raises(

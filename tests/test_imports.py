@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels"},
-    {"errors", "noise", "meter", "cache", "sampling", "attention", "policies", "select"},
+    {"errors", "noise", "rope", "meter", "cache", "sampling", "attention", "policies", "select"},
     {"files", "config", "record", "figures", "tiny", "datasets", "grade", "models", "generate", "predictor", "panels"},
+    {"fitted"},
     {"run", "timing", "show", "cell", "study", "bootstrap"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]

@@ -46,11 +46,16 @@ def one_row_cache(policy: Policy, n_slots: int, H: int, HQ: int, D: int, n_queri
     return SlotCache(shape, torch.float64, "cpu")
 
 
+def inv_freq(D: int) -> torch.Tensor:
+    return 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+
+
 def run_round(cache: SlotCache, policy: Policy, n_keep: int, n_prompt: int = 0, seen: int = 0) -> None:
     one = torch.tensor([1])
     evict(
         cache, policy, n_keep + (policy.buffer or 1), one * 0, int(cache.lengths[0]),
         n_prompt=one * n_prompt, n_keep=one * n_keep, request=one, step=one * seen, scaling=cache.shape.head_dim**-0.5,
+        inv_freq=inv_freq(cache.shape.head_dim),
     )  # fmt: skip
 
 
@@ -84,7 +89,7 @@ def check_observing(case: Case, policy: Policy) -> None:
     cache.ring[0, 0][:, torch.arange(N - t, N) % t] = queries[:, -t:]
     one = torch.tensor([1])
     view = View(
-        p["budget"], torch.arange(N).expand(1, 1, H, N), one * 0, D**-0.5, one, one * N,
+        p["budget"], torch.arange(N).expand(1, 1, H, N), one * 0, one * p["budget"], D**-0.5, inv_freq(D), one, one * N,
         torch.arange(N).expand(1, 1, H, N), keys[None, None], keys[None, None], cache.ring,
     )  # fmt: skip
     scores, _ = policy.score(view, {})
@@ -187,7 +192,7 @@ def check_dynts(case: Case) -> None:
             score = torch.tensor(float(case["scores"][row, t])).masked_fill(answering, torch.inf)
             cache.state[IMPORTANCE][0, 0, 0, cache.lengths[0] - 1] = score
             if cache.lengths[0] > p["kv_budget"]:
-                run_round(cache, policy, policy.keep(p["kv_budget"], n_prompt), n_prompt)
+                run_round(cache, policy, policy.keep(p["kv_budget"], n_prompt, 0), n_prompt)
                 assert kept_positions(cache) == [valid(case["kept"][len(pruned)][row])]
                 pruned.append(t)
         assert pruned == case["pruned_at"].tolist()

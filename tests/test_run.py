@@ -128,7 +128,7 @@ def test_what_cannot_run_is_refused_in_a_sentence(change, sentence, tmp_path):
 def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
     copy_of_tiny(tmp_path)
     monkeypatch.setattr("kvlib.models.TINY", tmp_path)
-    monkeypatch.setattr("kvlib.predictor.TINY", tmp_path)
+    monkeypatch.setattr("kvlib.fitted.TINY", tmp_path)
     check(RunConfig(**SMALL, **DYNTS))
     for name in ("model.safetensors", FILE):
         whole = (tmp_path / name).read_bytes()

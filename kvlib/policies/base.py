@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from kvlib import noise
 from kvlib.errors import ConfigError
 
-Share = Literal["head", "layer", "model"]
+Share = Literal["head", "layer", "head_across_layers", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,30 +18,32 @@ class Policy:
     """Settings that every policy has; a policy adds its hyper-parameters and `score`.
 
     n_sink: first tokens that are never evicted. protect_prompt: never evict the prompt. n_recent: newest tokens
-    that are never evicted. buffer: tokens appended between rounds, so that keep = kv_budget - buffer
-    (1 = a round every step). share: one keep set per KV head of each layer, per layer, or for the whole model;
-    finer scores are averaged.
+    that are never evicted. buffer: tokens that fit in after a round, so that keep = kv_budget - buffer
+    (0 = a round every step). share: one keep set per KV head of each layer, per layer, per KV head for all layers,
+    or for the whole model; finer scores are averaged. reindex: RoPE as if the kept tokens were contiguous, the
+    newest at its true position (StreamingLLM, section 3.2), instead of at their original positions.
     """
 
     n_sink: int = 0
     protect_prompt: bool = False
     n_recent: int = 0
-    buffer: int | None = 1
+    buffer: int | None = 0
     share: Share = "head"
+    reindex: bool = False
 
     evicts: ClassVar[bool] = True
     state_names: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields that are made from the model, and filled in by `kvlib.fitted`."""
 
     def __post_init__(self):
         self.require(self.n_sink >= 0, f"n_sink is {self.n_sink}; use 0 or more")
         self.require(self.n_recent >= 0, f"n_recent is {self.n_recent}; use 0 or more")
         self.require(
-            self.buffer is None or (type(self.buffer) is int and self.buffer >= 1),
-            f"buffer is {self.buffer!r}; use a whole number of tokens, 1 or more",
+            self.buffer is None or (type(self.buffer) is int and self.buffer >= 0),
+            f"buffer is {self.buffer!r}; use a whole number of tokens, 0 or more",
         )
-        self.require(
-            self.share in ("head", "layer", "model"), f"share is {self.share!r}; use 'head', 'layer' or 'model'"
-        )
+        self.require(self.share in get_args(Share), f"share is {self.share!r}; use one of {', '.join(get_args(Share))}")
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise ConfigError with this policy's name unless `holds`."""
@@ -53,8 +55,12 @@ class Policy:
         """How many of the last queries `score` reads."""
         return 0
 
-    def keep(self, kv_budget: int, n_prompt: int) -> int:
-        """Slots left after a round."""
+    def limit(self, kv_budget: int, n_prompt: int, n_held: int) -> int:
+        """The next round comes when more slots than this are live; n_held stayed after the last one, or the prompt."""
+        return kv_budget
+
+    def keep(self, kv_budget: int, n_prompt: int, n_seen: int) -> int:
+        """Slots left after a round, if there are more; n_seen: tokens so far, the prompt included."""
         return kv_budget - self.buffer
 
     def recent(self, kv_budget: int) -> int:
@@ -71,9 +77,9 @@ class Policy:
         if n_prompt > kv_budget:
             raise ConfigError(
                 f"the {n_prompt}-token prompt of {problem} does not fit into kv_budget {kv_budget}; "
-                f"use {n_prompt + (self.buffer or 1)} or more"
+                f"use {n_prompt + (self.buffer or 0)} or more"
             )
-        keep, protected = self.keep(kv_budget, n_prompt), self.protected(kv_budget, n_prompt)
+        keep, protected = self.keep(kv_budget, n_prompt, kv_budget + 1), self.protected(kv_budget, n_prompt)
         self.require(
             1 <= keep <= kv_budget,
             f"kv_budget {kv_budget} leaves {keep} slots after a round; it must be 1 to {kv_budget}, change kv_budget, "
@@ -83,11 +89,13 @@ class Policy:
             self.n_queries <= keep,
             f"{self.n_queries} queries observe, and only {keep} slots stay; raise kv_budget {kv_budget}",
         )
+
+        def fits(budget: int) -> bool:
+            return self.protected(budget, n_prompt) <= self.keep(budget, n_prompt, budget + 1)
+
         if protected > keep:
-            least = next(
-                (b for b in range(kv_budget, 64 * kv_budget) if self.protected(b, n_prompt) <= self.keep(b, n_prompt)),
-                None,
-            )
+            enough = (b for b in range(kv_budget, 64 * kv_budget) if fits(b))
+            least = next(enough, None)
             raise ConfigError(
                 f"kv_budget {kv_budget} keeps {keep} slots after a round and cannot hold the {protected} protected "
                 f"({n_prompt}-token prompt of {problem}: protect_prompt={self.protect_prompt}, n_sink={self.n_sink}, "
@@ -95,8 +103,11 @@ class Policy:
                 + (f"use {least} or more, or protect less" if least else "protect less")
             )
 
-    def creation_score(self, hidden: Tensor, answering: Tensor) -> dict[str, Tensor]:
-        """State of new tokens, by name: hidden `[B, d]` (final norm applied), answering `[B]` bool -> float32 `[B]`."""
+    def creation_score(self, hidden: Tensor, token_ids: Tensor, answering: Tensor) -> dict[str, Tensor]:
+        """State of B new tokens, by name: float32 `[B]`, or `[L, B, H]` where it differs by layer and head.
+
+        hidden `[B, d]` (final norm applied), token_ids `[B]`, answering `[B]` bool (from `</think>` on).
+        """
         return {}
 
     def score(self, view: "View", state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,15 +122,18 @@ class Policy:
 class View:
     """The N live slots of R rows in position order, newest last. `L or 1`, `H or 1`: 1 where the keep set is shared.
 
-    positions int32 `[L or 1, R, H or 1, N]`; n_prompt `[R]`: prompt tokens; kv_budget; keys, values
-    `[L, R, H, N, D]` (after RoPE); queries `[L, R, HQ, W, D]`: the last W, oldest first; scaling: of q.k;
-    request `[R]`: noise key of what each row decodes; step `[R]`: tokens seen so far.
+    positions int32 `[L or 1, R, H or 1, N]`; n_prompt `[R]`: prompt tokens; n_keep `[R]`: slots that stay; keys,
+    values `[L, R, H, N, D]` (after RoPE); queries `[L, R, HQ, W, D]`: the last W, oldest first; scaling: of q.k;
+    inv_freq `[D / 2]`: radians per position of RoPE; request `[R]`: noise key of what each row decodes; step `[R]`:
+    tokens seen so far, so that the newest has position step - 1.
     """
 
     kv_budget: int
     positions: Tensor
     n_prompt: Tensor
+    n_keep: Tensor
     scaling: float
+    inv_freq: Tensor
     request: Tensor
     step: Tensor
     _slots: Tensor = field(repr=False)
@@ -146,6 +160,11 @@ class View:
         seen = (self.step[:, None] + torch.arange(-W, 0, device=self.step.device)) % W
         index = seen[None, :, None, :, None].expand(*self._ring.shape[:3], W, self._ring.shape[4])
         return self._ring.gather(3, index)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self._ring.shape[2] // self._keys.shape[2]
 
     @property
     def is_prompt(self) -> Tensor:

@@ -22,7 +22,8 @@ class DynTS(Policy):
     uses up the share and is cut when it exceeds it. Published for R1-Qwen: n_recent 2000, ratio 0.4.
 
     buffer, if given, sets keep = kv_budget - buffer instead.
-    predictor: importance `[B]` from the last hidden state `[B, d]` (after the final norm).
+    predictor: importance `[B]` from the last hidden state `[B, d]` (after the final norm); or the path of its file;
+    None: the file beside the model's weights.
     rank: "lowest" is the paper's ablation that keeps the least important.
     """
 
@@ -33,15 +34,16 @@ class DynTS(Policy):
     share: Share = "model"
     prompt_in_share: bool = False
     rank: Literal["highest", "lowest"] = "highest"
-    predictor: Callable[[Tensor], Tensor] | None = None
+    predictor: Callable[[Tensor], Tensor] | str | None = None
     state_names: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
+    needs: ClassVar[tuple[str, ...]] = ("predictor",)
 
     def __post_init__(self):
         super().__post_init__()
         self.require(0 < self.ratio <= 1, f"ratio is {self.ratio}; use a share above 0, at most 1")
         self.require(self.rank in ("highest", "lowest"), f"rank is {self.rank!r}; use 'highest' or 'lowest'")
 
-    def keep(self, kv_budget: int, n_prompt: int) -> int:
+    def keep(self, kv_budget: int, n_prompt: int, n_seen: int) -> int:
         if self.buffer is not None:
             return kv_budget - self.buffer
         n_recent = min(self.n_recent, kv_budget)
@@ -49,8 +51,7 @@ class DynTS(Policy):
             return n_recent + int(self.ratio * (kv_budget + 1 - n_recent))
         return n_prompt + n_recent + int(self.ratio * max(0, kv_budget - n_prompt - n_recent))
 
-    def creation_score(self, hidden: Tensor, answering: Tensor) -> dict[str, Tensor]:
-        """Scores of new tokens: hidden `[B, d]`, answering `[B]` bool (from `</think>` on) -> float32 `[B]`."""
+    def creation_score(self, hidden, token_ids, answering):
         return {IMPORTANCE: self.predictor(hidden).float().masked_fill(answering, torch.inf)}
 
     def score(self, view, state):

@@ -23,7 +23,7 @@ class H2O(Policy):
         self.require(self.share == "head", f"share is {self.share!r}; attention mass is kept per head, use 'head'")
 
     def recent(self, kv_budget: int) -> int:
-        return max(self.n_recent, int(self.recent_ratio * self.keep(kv_budget, 0)))
+        return max(self.n_recent, int(self.recent_ratio * self.keep(kv_budget, 0, 0)))
 
     def score(self, view, state):
         return state[MASS], state
