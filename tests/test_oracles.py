@@ -1,76 +1,22 @@
 """kvlib's policies keep what the official codes kept. `KVLIB_ORACLES` names another folder of vectors to check."""
 
-import json
-import os
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from oracle_cases import (
+    Case,
+    append,
+    assert_scores,
+    inv_freq,
+    kept_positions,
+    load_cases,
+    one_row_cache,
+    run_round,
+    valid,
+)
 
 from kvlib.attention import MASS, DecodeStep, PrefillStep
-from kvlib.cache import CacheShape, SlotCache
 from kvlib.policies import H2O, RKV, Policy, SnapKV, StreamingLLM, View, make_policy
 from kvlib.policies.dynts import IMPORTANCE
-from kvlib.select import evict
-
-FOLDER = Path(os.environ.get("KVLIB_ORACLES") or Path(__file__).parent / "oracles")
-
-
-def load_cases() -> list[tuple[str, str]]:
-    """(file, case) pairs, in order."""
-    found = []
-    for path in sorted(FOLDER.glob("*.npz")):
-        names = {name.split(".")[0] for name in np.load(path).files}
-        found += [(path.stem, case) for case in sorted(names, key=lambda name: int(name[4:]))]
-    return found
-
-
-class Case:
-    """One case of a file: params as attributes, arrays by name."""
-
-    def __init__(self, file: str, case: str):
-        self._arrays, self._case = np.load(FOLDER / f"{file}.npz"), case
-        self.params = json.loads(str(self._arrays[f"{case}.params"]))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[f"{self._case}.{name}"]
-
-    def double(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self[name]).double()
-
-
-def one_row_cache(policy: Policy, n_slots: int, H: int, HQ: int, D: int, n_queries: int = 0) -> SlotCache:
-    shared = policy.share == "model"
-    shape = CacheShape(1, 1, H, HQ, n_slots, D, shared, shared, n_queries or policy.n_queries, policy.state_names)
-    return SlotCache(shape, torch.float64, "cpu")
-
-
-def inv_freq(D: int) -> torch.Tensor:
-    return 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-
-
-def run_round(cache: SlotCache, policy: Policy, n_keep: int, n_prompt: int = 0, seen: int = 0) -> None:
-    one = torch.tensor([1])
-    evict(
-        cache, policy, n_keep + (policy.buffer or 1), one * 0, int(cache.lengths[0]),
-        n_prompt=one * n_prompt, n_keep=one * n_keep, request=one, step=one * seen, scaling=cache.shape.head_dim**-0.5,
-        inv_freq=inv_freq(cache.shape.head_dim),
-    )  # fmt: skip
-
-
-def kept_positions(cache: SlotCache) -> list[list[int]]:
-    n = int(cache.lengths[0])
-    return cache.positions[0, 0, :, :n].sort(-1).values.tolist()
-
-
-def valid(row: np.ndarray) -> list[int]:
-    return row[row >= 0].tolist()
-
-
-def assert_scores(ours: torch.Tensor, published: np.ndarray) -> None:
-    largest = np.abs(published).max()
-    np.testing.assert_allclose(ours.numpy(), published, rtol=1e-4, atol=1e-6 * largest)
 
 
 def check_observing(case: Case, policy: Policy) -> None:
@@ -143,11 +89,6 @@ def check_h2o(case: Case) -> None:
         attend(DecodeStep(cache, torch.tensor([L + t])), slice(L + t, L + t + 1))
         cache.lengths += 1
         compare(t + 1)
-
-
-def append(cache: SlotCache, position: int) -> None:
-    DecodeStep(cache, torch.tensor([position]))
-    cache.lengths += 1
 
 
 def check_streaming(case: Case) -> None:
