@@ -119,7 +119,7 @@ def published_figure(df):
         "Published data. Pass@1 as printed on the bars; throughput read off the line, about ±30. "
         "Axes as published: they do not start at 0.",
     ]
-    with _style():
+    with style():
         datasets = list(df["dataset"].unique())
         fig, axes = _canvas(
             len(datasets),
@@ -208,7 +208,7 @@ def measured_figure(
     tick = _round_up(fastest / 5)
     right_label = textwrap.wrap(one.throughput_definition, 30, break_on_hyphens=False)
 
-    with _style():
+    with style():
         fig, axes = _canvas(
             len(datasets),
             f"Measured here: {one.model}, policy {one.policy}",
@@ -325,7 +325,7 @@ def save(fig, stem):
     """
     stem = Path(stem)
     pictures = []
-    with _style():
+    with style():
         for suffix, metadata in [(".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})]:
             buffer = io.BytesIO()
             fig.savefig(buffer, format=suffix[1:], dpi=200, metadata=metadata)
@@ -339,7 +339,8 @@ def save(fig, stem):
     return [path for path, _ in pictures]
 
 
-def _style():
+def style():
+    """The context in which every chart is drawn."""
     # From matplotlib's defaults, so that a user's matplotlibrc cannot change a chart.
     return matplotlib.style.context(["default", STYLE])
 
@@ -414,12 +415,18 @@ def _canvas(n_panels, heading, band, ink, notes, gap, right=0.82, mark=None):
         bottom=bottom / height,
         top=1 - top / height,
     )
+    dress(fig, strips, lines)
+    return fig, axes
+
+
+def dress(fig, strips, lines):
+    """Heading bands (text, face, ink), 0.34 inches high each, on top of fig, and lines of notes at its foot."""
+    width, height = fig.get_size_inches()
     for i, (text, face, color) in enumerate(strips):
         y = 1 - 0.34 * (i + 1) / height
         fig.add_artist(Rectangle((0, y), 1, 0.34 / height, transform=fig.transFigure, color=face, linewidth=0))
         fig.text(0.15 / width, y + 0.17 / height, text, color=color, weight="bold", size=11.5, va="center_baseline")
     fig.text(0.15 / width, 0.1 / height, "\n".join(lines), color=INK, size=10.5, va="bottom", linespacing=1.35)
-    return fig, axes
 
 
 def _two_axes(ax, title, left_label, right_label):

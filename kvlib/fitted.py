@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from kvlib import calibrate, gate
 from kvlib.errors import ConfigError
 from kvlib.models import TINY, Reasoner, checked_file, file_sha256
 from kvlib.policies import Policy
@@ -26,6 +27,8 @@ FITTED = {
     "predictor": Fitted(
         "dynts-predictor.safetensors", "make predictor", lambda path, sha256: load_predictor(path, sha256)[0]
     ),
+    "calibration": Fitted(calibrate.FILE, calibrate.COMMAND, calibrate.load_statistics),
+    "gate": Fitted(gate.FILE, gate.COMMAND, lambda path, sha256: gate.load_gate(path, sha256)[0]),
 }
 
 

@@ -13,7 +13,7 @@ from kvlib.errors import ConfigError
 from kvlib.meter import Meter
 from kvlib.policies import Policy
 from kvlib.sampling import Sampling
-from kvlib.select import evict
+from kvlib.select import Round, evict
 
 FINISH_LAG = 8
 """Steps between two looks at the end-of-sequence flags; apart from rounds, the host waits for the device only then."""
@@ -200,22 +200,8 @@ class Decoder:
     def _evict(self, due: np.ndarray, n_live: int) -> None:
         """A round on the rows `due`, each holding n_live slots."""
         P, seen = self.n_prompt[due].tolist(), (self.n_prompt[due] + self.n_made[due]).tolist()
-        keep = [self.policy.keep(self.kv_budget, *row) for row in zip(P, seen, strict=True)]
-        n_keep = np.minimum(keep, n_live)
-        rows = torch.from_numpy(due).to(self.device)
-        evict(
-            self.cache,
-            self.policy,
-            self.kv_budget,
-            rows,
-            n_live,
-            torch.from_numpy(self.n_prompt[due]).to(self.device),
-            torch.from_numpy(n_keep).to(self.device),
-            self.request[rows],
-            self.position[rows] + 1,
-            self.scaling,
-            self.inv_freq,
-        )
+        n_keep = self.n_keep(due, n_live)
+        evict(self.cache, self.policy, self.round(due, n_live, n_keep))
         self.length[due] = n_keep
         for row, n_prompt, n_seen, n in zip(due.tolist(), P, seen, n_keep.tolist(), strict=True):
             self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, n_prompt, n))
@@ -224,6 +210,26 @@ class Decoder:
                 if self.trace:
                     positions = self.cache.positions[:, row, :, :n].sort(-1).values
                     self.kept[row].append((n_seen, positions.tolist()))
+
+    def n_keep(self, rows: np.ndarray, n_live: int) -> np.ndarray:
+        """Slots that a round on these rows, each holding n_live, would leave now."""
+        counts = zip(self.n_prompt[rows].tolist(), (self.n_prompt[rows] + self.n_made[rows]).tolist(), strict=True)
+        return np.minimum([self.policy.keep(self.kv_budget, *row) for row in counts], n_live)
+
+    def round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> Round:
+        """What a round on the rows `due`, each holding n_live slots, would be now."""
+        rows = torch.from_numpy(due).to(self.device)
+        return Round(
+            kv_budget=self.kv_budget,
+            rows=rows,
+            n_live=n_live,
+            n_prompt=torch.from_numpy(self.n_prompt[due]).to(self.device),
+            n_keep=torch.from_numpy(n_keep).to(self.device),
+            request=self.request[rows],
+            step=torch.from_numpy(self.n_prompt[due] + self.n_made[due]).to(self.device),
+            scaling=self.scaling,
+            inv_freq=self.inv_freq,
+        )
 
     def _forward(self, ids: Tensor, positions: Tensor, step: PrefillStep | DecodeStep) -> Tensor:
         return self.model.base_model(

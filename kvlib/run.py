@@ -1,5 +1,6 @@
 """run(config) -> record: the only place that wires model, dataset, policy, decoding, grading and records together."""
 
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +16,34 @@ from kvlib.generate import Completion, Decoder, Request, generate
 from kvlib.grade import grade, pass_at_1
 from kvlib.meter import Meter
 from kvlib.models import Reasoner, check_model, load_reasoner, weights_sha256
-from kvlib.policies import make_policy
+from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.sampling import Sampling
 
 
-def check(config: RunConfig) -> None:
-    """Raise ConfigError for an unknown model, dataset, policy or setting, before any model is loaded."""
+def check(config: RunConfig, policy: Policy | None = None) -> Policy:
+    """The policy that the config names, or the one given, not yet fitted to the model.
+
+    Raises ConfigError for an unknown model, dataset, policy or setting, before any model is loaded.
+    """
     check_model(config.model)
     check_dataset(config.dataset)
-    policy = make_policy(config.policy, **config.policy_options)
+    policy = policy or make_policy(config.policy, **config.policy_options)
     check_fitted(policy, config.model)
     if config.kv_budget is not None:
         policy.check(config.kv_budget, 0, config.dataset)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
+    return policy
 
 
-def run_fingerprint(config: RunConfig, notebook_sha256: str) -> str:
-    """Hash of all that decides a cell's samples: config, notebook, dataset, weights and what was fitted to them."""
-    policy = make_policy(config.policy, **config.policy_options)
+def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | None = None) -> str:
+    """Hash of all that decides a cell's samples: config, notebook, dataset, weights and what was fitted to them.
+
+    Of a policy that is given, its settings and its source code too.
+    """
+    own = {} if policy is None else {"policy": repr(policy), "source": inspect.getsource(type(policy))}
+    policy = policy or make_policy(config.policy, **config.policy_options)
     return fingerprint(
         {
             "config": config.parameters(),
@@ -43,6 +52,7 @@ def run_fingerprint(config: RunConfig, notebook_sha256: str) -> str:
             "model": weights_sha256(config.model),
             "predictor": None,
             **check_fitted(policy, config.model),
+            **own,
         }
     )
 
@@ -56,9 +66,11 @@ def requests_of(config: RunConfig, problems: list[Problem], reasoner: Reasoner) 
     ]
 
 
-def build_decoder(config: RunConfig, reasoner: Reasoner, requests: list[Request], **options) -> Decoder:
+def build_decoder(
+    config: RunConfig, reasoner: Reasoner, requests: list[Request], policy: Policy | None = None, **options
+) -> Decoder:
     """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
-    policy = fit(make_policy(config.policy, **config.policy_options), config.model, reasoner)
+    policy = fit(policy or make_policy(config.policy, **config.policy_options), config.model, reasoner)
     if config.kv_budget is not None:
         for request in sorted(requests, key=lambda request: -len(request.prompt)):
             policy.check(config.kv_budget, len(request.prompt), request.id)
@@ -114,23 +126,29 @@ def results_of(samples: list[dict]) -> dict:
 
 
 def run(
-    config: RunConfig, folder: Path | str, notebook_sha256: str = "", progress: Callable[[int, int], None] | None = None
+    config: RunConfig,
+    folder: Path | str,
+    notebook_sha256: str = "",
+    progress: Callable[[int, int], None] | None = None,
+    policy: Policy | None = None,
 ) -> dict:
     """Decode and grade one cell into `folder`, sample by sample, and publish its record last.
+
+    policy: one of your own, instead of the preset config.policy, which then only names it.
 
     Finished samples in the folder are kept and not decoded again; a change of anything that decides the samples
     moves them aside. progress is called with (samples done, samples in all). Returns the record.
     Raises ConfigError before the first token if the config cannot run.
     """
-    check(config)
+    check(config, policy)
     torch.set_num_threads(config.threads)
     reasoner = load_reasoner(config.model, config.dtype, config.device)
     problems = load_problems(config.dataset, config.n_problems)
     by_id = {problem.id: problem for problem in problems}
     requests = requests_of(config, problems, reasoner)
     meter = Meter(config.device)
-    decoder = build_decoder(config, reasoner, requests, meter=meter)
-    mark = run_fingerprint(config, notebook_sha256)
+    decoder = build_decoder(config, reasoner, requests, policy, meter=meter)
+    mark = run_fingerprint(config, notebook_sha256, policy)
     header = {"fingerprint": mark, "config": config.parameters(), "provenance": provenance()}
     started = time.monotonic()
     with SampleLog(folder, header) as log:

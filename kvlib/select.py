@@ -1,5 +1,7 @@
 """One round of eviction, the same for every policy: score, share, protect, select, compact."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -40,50 +42,60 @@ def select(scores: Tensor, protected: Tensor, n_keep: Tensor) -> Tensor:
     return torch.zeros_like(protected).scatter(-1, order, chosen.expand_as(order)).flip(-1)
 
 
-def evict(
-    cache: SlotCache,
-    policy: Policy,
-    kv_budget: int,
-    rows: Tensor,
-    n_live: int,
-    n_prompt: Tensor,
-    n_keep: Tensor,
-    request: Tensor,
-    step: Tensor,
-    scaling: float,
-    inv_freq: Tensor,
-) -> Tensor:
-    """Run one round on `rows [R]`, each holding n_live slots; leaves n_keep `[R]`. Returns the mask in position order.
+@dataclass(frozen=True)
+class Round:
+    """What a round knows of its rows `[R]`: n_live slots are held by each, n_keep `[R]` stay.
 
     n_prompt, request (noise keys) and step (tokens seen) are `[R]`; inv_freq `[D / 2]` is RoPE's.
     """
-    positions = cache.positions[:, rows, :, :n_live]
-    positions, slots = positions.sort(-1)
+
+    kv_budget: int
+    rows: Tensor
+    n_live: int
+    n_prompt: Tensor
+    n_keep: Tensor
+    request: Tensor
+    step: Tensor
+    scaling: float
+    inv_freq: Tensor
+
+
+def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]:
+    """The rows' live slots in position order, their policy state, and the slot of each: `[L or 1, R, H or 1, N]`."""
+    rows, n = due.rows, due.n_live
+    positions, slots = cache.positions[:, rows, :, :n].sort(-1)
     view = View(
-        kv_budget=kv_budget,
+        kv_budget=due.kv_budget,
         positions=positions,
-        n_prompt=n_prompt,
-        n_keep=n_keep,
-        scaling=scaling,
-        inv_freq=inv_freq,
-        request=request,
-        step=step,
+        n_prompt=due.n_prompt,
+        n_keep=due.n_keep,
+        scaling=due.scaling,
+        inv_freq=due.inv_freq,
+        request=due.request,
+        step=due.step,
         _slots=slots,
-        _keys=cache.keys[:, rows, :, :n_live],
-        _values=cache.values[:, rows, :, :n_live],
+        _keys=cache.keys[:, rows, :, :n],
+        _values=cache.values[:, rows, :, :n],
         _ring=cache.ring[:, rows],
     )
-    state = {name: tensor[:, rows, :, :n_live].gather(-1, slots) for name, tensor in cache.state.items()}
+    state = {name: tensor[:, rows, :, :n].gather(-1, slots) for name, tensor in cache.state.items()}
+    return view, state, slots
+
+
+def evict(cache: SlotCache, policy: Policy, due: Round) -> Tensor:
+    """Run one round. Returns the keep mask in position order, `[L or 1, R, H or 1, N]`."""
+    rows, n = due.rows, due.n_live
+    view, state, slots = look(cache, due)
     scores, state = policy.score(view, state)
-    scores = share_scores(scores, policy.share).expand_as(positions)
-    protected = protection(positions, n_prompt, policy.n_sink, policy.protect_prompt, policy.recent(kv_budget))
-    kept = select(scores, protected, n_keep)
+    scores = share_scores(scores, policy.share).expand_as(view.positions)
+    recent = policy.recent(due.kv_budget)
+    protected = protection(view.positions, due.n_prompt, policy.n_sink, policy.protect_prompt, recent)
+    kept = select(scores, protected, due.n_keep)
     for name, tensor in cache.state.items():
-        old = tensor[:, rows, :, :n_live]
-        tensor[:, rows, :, :n_live] = old.scatter(-1, slots, state[name])
+        tensor[:, rows, :, :n] = tensor[:, rows, :, :n].scatter(-1, slots, state[name])
     if policy.reindex:
         n_newer_evicted = (~kept).flip(-1).cumsum(-1).flip(-1)
         shift = torch.zeros_like(n_newer_evicted).scatter(-1, slots, n_newer_evicted)
-        cache.keys[:, rows, :, :n_live] = rotate(cache.keys[:, rows, :, :n_live], shift, inv_freq)
-    cache.keep(rows, torch.zeros_like(kept).scatter(-1, slots, kept), n_keep)
+        cache.keys[:, rows, :, :n] = rotate(cache.keys[:, rows, :, :n], shift, due.inv_freq)
+    cache.keep(rows, torch.zeros_like(kept).scatter(-1, slots, kept), due.n_keep)
     return kept

@@ -4,47 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from kvlib.attention import IMPLEMENTATION
 from kvlib.generate import Completion, Decoder, Request, generate
+from kvlib.invariants import FAMILIES, random_model
 from kvlib.policies import DynTS, Policy, make_policy
 from kvlib.sampling import Sampling
-
-FAMILIES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
-}
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 56,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def random_model(family: str) -> torch.nn.Module:
-    """Three layers, group size 7 (that of R1-Qwen), float64, decoding through kvlib."""
-    config, model, extra = FAMILIES[family]
-    torch.manual_seed(0)
-    model = model(config(**SHAPE, **extra)).double().eval()
-    model.set_attn_implementation(IMPLEMENTATION)
-    return model
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -65,6 +29,11 @@ def small_policy(name: str, **options) -> Policy:
     policy = make_policy(name, **{**scaled.get(name, {}), **options})
     if isinstance(policy, DynTS):
         policy = dataclasses.replace(policy, predictor=lambda hidden: hidden[..., :5].sum(-1))
+    return policy
+
+
+def reversed_heads(policy: Policy) -> Policy:
+    """The policy for a model whose KV heads are in reverse order: only what is held per head differs."""
     return policy
 
 

@@ -10,7 +10,7 @@ import torch
 from kvlib.attention import DecodeStep
 from kvlib.cache import CacheShape, SlotCache
 from kvlib.policies import Policy, View
-from kvlib.select import evict, protection, select, share_scores
+from kvlib.select import Round, evict, protection, select, share_scores
 
 FOLDER = Path(os.environ.get("KVLIB_ORACLES") or Path(__file__).parent / "oracles")
 
@@ -50,11 +50,12 @@ def inv_freq(D: int) -> torch.Tensor:
 
 def run_round(cache: SlotCache, policy: Policy, n_keep: int, n_prompt: int = 0, seen: int = 0) -> None:
     one = torch.tensor([1])
-    evict(
-        cache, policy, n_keep + (policy.buffer or 1), one * 0, int(cache.lengths[0]),
-        n_prompt=one * n_prompt, n_keep=one * n_keep, request=one, step=one * seen, scaling=cache.shape.head_dim**-0.5,
+    due = Round(
+        kv_budget=n_keep + (policy.buffer or 0), rows=one * 0, n_live=int(cache.lengths[0]), n_prompt=one * n_prompt,
+        n_keep=one * n_keep, request=one, step=one * seen, scaling=cache.shape.head_dim**-0.5,
         inv_freq=inv_freq(cache.shape.head_dim),
     )  # fmt: skip
+    evict(cache, policy, due)
 
 
 def kept_positions(cache: SlotCache) -> list[list[int]]:

@@ -11,11 +11,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels"},
     {"errors", "noise", "rope", "meter", "cache", "sampling", "attention", "policies", "select"},
-    {"files", "config", "record", "figures", "tiny", "datasets", "grade", "models", "generate", "predictor", "panels"},
+    {"files", "config", "record", "figures", "tiny", "datasets", "grade", "models", "generate", "predictor", "panels"}
+    | {"paired", "compare_figures"},
     {"fitted"},
-    {"run", "timing", "show", "cell", "study", "bootstrap"},
+    {"run", "timing", "show", "cell", "study", "bootstrap", "replay"},
+    {"compare", "invariants"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]
+TORCH_FREE += ["paired", "compare_figures"]
 
 
 def imported_rooms(path: Path) -> set[str]:

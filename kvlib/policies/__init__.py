@@ -2,41 +2,101 @@
 
 import dataclasses
 import difflib
-import functools
+from functools import partial
 
 from kvlib.errors import ConfigError
 from kvlib.policies.base import Policy, View
+from kvlib.policies.caote import CAOTE
+from kvlib.policies.cur import CUR
 from kvlib.policies.dynts import DynTS
+from kvlib.policies.expected import ExpectedAttention
 from kvlib.policies.full import Full
+from kvlib.policies.gkv import GKV
+from kvlib.policies.golden import Golden
 from kvlib.policies.h2o import H2O
+from kvlib.policies.keydiff import KeyDiff
+from kvlib.policies.knorm import KNorm
+from kvlib.policies.lagkv import LagKV
+from kvlib.policies.lazy import LazyEviction
+from kvlib.policies.raas import RaaS
 from kvlib.policies.random import Random
 from kvlib.policies.rkv import RKV
+from kvlib.policies.rpc import RPC
+from kvlib.policies.sepllm import SepLLM
 from kvlib.policies.snapkv import SnapKV
 from kvlib.policies.streaming import StreamingLLM
+from kvlib.policies.tova import TOVA
+from kvlib.policies.triattention import TriAttention
+from kvlib.policies.trimkv import TrimKV
+from kvlib.policies.vase import VaSE
 from kvlib.policies.window import Window
 
 PRESETS = {
     "full": Full,
     "window": Window,
-    "streaming": StreamingLLM,
+    "recency-prompt": partial(Window, protect_prompt=True),
     "random": Random,
+    "random-prompt": partial(Random, protect_prompt=True, n_recent=64, buffer=64),
+    "streaming": StreamingLLM,
+    "streaming-reindexed": partial(StreamingLLM, reindex=True),
     "h2o": H2O,
+    "observed": partial(H2O, per_query=True, recent_ratio=0.0),
+    "tova": TOVA,
     "snapkv": SnapKV,
+    "snapkv-kvpress": partial(
+        SnapKV, n_obs=64, n_recent=64, kernel=5, pooling="avg", group="mean", domain="all", buffer=512
+    ),
+    "snapkv-vase": partial(SnapKV, n_obs=64, n_recent=64, kernel=5, pooling="avg", group="mean", buffer=64),
+    "morphkv": partial(SnapKV, domain="all", kernel=1, group="mean", buffer=0),
     "rkv": RKV,
+    "rpc": RPC,
+    "gkv": GKV,
+    "lazy": LazyEviction,
+    "raas": RaaS,
+    "caote": CAOTE,
+    "knorm": KNorm,
+    "keydiff": KeyDiff,
+    "lagkv": LagKV,
+    "cur": CUR,
+    "cur-resample": partial(CUR, resample=True),
+    "vase": VaSE,
+    "expected": ExpectedAttention,
+    "triattention": TriAttention,
+    "triattention-per-layer": partial(TriAttention, share="head"),
+    "triattention-union": partial(TriAttention, share="model"),
+    "sepllm": SepLLM,
+    "trimkv": TrimKV,
     "dynts": DynTS,
-    "dynts-published": functools.partial(DynTS, prompt_in_share=True, protect_prompt=False),
+    "dynts-published": partial(DynTS, prompt_in_share=True, protect_prompt=False),
 }
+"""Golden is none of them: it needs the trace that it replays."""
 
 __all__ = [
+    "CAOTE",
+    "CUR",
+    "GKV",
     "H2O",
     "PRESETS",
     "RKV",
+    "RPC",
+    "TOVA",
     "DynTS",
+    "ExpectedAttention",
     "Full",
+    "Golden",
+    "KNorm",
+    "KeyDiff",
+    "LagKV",
+    "LazyEviction",
     "Policy",
+    "RaaS",
     "Random",
+    "SepLLM",
     "SnapKV",
     "StreamingLLM",
+    "TriAttention",
+    "TrimKV",
+    "VaSE",
     "View",
     "Window",
     "make_policy",

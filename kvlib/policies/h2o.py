@@ -13,9 +13,13 @@ class H2O(Policy):
 
     Per KV head, attention summed over the group, the prompt's queries included. Follows
     `H2OKVCache_LayerWise` (FMInference/H2O, utils_real_drop/modify_llama.py), half heavy and half recent.
+
+    per_query: rank by the mean over the queries that saw the slot instead, which does not favour old slots
+    (`ObservedAttentionPress`, NVIDIA/kvpress; there of the prompt's queries only, here carried on while decoding).
     """
 
     recent_ratio: float = 0.5
+    per_query: bool = False
     state_names: ClassVar[tuple[str, ...]] = (MASS,)
 
     def __post_init__(self):
@@ -26,4 +30,7 @@ class H2O(Policy):
         return max(self.n_recent, int(self.recent_ratio * self.keep(kv_budget, 0, 0)))
 
     def score(self, view, state):
-        return state[MASS], state
+        mass = state[MASS]
+        if self.per_query:
+            mass = mass / (view.step[None, :, None, None] - view.positions) / view.group
+        return mass, state

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlib.policies.snapkv import SnapKV, keep_window, observed_importance
+from kvlib.policies.observe import keep_window
+from kvlib.policies.snapkv import SnapKV
 
 ROWS_AT_ONCE = 512
 
 
-def redundancy(keys: Tensor, threshold: float) -> Tensor:
+def redundancy(keys: Tensor, threshold: float | None) -> Tensor:
     """softmax over slots j of the mean cosine between key j and all keys i: `[..., N, D]` -> `[..., N]`.
 
     The diagonal counts 0, and so does, for each i, the newest j more similar than the threshold: the newest of a
-    set of duplicates is spared. An i without such a j spares slot 0, a side effect of the original that is kept
+    set of duplicates is spared. An i without such a j spares slot 0, a side effect of the original that is kept;
+    threshold None spares none
     (`cal_similarity`, Zefan-Cai/R-KV, rkv/utils.py, with each batch row compared with itself only).
     """
     N = keys.shape[-2]
@@ -26,8 +28,10 @@ def redundancy(keys: Tensor, threshold: float) -> Tensor:
         rows = slot[start : start + ROWS_AT_ONCE]
         cosine = unit[..., rows, :] @ unit.transpose(-1, -2)
         cosine = cosine.masked_fill(rows[:, None] == slot, 0.0)
-        newest = torch.where(cosine > threshold, slot, 0).amax(-1, keepdim=True)
-        total += cosine.scatter(-1, newest, 0.0).sum(-2)
+        if threshold is not None:
+            newest = torch.where(cosine > threshold, slot, 0).amax(-1, keepdim=True)
+            cosine = cosine.scatter(-1, newest, 0.0)
+        total += cosine.sum(-2)
     return (total / N).softmax(-1)
 
 
@@ -40,9 +44,9 @@ class RKV(SnapKV):
     """
 
     mix_lambda: float = 0.1
-    threshold: float = 0.5
+    threshold: float | None = 0.5
 
     def score(self, view, state):
-        importance = observed_importance(view, self.n_obs, self.kernel)
         repeated = redundancy(view.keys, self.threshold)[..., : -self.n_obs]
-        return keep_window(self.mix_lambda * importance - (1 - self.mix_lambda) * repeated, self.n_obs), state
+        mixed = self.mix_lambda * self.importance(view) - (1 - self.mix_lambda) * repeated
+        return keep_window(mixed, self.n_obs), state

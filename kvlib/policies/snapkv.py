@@ -1,56 +1,87 @@
 """SnapKV at decode time: attention of the last queries (arXiv 2404.14469)."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kvlib.policies.base import Policy, View
+from kvlib.policies.observe import Pooling, attention, keep_window, observe, pool
 
-
-def observed_importance(view: View, n_obs: int, kernel: int) -> Tensor:
-    """Pooled attention that the last n_obs queries pay to the older slots: `[L, R, H, N - n_obs]`.
-
-    Group maximum of the logits, softmax over slots outside the window, mean over queries, max-pooling along
-    slots (`R1KV.update_kv` and `SnapKV.update_kv`, Zefan-Cai/R-KV, rkv/compression).
-    """
-    keys = view.keys[..., :-n_obs, :]
-    queries = view.queries[..., -n_obs:, :]
-    L, R, H, N, D = keys.shape
-    logits = queries.reshape(L, R, H, -1, D) @ keys.transpose(-1, -2) * view.scaling
-    logits = logits.view(L, R, H, -1, queries.shape[3], N).amax(3)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    importance = logits.to(wide).softmax(-1).mean(-2)
-    return F.max_pool1d(importance.flatten(0, 2), kernel, stride=1, padding=kernel // 2).view(L, R, H, N)
-
-
-def keep_window(scores: Tensor, n_obs: int) -> Tensor:
-    """Append +inf for the observing window, which the original never ranks."""
-    return F.pad(scores, (0, n_obs), value=torch.inf)
+Group = Literal["logit_max", "mean", "max"]
+Domain = Literal["older", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
     """Keep what the last n_obs queries attend to, and the newest n_recent tokens.
 
-    The decode-time variant of Zefan-Cai/R-KV (rkv/compression/snapkv.py): its window of 8 observes and stays,
-    kernel 7, a round every 128 tokens.
+    The published variants are settings. kernel: neighbouring slots pooled, by their "max" or "avg" (1: none).
+    group: how the query heads of a KV head become one, the maximum of their logits before the softmax, or the mean or
+    maximum of their probabilities summed over the queries. domain: softmax over the slots older than the n_obs newest,
+    or over "all" that a query could see.
+
+    The defaults are the decode-time variant of Zefan-Cai/R-KV (rkv/compression/snapkv.py): its window of 8 observes
+    and stays, max-pooling 7, a round every 128 tokens. FasterDecoding/SnapKV (snapkv_utils.py) and NVIDIA/kvpress use
+    kernel 5, "avg", domain "all"; terarachang/VaSE the same with "older". FasterDecoding ranks per query head, which
+    this does where each KV head has one; Zefan-Cai/KVCache-Factory reduces the group by "mean" or "max" (its "sum" is
+    the mean times a constant), kvpress and VaSE by "mean".
     """
 
     n_obs: int = 8
     kernel: int = 7
+    pooling: Pooling = "max"
+    group: Group = "logit_max"
+    domain: Domain = "older"
     n_recent: int = 8
     buffer: int | None = 128
 
     def __post_init__(self):
         super().__post_init__()
         self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
-        self.require(self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
+        self.require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
+        for name, choices in (("pooling", Pooling), ("group", Group), ("domain", Domain)):
+            value = getattr(self, name)
+            self.require(value in get_args(choices), f"{name} is {value!r}; use one of {', '.join(get_args(choices))}")
 
     @property
     def n_queries(self) -> int:
         return self.n_obs
 
+    def importance(self, view: View) -> Tensor:
+        """Pooled attention of the last n_obs queries to the slots older than the window: `[L, R, H, N - n_obs]`."""
+        n_older = view.positions.shape[-1] - self.n_obs
+
+        def paid(logits: Tensor, visible: Tensor) -> Tensor:
+            if self.group == "logit_max":
+                logits = logits.amax(2, keepdim=True)
+            if self.domain == "older":
+                logits, visible = logits[..., :n_older], visible[..., :n_older]
+            by_head = attention(logits, visible).mean(-2)[..., :n_older]
+            return by_head.mean(2) if self.group == "mean" else by_head.amax(2)
+
+        importance = torch.stack([paid(*layer) for layer in observe(view, self.n_obs)])
+        return pool(importance, self.kernel, self.pooling)
+
     def score(self, view, state):
-        return keep_window(observed_importance(view, self.n_obs, self.kernel), self.n_obs), state
+        return keep_window(self.importance(view), self.n_obs), state
+
+
+def pyramid_keep(n_slots: int, capacity: int, n_obs: int, layer: int, n_layers: int, beta: int = 20) -> int:
+    """Slots that PyramidKV (arXiv 2406.02069) leaves in a layer, the window included: fewer the deeper the layer.
+
+    `PyramidKVCluster` (Zefan-Cai/KVCache-Factory, pyramidkv_utils.py). It is SnapKV with this count, and no policy
+    here: a row's length is mirrored on the host as one number and its slots are allocated once, equal in all layers,
+    so that a smaller layer would save no memory.
+    """
+    n_older, share = n_slots - n_obs, capacity - n_obs
+    if n_slots < capacity:
+        return n_slots
+    if n_slots < 2 * share:
+        return capacity
+    least = share // beta
+    most = 2 * share - least
+    if most >= n_older:
+        most, least = n_older, 2 * share - n_older
+    return most - layer * ((most - least) // (n_layers - 1)) + n_obs

@@ -1,0 +1,106 @@
+"""Statistics of a model's queries before RoPE, for TriAttention (arXiv 2604.04921), from teacher-forced traces."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from kvlib.errors import ConfigError
+from kvlib.files import write_atomically
+from kvlib.models import TINY, load_reasoner, update_manifest
+from kvlib.policies.triattention import QueryStatistics
+from kvlib.predictor import Trace, collect_traces
+from kvlib.rope import rotate
+
+FILE = "triattention-calibration.safetensors"
+COMMAND = "python -m kvlib.calibrate"
+N_TRACES = 120
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
+"""Sees a layer's index, queries `[HQ, T, D]`, keys and values `[H, T, D]` (after RoPE), and the scaling of q.k."""
+
+
+class ObservedStep(Cache):
+    """A teacher-forced step that shows every layer's queries, keys and values to an observer."""
+
+    def __init__(self, observe: Observer):
+        super().__init__(layers=[])
+        self.observe = observe
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.observe(layer_idx, query[0], key[0], value[0], scaling)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def observe_trace(model: nn.Module, ids: Sequence[int], observe: Observer) -> Tensor:
+    """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
+    ids = torch.tensor([ids], device=next(model.parameters()).device)
+    step = ObservedStep(observe)
+    return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]
+
+
+def query_statistics(model: nn.Module, traces: Sequence[Trace]) -> QueryStatistics:
+    """Statistics over all tokens of the traces, accumulated in float64."""
+    config, inv_freq = model.config, model.base_model.rotary_emb.inv_freq
+    shape = (3, config.num_hidden_layers, config.num_attention_heads, len(inv_freq))
+    total = torch.zeros(shape, dtype=torch.float64, device=inv_freq.device)
+
+    def accumulate(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        position = torch.arange(query.shape[1], device=query.device)
+        re, im = rotate(query.double(), -position, inv_freq).chunk(2, -1)
+        total[:, layer] += torch.stack([re, im, torch.hypot(re, im)]).sum(2)
+
+    for trace in traces:
+        observe_trace(model, trace.ids, accumulate)
+    return QueryStatistics(*(total / sum(len(trace.ids) for trace in traces)).float())
+
+
+def save_statistics(statistics: QueryStatistics, path: Path, model_sha256: str, n_traces: int, n_tokens: int) -> None:
+    """The statistics, the weights they belong to and what they were made from; atomic."""
+    metadata = {"model_sha256": model_sha256, "n_traces": str(n_traces), "n_tokens": str(n_tokens)}
+    state = {name: tensor.contiguous() for name, tensor in statistics.state_dict().items()}
+    write_atomically(path, save(state, metadata))
+
+
+def load_statistics(path: Path, model_sha256: str | None = None) -> QueryStatistics:
+    """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
+    try:
+        with safe_open(path, "pt") as file:
+            made_for = file.metadata()["model_sha256"]
+            statistics = QueryStatistics(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except Exception as error:
+        raise ConfigError(
+            f"calibration {path} could not be loaded ({error}); make it again with `{COMMAND}`"
+        ) from error
+    if model_sha256 and made_for != model_sha256:
+        raise ConfigError(f"calibration {path} was made for other weights; make it again with `{COMMAND}`")
+    return statistics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Calibrate TriAttention: query statistics of a model.")
+    parser.add_argument("--model", choices=["tiny"], default="tiny", help="traces are of the tiny reasoner's own task")
+    parser.add_argument("--out", type=Path, default=TINY, help="folder with a manifest.json to write the file into")
+    arguments = parser.parse_args()
+    reasoner = load_reasoner(arguments.model)
+    traces = collect_traces(reasoner, N_TRACES)
+    n_tokens = sum(len(trace.ids) for trace in traces)
+    statistics = query_statistics(reasoner.model, traces)
+    save_statistics(statistics, arguments.out / FILE, reasoner.sha256, len(traces), n_tokens)
+    update_manifest(arguments.out, [FILE])
+    print(f"wrote {arguments.out / FILE} ({len(traces)} traces, {n_tokens} tokens)")
+
+
+if __name__ == "__main__":
+    main()

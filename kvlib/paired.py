@@ -1,0 +1,127 @@
+"""Paired comparison of two arms on common random numbers: bootstrap over problems. Never imports torch."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+
+from kvlib.errors import ConfigError
+
+N_BOOT = 10_000
+COLUMNS = ["dataset", "kv_budget", "problem", "sample", "correct"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Pass@1 of arm A minus that of arm B, in points, with a 95 % percentile interval over resampled problems.
+
+    wins, losses: problems on which A, or B, is right in more samples. p: twice the smaller share of resamples on either
+    side of zero, at most 1; a guide beside the interval, not corrected for the number of arms compared.
+    """
+
+    difference: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    n_problems: int
+    p: float
+
+
+def paired_difference(a: pd.DataFrame, b: pd.DataFrame, n_boot: int = N_BOOT, seed: int = 0) -> Difference:
+    """A minus B of one cell each: frames of verdicts with the columns problem, sample, correct (bool).
+
+    Samples are averaged within a problem; problems are resampled, and with both arms at once, since they share them.
+    Raises ConfigError unless both arms hold the same problems and samples, each once.
+    """
+    return pooled_difference(a.assign(dataset="", kv_budget=0), b.assign(dataset="", kv_budget=0), n_boot, seed)
+
+
+def pooled_difference(a: pd.DataFrame, b: pd.DataFrame, n_boot: int = N_BOOT, seed: int = 0) -> Difference:
+    """A minus B over several cells: verdicts with the columns dataset, kv_budget, problem, sample, correct.
+
+    Every cell (dataset, KV budget) weighs the same. Problems are resampled within their dataset with all their budgets
+    together, because the cells of one problem are correlated. Raises ConfigError as paired_difference does, and for a
+    problem that lacks a budget of its dataset.
+    """
+    by_problem = _differences(a, b)
+    weights = {
+        name: group.shape[1] / sum(g.shape[1] for g in by_problem.values()) for name, group in by_problem.items()
+    }
+    per_problem = {name: group.mean(1) for name, group in by_problem.items()}
+    rng = np.random.default_rng(seed)
+    draws = np.zeros(n_boot)
+    for name, values in per_problem.items():
+        index = rng.integers(0, len(values), (n_boot, len(values)))
+        draws += weights[name] * values[index].mean(1)
+    # Sums in another order differ in the last bit; a resample that is zero must count as zero.
+    draws = np.round(draws, 12)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    every = np.concatenate(list(per_problem.values()))
+    return Difference(
+        difference=100 * float(sum(weights[name] * values.mean() for name, values in per_problem.items())),
+        low=100 * float(low),
+        high=100 * float(high),
+        wins=int((every > 1e-12).sum()),
+        losses=int((every < -1e-12).sum()),
+        n_problems=len(every),
+        p=float(min(1.0, 2 * min((draws <= 0).mean(), (draws >= 0).mean()))),
+    )
+
+
+def differences_to(verdicts: pd.DataFrame, baseline: str, n_boot: int = N_BOOT, seed: int = 0) -> pd.DataFrame:
+    """Every arm minus the baseline arm, best first: the column arm and those of Difference.
+
+    verdicts: the columns of pooled_difference and arm. All arms meet the same resamples. Raises ConfigError for an
+    unknown baseline, and as pooled_difference does.
+    """
+    _require(verdicts, ["arm", *COLUMNS], "the verdicts")
+    arms = list(verdicts["arm"].unique())
+    if baseline not in arms:
+        raise ConfigError(f"no arm is called {baseline!r}; use one of {', '.join(map(str, arms))}")
+    base = verdicts[verdicts["arm"] == baseline]
+    rows = []
+    for arm in arms:
+        if arm != baseline:
+            try:
+                difference = pooled_difference(verdicts[verdicts["arm"] == arm], base, n_boot, seed)
+            except ConfigError as error:
+                raise ConfigError(f"{arm} (A) cannot be compared with {baseline} (B): {error}") from error
+            rows.append({"arm": arm, **asdict(difference)})
+    if not rows:
+        raise ConfigError(f"{baseline} is the only arm; add the verdicts of another one to compare it with")
+    return pd.DataFrame(rows).sort_values("difference", ascending=False, kind="stable", ignore_index=True)
+
+
+def _require(df: pd.DataFrame, columns: list[str], what: str) -> None:
+    missing = [name for name in columns if name not in df]
+    if missing or df.empty:
+        raise ConfigError(
+            f"{what} lack {'column ' + ', '.join(missing) if missing else 'rows'}; pass one row per sample with the "
+            f"columns {', '.join(columns)}"
+        )
+
+
+def _differences(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, np.ndarray]:
+    """{dataset: difference of the share of right samples `[problems, budgets]`}, problems sorted."""
+    shares = []
+    for frame, arm in ((a, "A"), (b, "B")):
+        _require(frame, COLUMNS, f"the verdicts of arm {arm}")
+        if frame[COLUMNS].isna().any(axis=None):
+            raise ConfigError(
+                f"the verdicts of arm {arm} have an empty field; for the full cache give the KV budget it stands beside"
+            )
+        if frame.duplicated(COLUMNS[:-1]).any():
+            raise ConfigError(f"arm {arm} has a sample twice; pass each (dataset, budget, problem, sample) once")
+        shares.append(frame.assign(correct=frame["correct"].astype(bool)).set_index(COLUMNS[:-1])["correct"])
+    if len(shares[0]) != len(shares[1]) or not shares[0].index.sort_values().equals(shares[1].index.sort_values()):
+        raise ConfigError("the arms hold different problems, samples or budgets; compare arms that ran the same ones")
+    first, second = (share.groupby(COLUMNS[:-2]).mean().unstack("kv_budget") for share in shares)
+    result = {}
+    for dataset, group in (first - second).groupby(level="dataset", sort=True):
+        budgets = [budget for budget in group if group[budget].notna().any()]
+        values = group[budgets].to_numpy()
+        if np.isnan(values).any():
+            raise ConfigError(f"a problem of {dataset} lacks one of its KV budgets; pass every budget of every problem")
+        result[dataset] = values
+    return result

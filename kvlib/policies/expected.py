@@ -1,0 +1,62 @@
+"""Expected Attention: what queries like the last ones will pay to a slot from later positions (arXiv 2510.00636)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvlib.policies.base import Policy
+from kvlib.rope import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(Policy):
+    """Keep by the expected attention of the next n_future queries, times the value's norm.
+
+    Future queries are normal, with the mean and covariance of the last n_obs queries before RoPE, at the average
+    RoPE of the next n_future positions. `ExpectedAttentionPress.score` (NVIDIA/kvpress) and its defaults; n_obs and
+    the defaults of its DecodingPress: 256 queries, of which it takes the number for the position of the newest
+    token. Here positions are true. The sinks take no part in the softmax and stay.
+    """
+
+    n_sink: int = 4
+    n_obs: int = 256
+    buffer: int | None = 512
+    n_future: int = 512
+    use_covariance: bool = True
+    use_vnorm: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
+        self.require(self.n_future >= 1, f"n_future is {self.n_future}; use 1 or more positions")
+        self.require(self.epsilon >= 0, f"epsilon is {self.epsilon}; use 0 or more")
+
+    @property
+    def n_queries(self) -> int:
+        return self.n_obs
+
+    def score(self, view, state):
+        wide = torch.promote_types(view.keys.dtype, torch.float32)
+        keys, queries = view.keys.to(wide), view.queries[..., -self.n_obs :, :].to(wide)
+        L, R, H, _, D = keys.shape
+        ago = torch.arange(self.n_obs, 0, -1, device=keys.device)
+        queries = rotate(queries, -(view.step[:, None, None] - ago), view.inv_freq)
+        ahead = torch.arange(self.n_future, device=keys.device)
+        phase = (view.step[:, None] + ahead).double()[..., None] * view.inv_freq.double()
+        cos, sin = (mean.to(wide)[:, None, None] for mean in (phase.cos().mean(1), phase.sin().mean(1)))
+        first, second = queries.chunk(2, -1)
+        queries = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        mean = queries.mean(-2)
+        logits = mean.view(L, R, H, -1, D) @ keys.transpose(-1, -2) * view.scaling
+        if self.use_covariance:
+            centred = queries - mean[..., None, :]
+            covariance = (centred.transpose(-1, -2) @ centred / self.n_obs).view(L, R, H, -1, D, D)
+            # By layer: all at once would take more memory than the cache.
+            spread = [(k @ c * k).sum(-1) for k, c in zip(keys[:, :, :, None], covariance, strict=True)]
+            logits = logits + torch.stack(spread) * view.scaling**2 / 2
+        sinks = view.positions < self.n_sink
+        scores = logits.masked_fill(sinks[:, :, :, None], -torch.inf).softmax(-1).mean(3)
+        if self.use_vnorm:
+            scores = (scores + self.epsilon) * view.values.to(wide).norm(dim=-1)
+        return scores, state

@@ -1,0 +1,58 @@
+"""What the last queries attend to among the slots that are held: shared by the policies that score by attention."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvlib.policies.base import View
+
+Pooling = Literal["max", "avg"]
+
+
+def query_positions(view: View, n_queries: int) -> Tensor:
+    """Positions `[R, W]` of the last W queries, oldest first."""
+    return view.step[:, None] + torch.arange(-n_queries, 0, device=view.step.device)
+
+
+def observe(view: View, n_obs: int, among: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, visible) of each layer in turn: what the last W <= n_obs queries, oldest first, ask of all slots.
+
+    logits `[R, H, G, W, N]`, at least float32: scaled q.k; visible, bool `[R, H or 1, 1, W, N]`: keys not newer than
+    the query, and in `among [L or 1, R, H or 1, N]` if that is given. One layer at a time, because the logits of a
+    long interval in all layers at once would outgrow the cache.
+    """
+    queries, keys = view.queries[..., -n_obs:, :], view.keys
+    H = keys.shape[2]
+    asked = query_positions(view, queries.shape[3])[:, None, None, :, None]
+    visible = view.positions[:, :, :, None, None] <= asked
+    if among is not None:
+        visible = visible & among[:, :, :, None, None]
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    for asking, held, seen in zip(queries, keys, visible.expand(len(keys), *visible.shape[1:]), strict=True):
+        grouped = asking.to(wide).unflatten(1, (H, -1))
+        logits = grouped.flatten(2, 3) @ held.to(wide).mT * view.scaling
+        yield logits.unflatten(2, grouped.shape[2:4]), seen
+
+
+def attention(logits: Tensor, visible: Tensor) -> Tensor:
+    """Probabilities over the visible slots, 0 elsewhere."""
+    lowest = torch.finfo(logits.dtype).min
+    return logits.masked_fill(~visible, lowest).softmax(-1).masked_fill(~visible, 0.0)
+
+
+def pool(scores: Tensor, kernel: int, pooling: Pooling) -> Tensor:
+    """Maximum or mean over `kernel` neighbouring slots of `[..., N]`, N kept; at the borders the mean counts zeros."""
+    flat = scores.flatten(0, -2)
+    if pooling == "max":
+        pooled = F.max_pool1d(flat, kernel, stride=1, padding=kernel // 2)
+    else:
+        pooled = F.avg_pool1d(flat, kernel, stride=1, padding=kernel // 2)
+    return pooled.view_as(scores)
+
+
+def keep_window(scores: Tensor, n_obs: int) -> Tensor:
+    """Append +inf for the n_obs observing slots, which the originals never rank."""
+    return F.pad(scores, (0, n_obs), value=torch.inf)

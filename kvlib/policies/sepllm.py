@@ -1,0 +1,39 @@
+"""SepLLM: separators stand for the text before them (arXiv 2412.12094)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvlib.policies.base import Policy, Share
+
+SEPARATOR = "separator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SepLLM(Policy):
+    """Keep sinks, the newest n_recent tokens, then separators, newest first, then the newest of the others.
+
+    One keep set for the model. Sinks and neighbours as published (HKUDS/SepLLM, training-free: 4 and 256 of a cache
+    of 800). The original caps separators at 64 and leaves the rest of the cache empty after a round; here they take
+    what is free. reindex=True gives its positions in the cache.
+
+    separators: token ids; None: the tokens that consist of punctuation and white space (`kvlib.fitted`).
+    """
+
+    n_sink: int = 4
+    n_recent: int = 256
+    share: Share = "model"
+    separators: tuple[int, ...] | None = None
+    state_names: ClassVar[tuple[str, ...]] = (SEPARATOR,)
+    needs: ClassVar[tuple[str, ...]] = ("separators",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.share == "model", f"share is {self.share!r}; separators are the same everywhere, use 'model'")
+
+    def creation_score(self, hidden, token_ids, answering):
+        return {SEPARATOR: torch.isin(token_ids, torch.tensor(self.separators, device=token_ids.device)).float()}
+
+    def score(self, view, state):
+        return state[SEPARATOR], state

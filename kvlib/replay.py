@@ -1,0 +1,342 @@
+"""Teacher-forced replay: what a policy loses on a trace that the full cache wrote, round by round.
+
+Every policy reads the same tokens, so that keep sets, attention and predictions can be compared where free-running
+outputs would have parted. One recorded trace of T tokens takes 4 * L * H * T * T bytes of attention.
+"""
+
+import itertools
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from kvlib import noise
+from kvlib.attention import causal_mask
+from kvlib.errors import ConfigError
+from kvlib.generate import Decoder, Request
+from kvlib.grade import wilson_interval
+from kvlib.kernels.attention import attention_probabilities
+from kvlib.models import Reasoner
+from kvlib.policies import Policy
+from kvlib.tiny.tasks import DIGITS, NAMES, value_drill
+
+N_FACTS, N_ASKED = 14, 56
+DISTANCES = (0, 16, 32, 64, 128, 256, 512, 1024)
+
+Kept = Sequence[Sequence[Sequence[int]]]
+"""Positions that stayed in a round, by layer and KV head (one where the keep set is shared), as Completion.kept."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A trace of T tokens, prompt and output, and what the full cache computed on it; float32, on the model's device.
+
+    queries `[L, HQ, T, D]`, keys `[L, H, T, D]` (after RoPE), values `[L, H, T, D]`. attention `[L, H, T, T]`: what
+    each query (row) pays to each position (column), summed over the query heads of a KV head, so that a row sums to G.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    attention: Tensor
+    scaling: float
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return (*self.request.prompt, *self.tokens)
+
+
+class _RecordStep(Cache):
+    """A teacher-forced step over a whole trace that keeps every layer's queries, keys, values and attention."""
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.layers_seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.scaling = 0.0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        H, T = key.shape[1], key.shape[2]
+        grouped = query[0].unflatten(0, (H, -1))
+        attention = attention_probabilities(grouped, key[0, :, None], causal_mask(T, query.device), scaling).sum(1)
+        self.layers_seen.append((query[0].float(), key[0].float(), value[0].float(), attention.float()))
+        self.scaling = scaling
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+@torch.inference_mode()
+def record_trace(reasoner: Reasoner, request: Request, tokens: Sequence[int]) -> Recording:
+    """One pass of the full cache over the request's prompt and its output `tokens`. Raises ConfigError without output.
+
+    The request's noise drives the policies that draw, such as random eviction, in every replay.
+    """
+    if not tokens:
+        raise ConfigError(f"the output of {request.id} is empty, so nothing can be replayed; record a finished output")
+    ids = torch.tensor([(*request.prompt, *tokens)], device=next(reasoner.model.parameters()).device)
+    step = _RecordStep()
+    reasoner.model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step)
+    tensors = [torch.stack(layers) for layers in zip(*step.layers_seen, strict=True)]
+    return Recording(request, tuple(tokens), *tensors, scaling=step.scaling)
+
+
+class TeacherForcing:
+    """The `sampling` of a Decoder of one row that returns given tokens and notes what the model would have said."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+        self.predicted: list[Tensor] = []
+        self.logprob: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, request: Tensor, step: Tensor) -> Tensor:
+        token = self.tokens[step]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self.predicted.append(logits.argmax(-1))
+        self.logprob.append(wide.log_softmax(-1).gather(-1, token[:, None])[:, 0])
+        return token
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A recording of n output tokens read under one policy.
+
+    predicted int64 `[n]`: the model's argmax in place of each output token; logprob `[n]`: that of the recorded token,
+    in nats; kept: as Completion.kept. rounds has one row per round that queries follow, and row 0 for the time before
+    the first: round, seen (tokens so far), n_queries (until the next round), recall (attention_recall) and error
+    (output_error).
+    """
+
+    recording: Recording
+    kv_budget: int | None
+    predicted: Tensor
+    logprob: Tensor
+    kept: tuple[tuple[int, Kept], ...]
+    rounds: pd.DataFrame
+
+    @property
+    def right(self) -> Tensor:
+        """Bool `[n]`: whether the model would have said the recorded token."""
+        return self.predicted == torch.tensor(self.recording.tokens, device=self.predicted.device)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right.double().mean().item()
+
+    @property
+    def recall(self) -> float:
+        """Mean over the queries of the output; 1 before the first round."""
+        return self._mean("recall")
+
+    @property
+    def error(self) -> float:
+        """Mean over the queries of the output; 0 before the first round."""
+        return self._mean("error")
+
+    def _mean(self, column: str) -> float:
+        n = self.rounds["n_queries"].sum()
+        return float((self.rounds[column] * self.rounds["n_queries"]).sum() / n) if n else math.nan
+
+
+def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording: Recording) -> Replay:
+    """Drive the decoder over the recorded tokens under this policy; kv_budget None exactly if it never evicts.
+
+    Raises ConfigError where the decoder does: a prompt, or what is protected, that does not fit into the budget.
+    """
+    P, n = recording.n_prompt, len(recording.tokens)
+    device = next(reasoner.model.parameters()).device
+    forcing = TeacherForcing(torch.tensor(recording.tokens, device=device))
+    decoder = Decoder(
+        reasoner.model,
+        policy,
+        kv_budget,
+        n_rows=1,
+        n_prompt_max=P,
+        max_new_tokens=n,
+        sampling=forcing,
+        eos_ids=(),
+        answer_id=reasoner.answer_id,
+        trace=True,
+    )
+    decoder.admit(0, recording.request)
+    for _ in range(n - 1):
+        decoder.step()
+    ((_, completion),) = decoder.finished()
+    return Replay(
+        recording,
+        kv_budget,
+        torch.cat(forcing.predicted),
+        torch.cat(forcing.logprob),
+        completion.kept,
+        _fidelity_by_round(recording, completion.kept),
+    )
+
+
+def _fidelity_by_round(recording: Recording, kept: Sequence[tuple[int, Kept]]) -> pd.DataFrame:
+    # The last output token is predicted and never read, so it asks nothing of the cache.
+    P, end = recording.n_prompt, len(recording.ids) - 1
+    starts = [(P, [[list(range(P))]]), *kept]
+    rows = []
+    for i, (seen, positions) in enumerate(starts):
+        until = starts[i + 1][0] if i + 1 < len(starts) else end
+        if until > seen:
+            recall = attention_recall(recording.attention, positions, seen, until)
+            error = output_error(recording, positions, seen, until)
+            rows.append({"round": i, "seen": seen, "n_queries": until - seen, "recall": recall, "error": error})
+    return pd.DataFrame(rows, columns=["round", "seen", "n_queries", "recall", "error"])
+
+
+def _held(kept: Kept, seen: int, until: int, device: torch.device) -> Tensor:
+    """Bool `[L or 1, H or 1, until - seen, until]`: what the queries seen .. until - 1 still see."""
+    mask = torch.zeros(len(kept), len(kept[0]), until, dtype=torch.bool)
+    for layer, heads in enumerate(kept):
+        for head, positions in enumerate(heads):
+            mask[layer, head, positions] = True
+    mask[..., seen:] = True
+    return mask.to(device)[:, :, None] & causal_mask(until, device)[seen:]
+
+
+def attention_recall(attention: Tensor, kept: Kept, seen: int, until: int) -> float:
+    """Share of the full cache's attention by queries seen .. until - 1 that falls on slots still held, in [0, 1].
+
+    attention `[L, H, T, T]`; kept: what the round at `seen` tokens left; slots appended since then are held. Mean over
+    layers and KV heads.
+    """
+    mass = attention[:, :, seen:until, :until]
+    held = (mass * _held(kept, seen, until, attention.device)).sum((2, 3))
+    return (held / mass.sum((2, 3))).mean().item()
+
+
+def output_error(recording: Recording, kept: Kept, seen: int, until: int) -> float:
+    """||o - o'|| / ||o|| of queries seen .. until - 1: o of the full cache, o' of its queries over held slots only.
+
+    The norms are over the round's queries and the head's dimensions, per layer and query head, so that one query whose
+    output is near zero cannot dominate; then the mean over layers and query heads.
+    """
+    H = recording.keys.shape[1]
+    queries = recording.queries[:, :, seen:until].unflatten(1, (H, -1))
+    keys, values = recording.keys[:, :, None, :until], recording.values[:, :, None, :until]
+    device = queries.device
+
+    def output(visible: Tensor) -> Tensor:
+        return attention_probabilities(queries, keys, visible, recording.scaling) @ values
+
+    full = output(causal_mask(until, device)[seen:])
+    held = output(_held(kept, seen, until, device)[:, :, None])
+    return ((full - held).norm(dim=(-2, -1)) / full.norm(dim=(-2, -1))).mean().item()
+
+
+Replays = Mapping[tuple[str, int | None], Sequence[Replay]]
+"""Replays of the same recordings by (arm, KV budget); an arm is a policy with its settings."""
+
+
+def fidelity(replays: Replays) -> pd.DataFrame:
+    """One row per arm and budget, means over traces: arm, kv_budget, n_traces, recall, error, accuracy, logprob.
+
+    recall, error and accuracy are shares; logprob is the mean over output tokens, in nats.
+    """
+    rows = [
+        {
+            "arm": arm,
+            "kv_budget": kv_budget,
+            "n_traces": len(several),
+            "recall": sum(replay.recall for replay in several) / len(several),
+            "error": sum(replay.error for replay in several) / len(several),
+            "accuracy": sum(replay.accuracy for replay in several) / len(several),
+            "logprob": sum(replay.logprob.mean().item() for replay in several) / len(several),
+        }
+        for (arm, kv_budget), several in replays.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def once_stated(words: Sequence[str], n_prompt: int) -> list[tuple[int, int]]:
+    """Look-ups of values told once, as (index of the asked value, index of the told one).
+
+    A look-up is `get NAME VALUE` in the output; the value was told by one `so NAME VALUE` before, and not restated:
+    neither by an earlier `get` nor by the `check` that repeats the calculation.
+    """
+    found, told, times = [], defaultdict(list), Counter()
+    for i in range(len(words) - 2):
+        verb, name, value = words[i : i + 3]
+        if verb not in ("so", "get") or name not in NAMES or value not in DIGITS:
+            continue
+        if verb == "get" and i + 2 >= n_prompt and times[name] == 1 and told[name]:
+            found.append((i + 2, told[name][0]))
+        times[name] += 1
+        if verb == "so":
+            told[name].append(i + 2)
+            times[name] += list(words[i + 3 : i + 5]) == [".", "check"]
+    return found
+
+
+def fact_drills(reasoner: Reasoner, n_traces: int, seed: int = 0) -> list[Recording]:
+    """Recordings of value drills, which the tiny reasoner learned on: 14 values told once, then asked 56 times.
+
+    For fact_probe at long distances: in its own solutions a value is looked up or checked soon after it is told, so
+    that a trace has two or three look-ups that count, few of them far. The prompt is one word, so protecting it keeps
+    no value.
+    """
+    recordings = []
+    for i in range(n_traces):
+        words, _ = value_drill(random.Random(f"fact drill {seed} {i}"), N_FACTS, N_ASKED)
+        first, *rest = reasoner.encode(" ".join(words))
+        request = Request(f"fact-drill/{i}", (first,), noise.key("fact drill", seed, i))
+        recordings.append(record_trace(reasoner, request, rest))
+    return recordings
+
+
+def fact_probe(reasoner: Reasoner, replays: Replays) -> pd.DataFrame:
+    """Whether values told once are still known when they are looked up; traces of chain problems only.
+
+    One row per arm, budget and look-up: arm, kv_budget, trace (request id), distance (tokens from the told value to
+    the asked one), right (the model's argmax is the told value). Raises ConfigError if no trace has such a look-up.
+    """
+    rows = []
+    for (arm, kv_budget), several in replays.items():
+        for replayed in several:
+            recording = replayed.recording
+            words = [reasoner.decode([token]).strip() for token in recording.ids]
+            for asked, told in once_stated(words, recording.n_prompt):
+                predicted = replayed.predicted[asked - recording.n_prompt].item()
+                rows.append((arm, kv_budget, recording.request.id, asked - told, predicted == recording.ids[told]))
+    if not rows:
+        raise ConfigError(
+            "no look-up of a value told once in these traces; the probe reads chain problems of the tiny reasoner "
+            "(`so NAME VALUE`, then `get NAME VALUE`), replay more of those"
+        )
+    return pd.DataFrame(rows, columns=["arm", "kv_budget", "trace", "distance", "right"])
+
+
+def fact_accuracy(facts: pd.DataFrame, edges: Sequence[int] = DISTANCES) -> pd.DataFrame:
+    """fact_probe's rows by arm, budget and distance: bins from distance_low to below distance_high, edges in tokens.
+
+    Columns arm, kv_budget, distance_low, distance_high, n (look-ups), right, low, high (percent; 95 % Wilson interval,
+    which takes look-ups for independent though several come from one trace). Empty bins are left out.
+    Raises ConfigError for a distance outside the edges.
+    """
+    if (facts["distance"] < edges[0]).any() or (facts["distance"] >= edges[-1]).any():
+        raise ConfigError(f"a distance lies outside the edges {edges[0]} to {edges[-1]}; give wider edges")
+    bins = pd.cut(facts["distance"], list(edges), right=False, labels=list(edges)[:-1]).astype(int)
+    high = dict(itertools.pairwise(edges))
+    rows = []
+    for (arm, kv_budget, low), group in facts.groupby(["arm", "kv_budget", bins], dropna=False, sort=False):
+        n, n_right = len(group), int(group["right"].sum())
+        interval = [100 * share for share in wilson_interval(n_right, n)]
+        rows.append((arm, kv_budget, low, high[low], n, 100 * n_right / n, *interval))
+    columns = ["arm", "kv_budget", "distance_low", "distance_high", "n", "right", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).sort_values("distance_low", kind="stable", ignore_index=True)

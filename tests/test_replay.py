@@ -1,0 +1,205 @@
+"""Replays see what the full cache saw: exact without eviction, brute force with it, bounded by the golden policy."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from conftest import prompts, small_policy
+
+from kvlib.errors import ConfigError
+from kvlib.generate import Request
+from kvlib.models import Reasoner, load_reasoner
+from kvlib.policies.golden import Golden
+from kvlib.replay import (
+    attention_recall,
+    fact_accuracy,
+    fact_drills,
+    fact_probe,
+    fidelity,
+    once_stated,
+    output_error,
+    record_trace,
+    replay,
+)
+
+P, N = 9, 40
+
+
+def recorded(model):
+    reasoner = Reasoner(model, None, (), None, "")
+    generator = torch.Generator().manual_seed(3)
+    prompt, tokens = (torch.randint(0, 64, (n,), generator=generator).tolist() for n in (P, N))
+    return reasoner, record_trace(reasoner, Request("r", tuple(prompt), 7), tokens)
+
+
+@pytest.fixture(scope="module")
+def qwen2_recording(qwen2):
+    return recorded(qwen2)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_reasoner("tiny")
+
+
+def test_a_recording_is_the_models_own_attention(any_model):
+    _, recording = recorded(any_model)
+    any_model.set_attn_implementation("eager")
+    out = any_model(torch.tensor([recording.ids]), output_attentions=True)
+    any_model.set_attn_implementation("kvlib")
+    expected = torch.stack([layer[0].unflatten(0, (2, -1)).sum(1) for layer in out.attentions])
+    assert recording.attention.dtype == recording.keys.dtype == torch.float32
+    assert recording.attention.shape == (3, 2, P + N, P + N)
+    torch.testing.assert_close(recording.attention, expected.float())
+
+
+@pytest.mark.parametrize("name, kv_budget", [("full", None), ("snapkv", P + N), ("random", P + N)])
+def test_without_eviction_nothing_is_lost_and_predictions_are_the_plain_forwards(any_model, name, kv_budget):
+    reasoner, recording = recorded(any_model)
+    replayed = replay(reasoner, small_policy(name), kv_budget, recording)
+    any_model.set_attn_implementation("eager")
+    logits = any_model(torch.tensor([recording.ids])).logits[0, P - 1 : -1]
+    any_model.set_attn_implementation("kvlib")
+    tokens = torch.tensor(recording.tokens)
+    assert (replayed.predicted == logits.argmax(-1)).all()
+    assert replayed.accuracy == (logits.argmax(-1) == tokens).double().mean()
+    # The eager attention takes its softmax in float32.
+    expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(replayed.logprob, expected, rtol=1e-5, atol=1e-5)
+    assert replayed.recall == pytest.approx(1, abs=1e-6) and replayed.error == 0 and replayed.kept == ()
+    assert replayed.rounds["n_queries"].tolist() == [N - 1]
+
+
+def test_a_replay_keeps_what_the_policy_keeps_and_rounds_tile_the_output(qwen2_recording):
+    reasoner, recording = qwen2_recording
+    replayed = replay(reasoner, small_policy("streaming", protect_prompt=True, buffer=4), 24, recording)
+    seen, kept = replayed.kept[0]
+    assert seen == 25 and kept[0][0] == [*range(P), *range(25 - 11, 25)]
+    rounds = replayed.rounds
+    assert rounds["seen"].tolist() == [P, *(s for s, _ in replayed.kept if s < P + N - 1)]
+    assert (rounds["seen"] + rounds["n_queries"]).tolist() == [*rounds["seen"][1:], P + N - 1]
+    assert (
+        rounds["recall"][0] == pytest.approx(1) and (rounds["recall"][1:] < 1).all() and (rounds["error"][1:] > 0).all()
+    )
+    row = rounds.iloc[2]
+    kept = dict(replayed.kept)[row["seen"]]
+    assert row["recall"] == attention_recall(
+        recording.attention, kept, int(row["seen"]), int(row["seen"] + row["n_queries"])
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 2), (3, 1), (1, 1)], ids=["head", "across layers", "layer", "model"])
+def test_recall_and_error_equal_a_brute_force_loop(qwen2_recording, shape):
+    _, recording = qwen2_recording
+    generator = torch.Generator().manual_seed(1)
+    seen, until, group = 20, 26, 7
+    kept = [[sorted(torch.randperm(seen, generator=generator)[:8].tolist()) for _ in range(shape[1])]
+            for _ in range(shape[0])]  # fmt: skip
+    recalls, errors = [], []
+    for layer in range(3):
+        for head in range(2):
+            held = set(kept[layer % shape[0]][head % shape[1]])
+            mass = total = 0.0
+            for query in range(seen, until):
+                for position in range(query + 1):
+                    share = recording.attention[layer, head, query, position].item()
+                    total += share
+                    mass += share if position in held or position >= seen else 0.0
+            recalls.append(mass / total)
+            for one in range(head * group, (head + 1) * group):
+                change = norm = 0.0
+                for query in range(seen, until):
+                    visible = [p for p in range(query + 1) if p in held or p >= seen]
+                    outputs = []
+                    for positions in (list(range(query + 1)), visible):
+                        logits = recording.keys[layer, head, positions] @ recording.queries[layer, one, query]
+                        weights = (logits * recording.queries.shape[-1] ** -0.5).softmax(0)
+                        outputs.append(weights @ recording.values[layer, head, positions])
+                    change += (outputs[0] - outputs[1]).square().sum().item()
+                    norm += outputs[0].square().sum().item()
+                errors.append(math.sqrt(change / norm))
+    assert attention_recall(recording.attention, kept, seen, until) == pytest.approx(sum(recalls) / 6, rel=1e-5)
+    assert output_error(recording, kept, seen, until) == pytest.approx(sum(errors) / 42, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_golden_reaches_at_least_the_attention_that_other_policies_reach(qwen2_recording, seed):
+    reasoner, recording = qwen2_recording
+    options = {"buffer": 6, "protect_prompt": True, "n_recent": 2}
+    golden = replay(reasoner, Golden(attention=recording.attention, **options), 24, recording)
+    for name in ("random", "window", "snapkv"):
+        other = replay(reasoner, small_policy(name, **options), 24, recording)
+        assert [seen for seen, _ in other.kept] == [seen for seen, _ in golden.kept]
+        assert golden.recall >= other.recall, name
+    # The bound itself: no keep set of the same size reaches more of what comes after the first round.
+    seen = golden.kept[0][0]
+    free = Golden(attention=recording.attention, buffer=6)
+    best = replay(reasoner, free, 24, recording).kept[0]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [[torch.randperm(seen, generator=generator)[: len(best[1][0][0])].tolist() for _ in range(2)]
+             for _ in range(3)]  # fmt: skip
+    end = P + N
+    assert attention_recall(recording.attention, best[1], seen, end) >= attention_recall(
+        recording.attention, drawn, seen, end
+    )
+
+
+def test_the_requests_noise_decides_random_eviction(qwen2_recording):
+    reasoner, recording = qwen2_recording
+    again = [replay(reasoner, small_policy("random"), 24, recording).kept for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_an_empty_output_is_refused(qwen2):
+    with pytest.raises(ConfigError, match="the output of x is empty"):
+        record_trace(Reasoner(qwen2, None, (), None, ""), Request("x", prompts(1)[0], 0), ())
+
+
+def test_fidelity_averages_the_traces(qwen2_recording):
+    reasoner, recording = qwen2_recording
+    full = replay(reasoner, small_policy("full"), None, recording)
+    window = replay(reasoner, small_policy("window"), 24, recording)
+    table = fidelity({("full", None): [full], ("mix", 24): [full, window]})
+    assert table["recall"].tolist() == pytest.approx([1, (1 + window.recall) / 2])
+    assert table["n_traces"].tolist() == [1, 2] and table["error"][0] == 0
+
+
+@pytest.mark.parametrize(
+    "output, found",
+    [
+        ("use m f +2 get m 5", [(11, 3)]),
+        ("so f 7 . use f k +1 get f 7", [(15, 7)]),
+        ("so f 7 . check : 5 +2 = 7 . get f 7", []),
+        ("so f 7 . get f 7 get f 7", [(11, 7)]),
+        ("so f 7 . so f 8 . get f 7", []),
+        ("get c 1 get c 1", []),
+    ],
+    ids=["from the prompt", "from the trace", "checked", "asked before", "told twice", "never told"],
+)
+def test_a_fact_counts_only_when_told_once(output, found):
+    words = f"; so m 5 <think> {output}".split()
+    assert once_stated(words, 5) == found
+
+
+def test_the_probe_finds_what_a_window_has_lost(tiny):
+    drills = fact_drills(tiny, 2)
+    arms = {("full", None): small_policy("full"), ("window", 32): small_policy("window")}
+    replays = {arm: [replay(tiny, policy, arm[1], drill) for drill in drills] for arm, policy in arms.items()}
+    facts = fact_probe(tiny, replays)
+    full, window = (facts[facts["arm"] == arm] for arm in ("full", "window"))
+    assert full["distance"].tolist() == window["distance"].tolist() and full["distance"].max() > 64
+    assert full["right"].mean() > 0.95
+    assert window["right"][window["distance"] > 32].mean() < 0.5 < window["right"][window["distance"] < 28].mean()
+    table = fact_accuracy(facts, (0, 28, 512))
+    assert table["n"].sum() == len(facts)
+    row = table[(table["arm"] == "window") & (table["distance_low"] == 28)].iloc[0]
+    assert row["low"] < row["right"] < row["high"] and row["distance_high"] == 512
+
+
+def test_distances_outside_the_edges_and_traces_without_facts_are_refused(tiny, qwen2_recording):
+    facts = pd.DataFrame({"arm": "a", "kv_budget": 8, "trace": "t", "distance": [3, 70], "right": True})
+    with pytest.raises(ConfigError, match="outside the edges 0 to 64"):
+        fact_accuracy(facts, (0, 16, 64))
+    with pytest.raises(ConfigError, match="no look-up of a value told once"):
+        fact_probe(tiny, {})
