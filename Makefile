@@ -1,4 +1,5 @@
 SEED ?= 0
+PROFILE ?= tiny
 SETUP := -I kvlib/bootstrap.py
 
 # The active Python counts only if this folder's kvlib is installed in it.
@@ -42,8 +43,8 @@ lint: env ## check style and formatting
 tiny-model: env ## train the tiny reasoner from scratch into runs/tiny-model, half an hour
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.tiny.train
 
-predictor: env ## train the importance predictor of the tiny reasoner
-	@"$(PY)" -m kvlib.predictor
+predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen
+	@"$(PY)" -m kvlib.predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
 
 clean: ## remove caches and build leftovers; keeps .venv and everything measured
 	@rm -rf build dist kvlib.egg-info .pytest_cache .ruff_cache .hypothesis

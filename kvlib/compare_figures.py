@@ -361,7 +361,7 @@ def _figure(draws: list, labels: Sequence[str], heading: str, notes: list[str], 
 
 def _sheet(width, tall, n_rows, heading, notes, *, title, under=0.55) -> tuple[Figure, float, float]:
     """A figure for n_rows of axes `tall` inches high under a heading and over wrapped notes; (fig, bottom, top)."""
-    lines = [line for note in notes if note for line in textwrap.wrap(note, int(width * 12.6))]
+    lines = [line for note in notes if note for line in textwrap.wrap(note, int(width * 11.9))]
     bottom, top = under + 0.2 + 0.21 * len(lines), 0.34 + title
     height = top + bottom + n_rows * tall + (n_rows - 1) * (under + title)
     fig = Figure(figsize=(width, height), dpi=100, facecolor="white")

@@ -23,7 +23,9 @@ from kvlib.predictor import Trace, collect_traces
 FILE = "trimkv-gate.safetensors"
 COMMAND = "python -m kvlib.gate"
 N_TRACES, N_HELD_OUT = 240, 40
-CAPACITY = 64
+CAPACITY = 16
+"""A small one makes the gate tell tokens apart; under a large one hardly any need to decay."""
+BUDGET = 64
 FIRST_BIAS = 5.0
 """Before training, beta is sigmoid(5): half of a token is retained after about a hundred tokens."""
 
@@ -86,10 +88,12 @@ def gate_loss(gate: RetentionGate, recorded: Recorded, capacity: int) -> tuple[T
 
 
 def train_gate(
-    model: nn.Module, traces: Sequence[Trace], capacity: int = CAPACITY, n_epochs: int = 4, seed: int = 0
+    model: nn.Module, traces: Sequence[Trace], capacity: int = CAPACITY, n_epochs: int = 6, seed: int = 0
 ) -> RetentionGate:
-    """AdamW on one trace at a time, the learning rate falling along a cosine. The traces are recorded anew each time,
-    since their logits take more memory than time."""
+    """AdamW on one trace at a time, the learning rate falling along a cosine.
+
+    Traces are recorded anew each epoch: their logits would take gigabytes, and one pass takes little time.
+    """
     config, order = model.config, random.Random(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -128,7 +132,7 @@ class HeldOut:
 
 @torch.inference_mode()
 def evaluate_gate(
-    gate: RetentionGate, model: nn.Module, traces: Sequence[Trace], budget: int = CAPACITY, every: int = 32
+    gate: RetentionGate, model: nn.Module, traces: Sequence[Trace], budget: int = BUDGET, every: int = 32
 ) -> HeldOut:
     """Rounds of one eviction each, every `every` tokens from the first that exceeds the budget."""
     shares = []

@@ -235,14 +235,11 @@ class _Checks:
         return "scores depend on the order of heads"
 
 
-@dataclasses.dataclass(frozen=True)
 class _ReversedHeads(View):
-    """A view with its heads reversed, noise included."""
+    """A view with its heads reversed, each with its own noise."""
 
-    original: View | None = None
-
-    def uniform(self) -> Tensor:
-        return _flip(self.original.uniform())
+    def heads(self, n: int) -> Tensor:
+        return super().heads(n).flip(0)
 
 
 def _holds(policy: Policy, kv_budget: int) -> bool:
@@ -271,7 +268,6 @@ def _reversed_heads(view: View) -> View:
         _keys=_flip(view._keys),
         _values=_flip(view._values),
         _ring=_flip(view._ring),
-        original=view,
     )
 
 

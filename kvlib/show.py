@@ -52,7 +52,7 @@ def compare_traces(
         raise ConfigError("no policy had a round on this trace; use a smaller KV budget, and decode with trace=True")
     steps = sorted({seen for several in rounds.values() for seen, _ in several})
     chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(most_rounds, len(steps)))})
-    # Details of one name close each other; a name per view keeps two views apart.
+    # Details of one name close each other, where a viewer leaves them the name; each view has its own.
     name = "kv" + hashlib.sha256(repr((words, list(rounds), steps)).encode()).hexdigest()[:8]
     parts = [
         f'<p style="{CAPTION}">One trace under {escape(" and ".join(rounds))}: {len(chosen)} of {len(steps)} rounds</p>'

@@ -7,7 +7,8 @@ import torch
 
 from kvlib.generate import Completion, Decoder, Request, generate
 from kvlib.invariants import FAMILIES, random_model
-from kvlib.policies import DynTS, Policy, make_policy
+from kvlib.policies import Policy, make_policy
+from kvlib.policies.triattention import QueryStatistics
 from kvlib.sampling import Sampling
 
 
@@ -21,20 +22,57 @@ def qwen2():
     return random_model("qwen2")
 
 
+OBSERVING = {"n_obs": 4, "n_recent": 4, "buffer": 6}
+SCALED = {
+    "random": {"buffer": 3},
+    "random-prompt": {"n_recent": 4, "buffer": 3},
+    **dict.fromkeys(["snapkv", "snapkv-paper", "snapkv-kvpress", "snapkv-vase", "rkv", "gkv", "vase"], OBSERVING),
+    "morphkv": {"n_obs": 4, "n_recent": 4},
+    # The interval is longer than any trace here, so that the budget decides; its own test has a short one.
+    **dict.fromkeys(["rpc", "rpc-qwen2"], OBSERVING),
+    "lazy": {"alpha": 0.02, "n_recent": 6, "buffer": 5},
+    "raas": {"alpha": 0.02, "buffer": 4},
+    "caote": {"buffer": 4},
+    "caote-snapkv": {"buffer": 6},
+    **dict.fromkeys(["knorm", "keydiff", "cur", "cur-resample", "trimkv"], {"n_recent": 2, "buffer": 6}),
+    "lagkv": {"n_sink": 2, "lag_size": 6, "buffer": 6},
+    "expected": {"n_sink": 2, "n_obs": 8, "n_future": 8, "buffer": 6},
+    **dict.fromkeys(["triattention", "triattention-per-layer", "triattention-union"], {"buffer": 6}),
+    "sepllm": {"n_recent": 8},
+    "dynts": {"n_recent": 8},
+    "dynts-published": {"n_recent": 8},
+}
+"""Settings of each preset for budgets of a few dozen slots."""
+
+
+def fitted_fields(n_layers: int = 3, n_query_heads: int = 14, n_kv_heads: int = 2, head_dim: int = 4) -> dict:
+    """What `kvlib.fitted` would make of a model, here fixed numbers for the random models."""
+    draw = torch.Generator().manual_seed(5)
+    shape = (n_layers, n_query_heads, head_dim // 2)
+    re, im = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    weights = torch.randn(n_layers, 1, n_kv_heads, 5, generator=draw, dtype=torch.float64)
+    return {
+        "predictor": lambda hidden: hidden[..., :5].sum(-1),
+        "calibration": QueryStatistics(re, im, torch.hypot(re, im) + 0.3),
+        "separators": (3, 14, 15, 29, 40, 51),
+        "gate": lambda hidden: -0.1 * (weights * hidden[..., None, :5]).sum(-1).sigmoid(),
+    }
+
+
 def small_policy(name: str, **options) -> Policy:
-    """A preset scaled to budgets of a few dozen slots, with a fixed linear predictor where one is needed."""
-    scaled = {"snapkv": {"buffer": 6}, "rkv": {"buffer": 6}, "random": {"buffer": 3}}
-    if name.startswith("dynts"):
-        scaled[name] = {"n_recent": 8}
-    policy = make_policy(name, **{**scaled.get(name, {}), **options})
-    if isinstance(policy, DynTS):
-        policy = dataclasses.replace(policy, predictor=lambda hidden: hidden[..., :5].sum(-1))
-    return policy
+    """A preset scaled to budgets of a few dozen slots, every field that it needs filled in."""
+    policy = make_policy(name, **{**SCALED.get(name, {}), **options})
+    fields = fitted_fields()
+    return dataclasses.replace(policy, **{need: fields[need] for need in policy.needs})
 
 
 def reversed_heads(policy: Policy) -> Policy:
     """The policy for a model whose KV heads are in reverse order: only what is held per head differs."""
-    return policy
+    if policy.needs != ("calibration",):
+        return policy
+    own = policy.calibration
+    flipped = [x.unflatten(1, (2, 7)).flip(1).flatten(1, 2) for x in (own.mean_re, own.mean_im, own.mean_abs)]
+    return dataclasses.replace(policy, calibration=QueryStatistics(*flipped))
 
 
 def prompts(n: int, seed: int = 0, longest: int = 12) -> list[tuple[int, ...]]:

@@ -1,7 +1,9 @@
 """kvlib's policies keep what the official codes kept. `KVLIB_ORACLES` names another folder of vectors to check."""
 
+import numpy as np
 import pytest
 import torch
+from oracle_attention import CHECKS as ATTENTION
 from oracle_cases import (
     Case,
     append,
@@ -13,6 +15,7 @@ from oracle_cases import (
     run_round,
     valid,
 )
+from oracle_keys import CHECKS as KEYS
 
 from kvlib.attention import MASS, DecodeStep, PrefillStep
 from kvlib.policies import H2O, RKV, Policy, SnapKV, StreamingLLM, View, make_policy
@@ -142,6 +145,8 @@ def check_dynts(case: Case) -> None:
 
 
 CHECKS = {
+    **ATTENTION,
+    **KEYS,
     "dynts": check_dynts,
     "h2o": check_h2o,
     "kvfactory_streaming": check_kvfactory_streaming,
@@ -153,10 +158,28 @@ CHECKS = {
 
 @pytest.mark.parametrize(("file", "case"), load_cases(), ids=lambda value: value)
 def test_keeps_what_the_official_code_kept(file, case):
-    if file not in CHECKS:
-        pytest.skip(f"kvlib has no preset for {file} yet")
     CHECKS[file](Case(file, case))
 
 
-def test_every_preset_of_this_list_has_vectors():
-    assert CHECKS.keys() <= {file for file, _ in load_cases()}
+def test_every_file_has_a_driver():
+    assert CHECKS.keys() >= {file for file, _ in load_cases()}
+
+
+@pytest.mark.parametrize("name", ["kept", "scores"])
+@pytest.mark.parametrize("file", ["rkv", "kvpress_keydiff", "rpc", "trimkv"])
+def test_a_tampered_vector_is_noticed(file, name, monkeypatch):
+    """The check can fail: one kept slot or one score that differs turns it red."""
+    original = Case.__getitem__
+
+    def tampered(case, key):
+        array = original(case, key)
+        if key != name:
+            return array
+        array = array.copy()
+        array.flat[0] += 1 if name == "kept" else np.abs(array).max() * 0.01
+        return array
+
+    CHECKS[file](Case(file, "case0"))
+    monkeypatch.setattr(Case, "__getitem__", tampered)
+    with pytest.raises(AssertionError):
+        CHECKS[file](Case(file, "case0"))

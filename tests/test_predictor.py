@@ -3,7 +3,6 @@ every stage takes up where it was interrupted."""
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import pytest
 import torch
 
 from kvlib.errors import ConfigError
+from kvlib.fitted import check_fitted, fit
 from kvlib.models import TINY, Reasoner, load_reasoner
+from kvlib.policies import make_policy
 from kvlib.predictor import (
     HeldOut,
     ImportanceHead,
@@ -27,12 +28,12 @@ from kvlib.predictor import (
     train_head,
 )
 from kvlib.predictor import labels as labels_module
+from kvlib.predictor.__main__ import main
 from kvlib.predictor.head import rows_of
 from kvlib.predictor.problems import boxed, plain, right_answer, training_problems
 from kvlib.predictor.recipe import as_trace
 
-ROOT = Path(__file__).parent.parent
-PROFILES = ROOT / "notebooks" / "predictors.yml"
+PROFILES = Path(__file__).parent.parent / "notebooks" / "predictors.yml"
 
 
 class Interrupted(Exception):
@@ -171,28 +172,31 @@ def test_shards_are_made_once_and_again_when_damaged_or_of_other_traces(qwen2, t
 
 
 def test_traces_resume_after_a_kill_without_loss_or_duplicates(tiny, tmp_path):
-    profile = Profile(n_traces=10, n_held_out=1, n_rows=4, max_new_tokens=500)
-    undisturbed, mark = stage_traces(profile, tiny, tmp_path / "undisturbed")
+    profile = Profile(ends_thinking=".", only_right=False, n_traces=10, n_held_out=1, n_rows=4, max_new_tokens=40)
+    problems = training_problems("chains", 10, 0)
+    undisturbed, mark = stage_traces(profile, tiny, problems, tmp_path / "undisturbed")
     with pytest.raises(Interrupted):
-        stage_traces(profile, tiny, tmp_path / "killed", interrupt_at(4))
+        stage_traces(profile, tiny, problems, tmp_path / "killed", interrupt_at(4))
     path = tmp_path / "killed" / "samples.jsonl"
     before = path.read_bytes()
     path.write_bytes(before + before[-200:-100])
-    resumed, again = stage_traces(profile, tiny, tmp_path / "killed")
+    resumed, again = stage_traces(profile, tiny, problems, tmp_path / "killed")
     assert path.read_bytes().startswith(before)
     assert len(path.read_text().splitlines()) == 11
     assert (resumed, again) == (undisturbed, mark)
     # Other settings start anew and keep the old traces.
-    stage_traces(dataclasses.replace(profile, seed=1), tiny, tmp_path / "killed")
+    stage_traces(dataclasses.replace(profile, seed=1), tiny, problems, tmp_path / "killed")
     assert (tmp_path / "killed" / "samples.1.jsonl").read_bytes().startswith(before)
     with pytest.raises(ConfigError, match="of 10 traces are usable, and 10 are held out; raise n_traces"):
-        stage_traces(dataclasses.replace(profile, n_held_out=10), tiny, tmp_path / "undisturbed")
+        stage_traces(dataclasses.replace(profile, n_held_out=10), tiny, problems, tmp_path / "undisturbed")
 
 
-def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path):
-    from kvlib.fitted import check_fitted, fit
-    from kvlib.policies import make_policy
+def command(monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["kvlib.predictor", *options])
+    assert main() == 0
 
+
+def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path, monkeypatch, capsys):
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in (
@@ -205,12 +209,14 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path)
         (weights / name).write_bytes((TINY / name).read_bytes())
     (weights / "manifest.json").write_text("{}")
     profiles = tmp_path / "profiles.yml"
-    profiles.write_text("small: {n_traces: 8, n_held_out: 2, n_rows: 8, n_epochs: 2, max_new_tokens: 500}")
-    command = [sys.executable, "-m", "kvlib.predictor", "--profile", "small", "--profiles", str(profiles)]
-    command += ["--model", str(weights), "--work", str(tmp_path / "work"), "--out", str(weights)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "usable traces of 8" in done.stdout and "held out, 2 traces" in done.stdout
+    profiles.write_text(
+        "small: {n_traces: 8, n_held_out: 2, n_rows: 8, n_epochs: 2, max_new_tokens: 40, ends_thinking: ., "
+        "only_right: false}"
+    )
+    options = ["--profile", "small", "--profiles", str(profiles), "--model", str(weights)]
+    command(monkeypatch, *options, "--work", str(tmp_path / "work"), "--out", str(weights))
+    said = capsys.readouterr().out
+    assert "usable traces of 8" in said and "held out, 2 traces" in said
     head = weights / "dynts-predictor.safetensors"
     first = head.read_bytes()
     assert json.loads((weights / "manifest.json").read_text())[head.name]
@@ -218,17 +224,18 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path)
     assert set(check_fitted(policy, str(weights))) == {"predictor"}
     assert fit(policy, str(weights), load_reasoner(str(weights))).predictor.d == 128
     head.unlink()
-    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
+    command(monkeypatch, *options, "--work", str(tmp_path / "work"), "--out", str(weights))
     assert head.read_bytes() == first
 
 
-def test_a_plan_needs_no_weights():
-    command = [sys.executable, "-m", "kvlib.predictor", "--profile", "r1-qwen", "--plan"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+def test_a_plan_needs_no_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("kvlib.predictor.recipe.load_reasoner", None)
+    options = ["--profile", "r1-qwen", "--profiles", str(PROFILES), "--work", str(tmp_path / "work"), "--plan"]
+    command(monkeypatch, *options)
+    said = capsys.readouterr().out
     for line in ("traces    7500 x", "labels  ", "training  15 epochs", "total  ", "disk  ", "reckoned with: "):
-        assert line in done.stdout
-    assert not (ROOT / "runs" / "predictor" / "r1-qwen").exists()
+        assert line in said
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(
@@ -301,7 +308,8 @@ def test_training_sets_are_reproducible_and_grade_their_own_answers(tmp_path):
 
 def test_boxed_answers_are_found_and_spelled_plainly():
     assert boxed(r"\boxed{1} then \boxed{\frac{a}{b}} end") == r"\frac{a}{b}"
-    assert boxed(r"\boxed{open") is None and boxed("none") is None
+    assert boxed(r"so $\boxed 2$.") == "2" and boxed(r"\fbox{3}") == "3"
+    assert boxed(r"\boxed{open") is None and boxed("none") is None and boxed(r"a \boxes{1}") is None
     assert plain(r"$\dfrac{1}{2}$") == plain(r"\frac{1}{2}.")
     assert plain(r"1{,}000") != plain("1000") == plain("1,000")
     assert plain(r"\text{ east }") == "east"

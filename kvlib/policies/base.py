@@ -171,14 +171,17 @@ class View:
         """Bool `[L or 1, R, H or 1, N]`."""
         return self.positions < self.n_prompt[None, :, None, None]
 
+    def heads(self, n: int) -> Tensor:
+        """The number of each KV head, `[n]`: what tells the noise of heads apart."""
+        return torch.arange(n, device=self.positions.device)
+
     def uniform(self) -> Tensor:
         """Noise in (0, 1) `[L or 1, R, H or 1, N]`, keyed by request, round, layer, head and position."""
         layers, _, heads, _ = self.positions.shape
-        device = self.positions.device
         return noise.uniform(
             self.request[None, :, None, None],
             self.step[None, :, None, None],
-            torch.arange(layers, device=device)[:, None, None, None],
-            torch.arange(heads, device=device)[None, None, :, None],
+            torch.arange(layers, device=self.positions.device)[:, None, None, None],
+            self.heads(heads)[None, None, :, None],
             self.positions,
         )

@@ -17,13 +17,14 @@ N_COLUMNS = 20
 def gaussian_projection(view: View) -> Tensor:
     """`[L, R, H, D, 20]` of variance 1 / 20, keyed by request, round, layer and head."""
     L, _, H, _, D = view.keys.shape
+    device = view.keys.device
     uniform = noise.uniform(
         view.request[None, :, None, None, None],
         view.step[None, :, None, None, None],
-        *(
-            torch.arange(n, device=view.keys.device).view([-1 if axis == i else 1 for i in range(5)])
-            for axis, n in ((0, L), (2, H), (3, D), (4, N_COLUMNS))
-        ),
+        torch.arange(L, device=device)[:, None, None, None, None],
+        view.heads(H)[None, None, :, None, None],
+        torch.arange(D, device=device)[:, None],
+        torch.arange(N_COLUMNS, device=device),
     )
     return torch.special.ndtri(uniform) / N_COLUMNS**0.5
 

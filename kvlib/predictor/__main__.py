@@ -10,7 +10,6 @@ from pathlib import Path
 
 from kvlib.config import folder_name
 from kvlib.errors import ConfigError
-from kvlib.models import check_model
 from kvlib.predictor.recipe import load_profile, plan, train_predictor
 from kvlib.record import RecordError
 
@@ -37,7 +36,6 @@ def main() -> int:
         if arguments.plan:
             print(plan(profile, expected, name, work, out))
             return 0
-        check_model(profile.model)
         train_predictor(profile, name, work, out)
     except (ConfigError, RecordError) as error:
         print(f"kvlib.predictor: {error}", file=sys.stderr)

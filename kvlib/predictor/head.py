@@ -73,11 +73,12 @@ def evaluate_head(head: ImportanceHead, held_out: Sequence[Labelled], device: st
 def rows_of(parts: Sequence[Tensor], index: Tensor) -> Tensor:
     """`torch.cat(parts)[index]` in float32, reading only those rows: parts may be larger than memory."""
     ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-    owner = torch.bucketize(index, ends, right=True)
+    order = index.argsort()
+    counts = torch.bincount(torch.bucketize(index, ends, right=True), minlength=len(parts)).tolist()
     rows = torch.empty(len(index), parts[0].shape[1])
-    for i in owner.unique().tolist():
-        mine = owner == i
-        rows[mine] = parts[i][index[mine] - (ends[i] - len(parts[i]))].float()
+    for part, end, mine in zip(parts, ends.tolist(), order.split(counts), strict=True):
+        if len(mine):
+            rows[mine] = part[index[mine] - (end - len(part))].float()
     return rows
 
 

@@ -53,7 +53,7 @@ def right_answer(name: str, problem: Problem, output: str) -> bool:
         stated = re.findall(r"answer is\D{0,3}(\d+)", output)
         return bool(stated) and stated[-1] == problem.answer
     stated = boxed(output.rpartition("</think>")[2])
-    return stated is not None and plain(stated) == plain(problem.answer)
+    return bool(stated) and plain(stated) == plain(problem.answer)
 
 
 def _chain(i: int, seed: int) -> Problem:
@@ -107,10 +107,13 @@ def math_train() -> list[dict]:
             f"MATH train could not be had from the hub ({str(error).splitlines()[0]}); check the network, or set "
             "problems to a JSONL file with the fields problem and answer"
         ) from error
-    entries = [(row.problem, boxed(row.solution)) for frame in frames for row in frame.itertuples()]
+    # A problem whose solution boxes nothing stays, and no trace of it counts as right.
+    entries = [
+        {"problem": row.problem, "answer": boxed(row.solution) or ""} for frame in frames for row in frame.itertuples()
+    ]
     if len(entries) != N_MATH:
         raise ConfigError(f"MATH train has {len(entries)} problems instead of {N_MATH}; clear the hub's cache")
-    return [{"problem": problem, "answer": answer} for problem, answer in entries if answer]
+    return entries
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -131,13 +134,17 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds, braces balanced; None if there is none."""
-    _, found, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for i, sign in enumerate(rest if found else ""):
+    r"""What the last \boxed{...} (or \boxed x) holds, braces balanced; None if there is none."""
+    rest = re.split(r"\\f?box(?:ed)?(?![a-z])\s*", text)[1:]
+    if not rest:
+        return None
+    if not rest[-1].startswith("{"):
+        return re.match(r"[^\s$.]*", rest[-1])[0]
+    depth = 0
+    for i, sign in enumerate(rest[-1]):
         depth += (sign == "{") - (sign == "}")
         if depth == 0:
-            return rest[:i]
+            return rest[-1][1:i]
     return None
 
 

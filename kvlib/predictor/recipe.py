@@ -16,7 +16,7 @@ from kvlib.config import check_names
 from kvlib.datasets import Problem, content_sha256
 from kvlib.errors import ConfigError
 from kvlib.generate import Completion, Decoder, Request, generate
-from kvlib.models import MANIFEST, Reasoner, load_reasoner, update_manifest
+from kvlib.models import MANIFEST, Reasoner, check_model, load_reasoner, update_manifest
 from kvlib.policies import make_policy
 from kvlib.predictor.head import FILE, HeldOut, ImportanceHead, evaluate_head, save_predictor, train_head
 from kvlib.predictor.labels import Labelled, Trace, label_traces
@@ -88,8 +88,8 @@ class Profile:
         return {name: getattr(self, name) for name in names}
 
     def of_head(self) -> dict:
-        """What decides the head, given its labels."""
-        names = ("n_held_out", "label_power", "n_epochs", "batch_tokens", "lr", "seed", "device")
+        """How the head is trained on its labels."""
+        names = ("label_power", "n_epochs", "batch_tokens", "lr", "seed", "device")
         return {name: getattr(self, name) for name in names}
 
 
@@ -104,8 +104,10 @@ class Progress:
         if done < self.n and elapsed - self.said < 10:
             return
         self.said = elapsed
-        left = elapsed / max(1, done - self.before) * (self.n - done)
-        times = f"{elapsed / 60:.1f} min" + (f", {left / 60:.1f} min to go" if done < self.n else "")
+        times = f"{elapsed / 60:.1f} min"
+        new = done - self.before
+        if done < self.n and new >= (self.n - self.before) / 20:  # before, mostly the wait for the first
+            times += f", {elapsed / new * (self.n - done) / 60:.1f} min to go"
         print(f"{self.what} {done}/{self.n}, {times}{', ' if note else ''}{note}", flush=True)
 
 
@@ -226,13 +228,16 @@ def collect_traces(reasoner: Reasoner, n_traces: int, seed: int = 0) -> list[Tra
 
 
 def stage_traces(
-    profile: Profile, reasoner: Reasoner, folder: Path, progress: Callable[[int], None] | None = None
+    profile: Profile,
+    reasoner: Reasoner,
+    problems: list[Problem],
+    folder: Path,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Trace], str]:
     """Usable traces and the fingerprint of all decoded ones, kept in folder/samples.jsonl.
 
     Finished ones are not decoded again; those of other weights or settings are moved aside.
     """
-    problems = training_problems(profile.problems, profile.n_traces, profile.seed)
     mark = fingerprint({"model": reasoner.sha256, "problems": content_sha256(problems), "profile": profile.of_traces()})
     with SampleLog(folder, {"fingerprint": mark, "profile": asdict(profile), "provenance": provenance()}) as log:
         progress = progress or Progress("traces", len(problems), len(log.done))
@@ -272,22 +277,27 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
     """Run all stages in `work`, taking up what an earlier run left there, and write the head into `out`.
 
     Waits while another process works there. The manifest of `out` is brought up to date if there is one.
+    Raises ConfigError before the model is loaded for all that can be told by then.
     """
+    check_model(profile.model)
+    if profile.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"profile {name!r} is for device {profile.device!r} and torch sees no CUDA GPU; run it on one"
+        )
+    problems = training_problems(profile.problems, profile.n_traces, profile.seed)
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(profile.threads)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(work / ".lock"))
         reasoner = load_reasoner(profile.model, profile.dtype, profile.device)
-        traces, mark = stage_traces(profile, reasoner, work / "traces")
+        traces, mark = stage_traces(profile, reasoner, problems, work / "traces")
         data = stage_labels(profile, reasoner, traces, work / "labels", mark)
         n_train = len(data) - profile.n_held_out
         print(f"{sum(len(labels) for _, labels in data[:n_train])} thinking tokens to train on", flush=True)
-        settings = profile.of_head()
-        settings.pop("n_held_out")
         head = train_head(
             data[:n_train],
-            **settings,
+            **profile.of_head(),
             checkpoint=work / "training.pt",
             mark=fingerprint({"traces": mark, "profile": asdict(profile)}),
             progress=Progress("epochs", profile.n_epochs),
