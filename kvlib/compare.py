@@ -3,6 +3,7 @@
     python -m kvlib.compare plan --grid notebooks/compare.yml
     python -m kvlib.compare run --grid notebooks/compare.yml
     python -m kvlib.compare publish --grid notebooks/compare.yml --results results/compare
+    python -m kvlib.compare cost --grid notebooks/compare.yml --results results/compare
 
 Cells are many and short, so workers decode them in their own process, without a notebook each; a cell's folder,
 samples and record are those of any other run, and the same command again continues. More samples are more seeds.
@@ -13,9 +14,10 @@ import contextlib
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +25,21 @@ import pandas as pd
 import yaml
 
 from kvlib.config import RunConfig, check_names, folder_name
+from kvlib.datasets import dataset_title
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
-from kvlib.record import LockedError, RecordError, canonical, explained, is_done, load_samples, locked, read_record
+from kvlib.grade import pass_at_1
+from kvlib.record import (  # fmt: skip
+    LockedError,
+    RecordError,
+    canonical,
+    explained,
+    is_done,
+    load_samples,
+    locked,
+    provenance,
+    read_record,
+)
 from kvlib.study import Progress, StudyError, clock, cores, failed, tied, watch
 
 SECONDS_PER_CELL = 15
@@ -55,6 +69,7 @@ class Comparison:
     """A comparison file: arms are a policy and its options; stages say which of them meet on which cells."""
 
     study: str
+    stages: dict[str, dict]
     cells: tuple[Cell, ...]
 
 
@@ -78,12 +93,14 @@ def parse_comparison(content) -> Comparison:
         raise ConfigError(f"a comparison is a mapping with the keys {', '.join(keys)}")
     check_names(content, keys, "key")
     cells: dict[str, Cell] = {}
+    stages = {}
     for stage, spec in content["stages"].items():
         check_names(spec, STAGE_KEYS, f"key of stage {stage}")
         missing = [key for key in STAGE_KEYS if key not in spec]
         if missing:
             raise ConfigError(f"stage {stage} lacks {missing[0]}; add it")
         arms = list(content["arms"]) if spec["arms"] == "all" else spec["arms"]
+        stages[stage] = {**spec, "arms": arms}
         for model, dataset, seed in itertools.product(spec["models"], spec["datasets"], spec["seeds"]):
             shared = {**content["decoding"], "model": model, "dataset": dataset, "seed": seed}
             full = Cell(model, dataset, "full", False, RunConfig(**shared, policy="full"))
@@ -97,12 +114,16 @@ def parse_comparison(content) -> Comparison:
                 config = RunConfig(**shared, policy=policy, kv_budget=budget, policy_options=options)
                 cell = Cell(model, dataset, arm, protected, config)
                 cells.setdefault(cell.path, cell)
-    return Comparison(content["study"], tuple(cells.values()))
+    return Comparison(content["study"], stages, tuple(cells.values()))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvlib.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("do", choices=["plan", "run", "publish", "work"], help="work: what run starts, once per core")
+    parser.add_argument(
+        "do",
+        choices=["plan", "run", "publish", "cost", "work"],
+        help="cost: time a round of every arm, on an otherwise idle machine; work: what run starts, once per core",
+    )
     parser.add_argument("--grid", type=Path, default=Path("notebooks/compare.yml"), help="default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, help="cells at a time; default: one a core")
@@ -117,6 +138,9 @@ def main() -> int:
         cells = {root / cell.path: cell for cell in comparison.cells}
         if given.do == "work":
             return work(cells)
+        if given.do == "cost":
+            measure_costs(cells.values(), results)
+            return 0
         with contextlib.ExitStack() as held:
             with explained(root):
                 root.mkdir(parents=True, exist_ok=True)
@@ -239,6 +263,67 @@ def publish_cells(cells: Mapping[Path, Cell], prints: Mapping[Path, str], result
     print(f"{len(lines)} cells written to {results / 'cells.jsonl'}")
 
 
+COST_ROWS, COST_STEPS, COST_REPEATS = 64, 96, 3
+
+
+def measure_costs(cells: Iterable[Cell], results: Path) -> None:
+    """Time a step and a round of every arm, interleaved, and write results/costs.json; use all cores, run it alone.
+
+    Each arm decodes 64 rows for 96 steps, at the middle KV budget of the first dataset, with the prompt protected.
+    Of three repeats in turn: median, lowest and highest microseconds per row of a step (forward and sampling) and of a
+    round (scoring, selecting, compacting).
+    """
+    import torch
+
+    from kvlib.datasets import load_problems
+    from kvlib.meter import Meter
+    from kvlib.models import load_reasoner
+    from kvlib.run import build_decoder, check, requests_of
+
+    first = next(iter(cells))
+    ours = [c for c in cells if (c.model, c.dataset, c.config.seed) == (first.model, first.dataset, first.config.seed)]
+    budgets = sorted({c.config.kv_budget for c in ours if c.config.kv_budget})
+    middle = budgets[len(budgets) // 2]
+    arms = {c.arm: c.config for c in ours if c.arm == "full" or (c.config.kv_budget == middle and c.protected)}
+    reasoner = load_reasoner(first.model)
+    problems = load_problems(first.dataset, COST_ROWS)
+    measured: dict[str, list[tuple[float, float | None]]] = {arm: [] for arm in arms}
+    for repeat in range(COST_REPEATS + 1):
+        for arm, config in arms.items():
+            check(config)
+            requests = requests_of(config, problems, reasoner)
+            meter = Meter(config.device)
+            decoder = build_decoder(
+                config, reasoner, requests, n_rows=COST_ROWS, max_new_tokens=COST_STEPS + 1, eos_ids=(), meter=meter
+            )
+            for row, request in enumerate(requests):
+                decoder.admit(row, request)
+            for _ in range(COST_STEPS):
+                decoder.step()
+            decoder.finished()
+            seconds, rounds = meter.seconds(), sum(map(len, decoder.rounds_at))
+            per_step = 1e6 * (seconds["forward"] + seconds["sample"]) / COST_ROWS / COST_STEPS
+            if repeat:  # the first is a warm-up
+                measured[arm].append((per_step, 1e6 * seconds["evict"] / rounds if rounds else None))
+        print(f"repeat {repeat} of {COST_REPEATS}", flush=True)
+    rows = []
+    for arm, values in measured.items():
+        row = {"arm": arm}
+        for name, numbers in zip(("step", "round"), zip(*values, strict=True), strict=True):
+            if None not in numbers:
+                row[name] = {"median": statistics.median(numbers), "low": min(numbers), "high": max(numbers)}
+        rows.append(row)
+    setting = {
+        "kv_budget": middle, "dataset": first.dataset, "rows": COST_ROWS, "steps": COST_STEPS, "repeats": COST_REPEATS,
+        "threads": torch.get_num_threads(), "unit": "microseconds per row",
+    }  # fmt: skip
+    body = {"setting": setting, "provenance": provenance(), "arms": rows}
+    with explained(results):
+        results.mkdir(parents=True, exist_ok=True)
+        write_atomically(results / "costs.json", (json.dumps(body, indent=1) + "\n").encode())
+    print(f"wrote {results / 'costs.json'}")
+
+
 def load_verdicts(results: Path) -> pd.DataFrame:
     """One row per sample of a published comparison.
 
@@ -251,7 +336,56 @@ def load_verdicts(results: Path) -> pd.DataFrame:
         own |= {"kv_budget": cell["config"]["kv_budget"], "seed": cell["config"]["seed"]}
         samples = {name: cell[name] for name in ("correct", "n_tokens", "truncated")}
         frames.append(pd.DataFrame({**own, "problem": cell["problems"], **samples}))
-    return pd.concat(frames, ignore_index=True)
+    verdicts = pd.concat(frames, ignore_index=True)
+    return verdicts.astype({"kv_budget": float, "correct": bool, "truncated": bool})
+
+
+CELL_KEY = ["model", "dataset", "arm", "protected", "kv_budget"]
+
+
+def load_cells(results: Path) -> pd.DataFrame:
+    """One row per model, dataset, arm, protection and KV budget of a published comparison, its seeds pooled.
+
+    The columns that `kvlib.compare_figures` asks for: Pass@1 in percent with its 95 % interval, output length,
+    truncated share, mean live slots, and, from costs.json, microseconds per row of a round and seconds of one row per
+    solved problem (tokens x step and rounds x round, over the share solved).
+    """
+    verdicts = load_verdicts(results)
+    costs = {row["arm"]: row for row in json.loads((results / "costs.json").read_text())["arms"]}
+    lines = [json.loads(line) for line in (results / "cells.jsonl").read_text().splitlines()]
+    held = pd.DataFrame(
+        {
+            **{name: [line[name] for line in lines] for name in CELL_KEY[:-1]},
+            "kv_budget": [line["config"]["kv_budget"] for line in lines],
+            **{name: [line["results"][name] for line in lines] for name in ("mean_live_slots", "n_rounds", "n_tokens")},
+        }
+    ).astype({"kv_budget": float})
+    held = held.groupby(CELL_KEY, dropna=False, sort=False).agg(
+        {"mean_live_slots": "mean", "n_rounds": "sum", "n_tokens": "sum"}
+    )
+    rows = []
+    for key, own in verdicts.groupby(CELL_KEY, dropna=False, sort=False):
+        rate, low, high = pass_at_1(zip(own["problem"], own["correct"], strict=True))
+        cost, cell = costs[key[2]], held.loc[key]
+        per_round = cost.get("round", {}).get("median", 0.0)
+        seconds = 1e-6 * (cell["n_tokens"] * cost["step"]["median"] + cell["n_rounds"] * per_round)
+        rows.append(
+            dict(zip(CELL_KEY, key, strict=True))
+            | {
+                "n_problems": own["problem"].nunique(),
+                "n_samples": own["seed"].nunique(),
+                "pass_at_1": 100 * rate,
+                "pass_low": 100 * low,
+                "pass_high": 100 * high,
+                "mean_tokens": own["n_tokens"].mean(),
+                "truncated_share": own["truncated"].mean(),
+                "mean_live_slots": cell["mean_live_slots"],
+                "seconds_per_solved": seconds / own["correct"].sum() if own["correct"].any() else float("nan"),
+                "round_us_per_row": per_round if "round" in cost else float("nan"),
+            }
+        )
+    cells = pd.DataFrame(rows)
+    return cells.assign(dataset=cells["dataset"].map(dataset_title))
 
 
 if __name__ == "__main__":

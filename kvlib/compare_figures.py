@@ -26,7 +26,7 @@ FACT_COLUMNS = ["arm", "kv_budget", "distance_low", "distance_high", "n", "right
 
 FULL = "full cache"
 PROMPT = "+prompt"
-NULLS = ("random", "window")
+NULLS = ("random", "recency")
 """Arms that score nothing, by name without capitals: what a scorer has to beat."""
 
 COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

@@ -14,8 +14,16 @@ POLICY_TITLES = {
     "streaming": "StreamingLLM",
     "random": "Random",
     "h2o": "H2O",
+    "tova": "TOVA",
     "snapkv": "SnapKV",
     "rkv": "R-KV",
+    "rpc": "RPC",
+    "gkv": "G-KV",
+    "lazy": "LazyEviction",
+    "raas": "RaaS",
+    "vase": "VaSE",
+    "triattention": "TriAttention",
+    "trimkv": "TRIM-KV",
     "dynts": "DynTS",
     "dynts-published": "DynTS as published",
 }
@@ -40,6 +48,7 @@ def measured_cells(grid: Grid, records: Path, seed: int) -> pd.DataFrame:
     """
     if grid.timing is None:
         raise ConfigError("the grid asks for no timing, and the charts draw throughput; add a timing: line to it")
+    policy = grid.shared.get("policy", "dynts")
     rows = []
     for cell in grid.cells(seed):
         folder = records / cell.cell_path
@@ -59,7 +68,7 @@ def measured_cells(grid: Grid, records: Path, seed: int) -> pd.DataFrame:
             {
                 "model": model_title(cell.model),
                 "dataset": dataset_title(cell.dataset),
-                "policy": POLICY_TITLES[grid.shared.get("policy", "dynts")],
+                "policy": POLICY_TITLES.get(policy, policy),
                 "kv_budget": cell.kv_budget,
                 "pass_at_1": 100 * results["pass_at_1"],
                 "pass_low": 100 * results["pass_low"],

@@ -23,22 +23,36 @@ def qwen2():
 
 
 OBSERVING = {"n_obs": 4, "n_recent": 4, "buffer": 6}
+BY_KEYS = {"n_recent": 2, "buffer": 6}
 SCALED = {
     "random": {"buffer": 3},
     "random-prompt": {"n_recent": 4, "buffer": 3},
-    **dict.fromkeys(["snapkv", "snapkv-paper", "snapkv-kvpress", "snapkv-vase", "rkv", "gkv", "vase"], OBSERVING),
+    "snapkv": OBSERVING,
+    "snapkv-paper": OBSERVING,
+    "snapkv-kvpress": OBSERVING,
+    "snapkv-vase": OBSERVING,
     "morphkv": {"n_obs": 4, "n_recent": 4},
-    # The interval is longer than any trace here, so that the budget decides; its own test has a short one.
-    **dict.fromkeys(["rpc", "rpc-qwen2"], OBSERVING),
+    "rkv": OBSERVING,
+    "gkv": OBSERVING,
+    "vase": OBSERVING,
+    # Their interval is longer than any trace here, so that the budget decides; a test of their own has a short one.
+    "rpc": OBSERVING,
+    "rpc-qwen2": OBSERVING,
     "lazy": {"alpha": 0.02, "n_recent": 6, "buffer": 5},
     "raas": {"alpha": 0.02, "buffer": 4},
     "caote": {"buffer": 4},
     "caote-snapkv": {"buffer": 6},
-    **dict.fromkeys(["knorm", "keydiff", "cur", "cur-resample", "trimkv"], {"n_recent": 2, "buffer": 6}),
+    "knorm": BY_KEYS,
+    "keydiff": BY_KEYS,
+    "cur": BY_KEYS,
+    "cur-resample": BY_KEYS,
     "lagkv": {"n_sink": 2, "lag_size": 6, "buffer": 6},
     "expected": {"n_sink": 2, "n_obs": 8, "n_future": 8, "buffer": 6},
-    **dict.fromkeys(["triattention", "triattention-per-layer", "triattention-union"], {"buffer": 6}),
+    "triattention": BY_KEYS,
+    "triattention-per-layer": BY_KEYS,
+    "triattention-union": BY_KEYS,
     "sepllm": {"n_recent": 8},
+    "trimkv": BY_KEYS,
     "dynts": {"n_recent": 8},
     "dynts-published": {"n_recent": 8},
 }

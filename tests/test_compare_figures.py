@@ -15,7 +15,7 @@ from kvlib import compare_figures as cf
 from kvlib.errors import ConfigError
 from kvlib.figures import GREY, INK, save
 
-ARMS = ["Random", "Window", "StreamingLLM", "H2O", "TOVA", "SnapKV", "R-KV", "KeyDiff", "VaSE", "G-KV", "TriAttention"]
+ARMS = ["Random", "Recency", "StreamingLLM", "H2O", "TOVA", "SnapKV", "R-KV", "KeyDiff", "VaSE", "G-KV", "TriAttention"]
 BUDGETS = [48, 64, 80, 96]
 
 
@@ -114,7 +114,7 @@ def test_every_arm_is_a_line_with_its_numbers_and_its_own_look(figures, cells):
         assert set(lines[cf.FULL].get_ydata()) == {97.0} and lines[cf.FULL].get_color() == INK
         looks = {(to_hex(line.get_color()), line.get_marker(), line.get_linestyle()) for line in lines.values()}
         assert len(looks) == len(lines)
-        for null in ("Random+prompt", "Window+prompt"):
+        for null in ("Random+prompt", "Recency+prompt"):
             assert lines[null].get_color() == GREY and lines[null].get_linestyle() == "--"
 
 
@@ -198,9 +198,9 @@ def test_what_the_other_charts_lack_is_refused_by_name(differences, fidelity, fa
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda df: pd.concat([df, df.iloc[[4]]]), r"Chain-A, Window\+prompt, 48.* is there twice"),
+        (lambda df: pd.concat([df, df.iloc[[4]]]), r"Chain-A, Recency\+prompt, 48.* is there twice"),
         (lambda df: df.assign(model=["Other"] + ["Tiny"] * (len(df) - 1)), "one model per chart, got Other, Tiny"),
-        (lambda df: df.assign(pass_at_1=df["pass_at_1"].where(df.index != 4)), "pass_at_1 of Chain-A, Window, 48"),
+        (lambda df: df.assign(pass_at_1=df["pass_at_1"].where(df.index != 4)), "pass_at_1 of Chain-A, Recency, 48"),
         (lambda df: df[df["kv_budget"].isna()], "no cell has a KV budget"),
     ],
     ids=["twice", "models", "nan", "full only"],

@@ -11,7 +11,21 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels"},
     {"errors", "noise", "rope", "meter", "cache", "sampling", "attention", "policies", "select"},
-    {"files", "config", "record", "figures", "tiny", "datasets", "grade", "models", "generate", "predictor", "calibrate", "gate", "panels"}
+    {
+        "files",
+        "config",
+        "record",
+        "figures",
+        "tiny",
+        "datasets",
+        "grade",
+        "models",
+        "generate",
+        "predictor",
+        "calibrate",
+        "gate",
+        "panels",
+    }
     | {"paired", "compare_figures"},
     {"fitted"},
     {"run", "timing", "show", "cell", "study", "bootstrap", "replay"},

@@ -1,5 +1,7 @@
 """kvlib's policies keep what the official codes kept. `KVLIB_ORACLES` names another folder of vectors to check."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,9 @@ from oracle_cases import (
 )
 from oracle_keys import CHECKS as KEYS
 
+import kvlib.policies
 from kvlib.attention import MASS, DecodeStep, PrefillStep
-from kvlib.policies import H2O, RKV, Policy, SnapKV, StreamingLLM, View, make_policy
+from kvlib.policies import H2O, PRESETS, RKV, Policy, SnapKV, StreamingLLM, View, make_policy
 from kvlib.policies.dynts import IMPORTANCE
 
 
@@ -154,6 +157,55 @@ CHECKS = {
     "snapkv_decode": check_snapkv_decode,
     "streaming": check_streaming,
 }
+
+
+PROVEN = {
+    "streaming": ["streaming", "kvfactory_streaming"],
+    "streaming-reindexed": ["streaming"],
+    "h2o": ["h2o"],
+    "observed": ["kvpress_observedattention"],
+    "tova": ["tova", "kvpress_tova"],
+    "snapkv": ["snapkv_decode"],
+    "snapkv-paper": ["snapkv_original", "kvfactory_snapkv", "kvfactory_pyramidkv"],
+    "snapkv-kvpress": ["kvpress_snapkv"],
+    "snapkv-vase": ["vase"],
+    "rkv": ["rkv"],
+    "rpc": ["rpc"],
+    "rpc-qwen2": ["rpc"],
+    "gkv": ["gkv"],
+    "lazy": ["lazy"],
+    "knorm": ["kvpress_knorm"],
+    "keydiff": ["kvpress_keydiff"],
+    "lagkv": ["kvpress_lagkv"],
+    "cur": ["kvpress_cur"],
+    "cur-resample": ["vase"],
+    "vase": ["vase"],
+    "expected": ["kvpress_expectedattention"],
+    "triattention": ["triattention"],
+    "triattention-per-layer": ["triattention"],
+    "triattention-union": ["triattention"],
+    "trimkv": ["trimkv"],
+    "dynts-published": ["dynts"],
+}
+"""The files of vectors that prove a preset."""
+
+
+def documented() -> dict[str, str]:
+    """Label by preset, from the table of the policies' README."""
+    lines = (Path(kvlib.policies.__file__).parent / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    return {row[0].strip("`"): row[3] for row in rows}
+
+
+def test_every_preset_is_documented_with_the_label_it_has_earned():
+    labels = documented()
+    assert labels.keys() == PRESETS.keys()
+    assert {name for name, label in labels.items() if label == "oracle"} == PROVEN.keys()
+    assert set(labels.values()) == {"reference", "oracle", "formula", "unverified"}
+
+
+def test_every_file_proves_a_preset():
+    assert {file for files in PROVEN.values() for file in files} == CHECKS.keys()
 
 
 @pytest.mark.parametrize(("file", "case"), load_cases(), ids=lambda value: value)

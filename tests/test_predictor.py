@@ -244,6 +244,7 @@ def test_a_plan_needs_no_weights(tmp_path, monkeypatch, capsys):
         ("other: {}", "unknown profile"),
         ("tiny: {n_trace: 3}", "did you mean n_traces"),
         ("tiny: {n_traces: many}", "n_traces='many' must be of type int"),
+        ("tiny: {expected: {usable: 1}}", "tiny.expected must have exactly the keys hidden_size, "),
         ("tiny: 3", "must map names of profiles to mappings"),
         ("tiny: [", "is not valid YAML"),
     ],

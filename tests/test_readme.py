@@ -9,7 +9,6 @@ import pytest
 from kvlib.config import load_grid
 from kvlib.figures import measured_table
 from kvlib.panels import expected_cells, measured_cells
-from kvlib.policies import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,19 +28,3 @@ def test_the_table_in_the_readme_is_the_committed_records():
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
 def test_links_and_pictures_exist(target):
     assert (ROOT / target).exists()
-
-
-def test_every_preset_is_listed_with_its_label():
-    labels = dict(re.findall(r"^\| `([\w-]+)` \|.*\| ([a-z ()]*) \|$", README, re.M))
-    assert labels.keys() == set(PRESETS)
-    oracles = {
-        "streaming": "streaming",
-        "h2o": "h2o",
-        "snapkv": "snapkv_decode",
-        "rkv": "rkv",
-        "dynts-published": "dynts",
-    }
-    for name, label in labels.items():
-        assert (label == "oracle") == (name in oracles), name
-        if name in oracles:
-            assert (ROOT / "tests" / "oracles" / f"{oracles[name]}.npz").exists()

@@ -1,6 +1,5 @@
 """From a model to its head: profiles as data, and the stages traces, labels and training, each of which resumes."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -134,7 +133,12 @@ def load_profile(path: Path, name: str) -> tuple[Profile, Expected | None]:
         if type(value) not in wanted:
             names = " or ".join(kind.__name__ for kind in wanted)
             raise ConfigError(f"{path}: {name}.{setting}={value!r} must be of type {names}; correct it")
-    return Profile(**settings), Expected(**expected) if expected else None
+    if expected is None:
+        return Profile(**settings), None
+    known = [field.name for field in dataclasses.fields(Expected)]
+    if not isinstance(expected, dict) or set(expected) != set(known):
+        raise ConfigError(f"{path}: {name}.expected must have exactly the keys {', '.join(known)}; or leave it out")
+    return Profile(**settings), Expected(**expected)
 
 
 def decode_traces(
@@ -288,8 +292,7 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(profile.threads)
-    with contextlib.ExitStack() as held:
-        held.enter_context(locked(work / ".lock"))
+    with locked(work / ".lock"):
         reasoner = load_reasoner(profile.model, profile.dtype, profile.device)
         traces, mark = stage_traces(profile, reasoner, problems, work / "traces")
         data = stage_labels(profile, reasoner, traces, work / "labels", mark)
