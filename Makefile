@@ -1,5 +1,6 @@
 SEED ?= 0
 PROFILE ?= tiny
+TRAIN_SEED ?= 7
 SETUP := -I kvlib/bootstrap.py
 
 # The active Python counts only if this folder's kvlib is installed in it.
@@ -12,7 +13,7 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts test test-all lint tiny-model predictor clean
+.PHONY: help env charts compare test test-all lint tiny-model predictor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +30,9 @@ endif
 charts: env ## decode, grade, time and draw the four charts; SEED=1 for other noise
 	@"$(PY)" -m kvlib.study charts --grid notebooks/grid.yml --seed $(SEED)
 
+compare: env ## compare all policies under equal terms: says how long first, continues when typed again
+	@"$(PY)" -m kvlib.compare run --grid notebooks/compare.yml
+
 test: env ## run the tests, all but the slow ones
 	@"$(PY)" -m pytest
 
@@ -40,8 +44,9 @@ lint: env ## check style and formatting
 	@"$(PY)" -m ruff format --check .
 
 # Keeping freed memory makes glibc's allocator, and so training, about a quarter faster.
-tiny-model: env ## train the tiny reasoner from scratch into runs/tiny-model, half an hour
-	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.tiny.train
+tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour; TRAIN_SEED=8 for another
+	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.tiny.train \
+		--seed $(TRAIN_SEED) --out runs/tiny-model$(if $(filter 7,$(TRAIN_SEED)),,-s$(TRAIN_SEED))
 
 predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen
 	@"$(PY)" -m kvlib.predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)

@@ -340,9 +340,6 @@ def load_verdicts(results: Path) -> pd.DataFrame:
     return verdicts.astype({"kv_budget": float, "correct": bool, "truncated": bool})
 
 
-CELL_KEY = ["model", "dataset", "arm", "protected", "kv_budget"]
-
-
 def load_cells(results: Path) -> pd.DataFrame:
     """One row per model, dataset, arm, protection and KV budget of a published comparison, its seeds pooled.
 
@@ -350,42 +347,43 @@ def load_cells(results: Path) -> pd.DataFrame:
     truncated share, mean live slots, and, from costs.json, microseconds per row of a round and seconds of one row per
     solved problem (tokens x step and rounds x round, over the share solved).
     """
-    verdicts = load_verdicts(results)
     costs = {row["arm"]: row for row in json.loads((results / "costs.json").read_text())["arms"]}
-    lines = [json.loads(line) for line in (results / "cells.jsonl").read_text().splitlines()]
-    held = pd.DataFrame(
-        {
-            **{name: [line[name] for line in lines] for name in CELL_KEY[:-1]},
-            "kv_budget": [line["config"]["kv_budget"] for line in lines],
-            **{name: [line["results"][name] for line in lines] for name in ("mean_live_slots", "n_rounds", "n_tokens")},
-        }
-    ).astype({"kv_budget": float})
-    held = held.groupby(CELL_KEY, dropna=False, sort=False).agg(
-        {"mean_live_slots": "mean", "n_rounds": "sum", "n_tokens": "sum"}
-    )
+    by_cell: dict[tuple, list[dict]] = {}
+    for line in (results / "cells.jsonl").read_text().splitlines():
+        seed = json.loads(line)
+        key = (seed["model"], seed["dataset"], seed["arm"], seed["protected"], seed["config"]["kv_budget"])
+        by_cell.setdefault(key, []).append(seed)
     rows = []
-    for key, own in verdicts.groupby(CELL_KEY, dropna=False, sort=False):
-        rate, low, high = pass_at_1(zip(own["problem"], own["correct"], strict=True))
-        cost, cell = costs[key[2]], held.loc[key]
-        per_round = cost.get("round", {}).get("median", 0.0)
-        seconds = 1e-6 * (cell["n_tokens"] * cost["step"]["median"] + cell["n_rounds"] * per_round)
+    for (model, dataset, arm, protected, kv_budget), seeds in by_cell.items():
+        n, cost = len(seeds), costs[arm]
+        verdicts = [pair for seed in seeds for pair in zip(seed["problems"], seed["correct"], strict=True)]
+        rate, low, high = pass_at_1(verdicts)
+        n_tokens, n_rounds, n_truncated, n_correct = (
+            sum(seed["results"][name] for seed in seeds)
+            for name in ("n_tokens", "n_rounds", "n_truncated", "n_correct")
+        )
+        per_round = cost["round"]["median"] if "round" in cost else float("nan")
+        seconds = 1e-6 * (n_tokens * cost["step"]["median"] + (n_rounds * per_round if n_rounds else 0))
         rows.append(
-            dict(zip(CELL_KEY, key, strict=True))
-            | {
-                "n_problems": own["problem"].nunique(),
-                "n_samples": own["seed"].nunique(),
+            {
+                "model": model,
+                "dataset": dataset_title(dataset),
+                "arm": arm,
+                "protected": protected,
+                "kv_budget": kv_budget,
+                "n_problems": len(seeds[0]["problems"]),
+                "n_samples": n,
                 "pass_at_1": 100 * rate,
                 "pass_low": 100 * low,
                 "pass_high": 100 * high,
-                "mean_tokens": own["n_tokens"].mean(),
-                "truncated_share": own["truncated"].mean(),
-                "mean_live_slots": cell["mean_live_slots"],
-                "seconds_per_solved": seconds / own["correct"].sum() if own["correct"].any() else float("nan"),
-                "round_us_per_row": per_round if "round" in cost else float("nan"),
+                "mean_tokens": n_tokens / len(verdicts),
+                "truncated_share": n_truncated / len(verdicts),
+                "mean_live_slots": sum(seed["results"]["mean_live_slots"] for seed in seeds) / n,
+                "seconds_per_solved": seconds / n_correct if n_correct else float("nan"),
+                "round_us_per_row": per_round,
             }
         )
-    cells = pd.DataFrame(rows)
-    return cells.assign(dataset=cells["dataset"].map(dataset_title))
+    return pd.DataFrame(rows).astype({"kv_budget": float})
 
 
 if __name__ == "__main__":
