@@ -5,18 +5,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
 from kvlib.models import TINY, load_reasoner, update_manifest
 from kvlib.policies.triattention import QueryStatistics
 from kvlib.predictor import Trace, collect_traces
 from kvlib.rope import rotate
+from kvlib.tensors import read_tensors, write_tensors
 
 FILE = "triattention-calibration.safetensors"
 COMMAND = "python -m kvlib.calibrate"
@@ -69,16 +67,14 @@ def query_statistics(model: nn.Module, traces: Sequence[Trace]) -> QueryStatisti
 def save_statistics(statistics: QueryStatistics, path: Path, model_sha256: str, n_traces: int, n_tokens: int) -> None:
     """The statistics, the weights they belong to and what they were made from; atomic."""
     metadata = {"model_sha256": model_sha256, "n_traces": str(n_traces), "n_tokens": str(n_tokens)}
-    state = {name: tensor.contiguous() for name, tensor in statistics.state_dict().items()}
-    write_atomically(path, save(state, metadata))
+    write_tensors(path, statistics.state_dict(), metadata)
 
 
 def load_statistics(path: Path, model_sha256: str | None = None) -> QueryStatistics:
     """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
     try:
-        with safe_open(path, "pt") as file:
-            made_for = file.metadata()["model_sha256"]
-            statistics = QueryStatistics(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
+        statistics, made_for = QueryStatistics(**tensors), metadata["model_sha256"]
     except Exception as error:
         raise ConfigError(
             f"calibration {path} could not be loaded ({error}); make it again with `{COMMAND}`"
@@ -90,7 +86,7 @@ def load_statistics(path: Path, model_sha256: str | None = None) -> QueryStatist
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Calibrate TriAttention: query statistics of a model.")
-    parser.add_argument("--model", choices=["tiny"], default="tiny", help="traces are of the tiny reasoner's own task")
+    parser.add_argument("--model", default="tiny", help="or the weights folder of another training of it")
     parser.add_argument("--out", type=Path, default=TINY, help="folder with a manifest.json to write the file into")
     arguments = parser.parse_args()
     reasoner = load_reasoner(arguments.model)

@@ -8,17 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvlib.attention import causal_mask
 from kvlib.calibrate import observe_trace
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
 from kvlib.models import TINY, load_reasoner, update_manifest
 from kvlib.predictor import Trace, collect_traces
+from kvlib.tensors import read_tensors, write_tensors
 
 FILE = "trimkv-gate.safetensors"
 COMMAND = "python -m kvlib.gate"
@@ -160,16 +158,15 @@ def save_gate(gate: RetentionGate, path: Path, held_out: HeldOut, model_sha256: 
         "model_sha256": model_sha256,
         "held_out": json.dumps(asdict(held_out)),
     }
-    write_atomically(path, save(gate.state_dict(), metadata))
+    write_tensors(path, gate.state_dict(), metadata)
 
 
 def load_gate(path: Path, model_sha256: str | None = None) -> tuple[RetentionGate, HeldOut]:
     """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            gate = RetentionGate(*json.loads(metadata["shape"]))
-            gate.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
+        gate = RetentionGate(*json.loads(metadata["shape"]))
+        gate.load_state_dict(tensors)
     except Exception as error:
         raise ConfigError(f"gate {path} could not be loaded ({error}); train it again with `{COMMAND}`") from error
     if model_sha256 and metadata["model_sha256"] != model_sha256:
@@ -179,7 +176,7 @@ def load_gate(path: Path, model_sha256: str | None = None) -> tuple[RetentionGat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a retention gate for a model.")
-    parser.add_argument("--model", choices=["tiny"], default="tiny", help="traces are of the tiny reasoner's own task")
+    parser.add_argument("--model", default="tiny", help="or the weights folder of another training of it")
     parser.add_argument("--out", type=Path, default=TINY, help="folder with a manifest.json to write the gate into")
     arguments = parser.parse_args()
     reasoner = load_reasoner(arguments.model)

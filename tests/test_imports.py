@@ -13,6 +13,7 @@ LAYERS = [
     {"errors", "noise", "rope", "meter", "cache", "sampling", "attention", "policies", "select"},
     {
         "files",
+        "tensors",
         "config",
         "record",
         "figures",

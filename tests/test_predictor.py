@@ -87,7 +87,7 @@ def test_a_head_learns_what_can_be_learned_and_is_reproducible():
 def test_an_interrupted_training_ends_in_the_same_head(tmp_path, after):
     data, settings = random_data(8), {"n_epochs": 5, "batch_tokens": 100}
     undisturbed = train_head(data, **settings)
-    checkpoint = tmp_path / "training.pt"
+    checkpoint = tmp_path / "training.safetensors"
     with pytest.raises(Interrupted):
         train_head(data, **settings, checkpoint=checkpoint, mark="a", progress=interrupt_at(after))
     epochs = []
@@ -99,7 +99,7 @@ def test_an_interrupted_training_ends_in_the_same_head(tmp_path, after):
 
 
 def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_not_continued(tmp_path):
-    data, checkpoint, epochs = random_data(4), tmp_path / "training.pt", []
+    data, checkpoint, epochs = random_data(4), tmp_path / "training.safetensors", []
     train_head(data, n_epochs=2, checkpoint=checkpoint, mark="a")
     train_head(data, n_epochs=2, checkpoint=checkpoint, mark="b", progress=lambda epoch, _: epochs.append(epoch))
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])

@@ -1,21 +1,18 @@
 """The head on the last hidden state: training, its quality on held-out traces, and its file."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
 from kvlib.predictor.labels import Labelled
+from kvlib.tensors import read_tensors, write_tensors
 
 FILE = "dynts-predictor.safetensors"
 RETRAIN = "train it again with `make predictor`, or `python -m kvlib.predictor --help` for another model"
@@ -110,13 +107,7 @@ def train_head(
     optimiser = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     n_steps = n_epochs * -(-len(targets) // batch_tokens)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=n_steps, pct_start=0.1)
-    stateful = {"head": head, "optimiser": optimiser, "schedule": schedule}
-    first, found = 0, _checkpoint(checkpoint, mark)
-    if found:
-        first = found["epoch"]
-        generator.set_state(found["generator"])
-        for name, part in stateful.items():
-            part.load_state_dict(found[name])
+    first = _restore(checkpoint, mark, head, optimiser, schedule, generator) if checkpoint else 0
     for epoch in range(first, n_epochs):
         for index in torch.randperm(len(targets), generator=generator).split(batch_tokens):
             loss = F.mse_loss(head(rows_of(parts, index).to(device)), targets[index].to(device))
@@ -127,22 +118,40 @@ def train_head(
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the predictor's loss is {loss.item()}; its features or labels are not finite")
         if checkpoint:
-            state = {name: part.state_dict() for name, part in stateful.items()}
-            content = io.BytesIO()
-            torch.save({**state, "generator": generator.get_state(), "epoch": epoch + 1, "mark": mark}, content)
-            write_atomically(checkpoint, content.getvalue())
+            _store(checkpoint, mark, epoch + 1, head, optimiser, schedule, generator)
         if progress:
             progress(epoch + 1, f"loss {loss.item():.4f}")
     return head.eval().requires_grad_(False)
 
 
-def _checkpoint(path: Path | None, mark: str) -> dict | None:
-    """What an earlier training of this mark left; None if there is nothing to continue."""
+def _store(path: Path, mark: str, epoch: int, head, optimiser, schedule, generator: torch.Generator) -> None:
+    kept = optimiser.state_dict()
+    tensors = {f"head/{name}": tensor for name, tensor in head.state_dict().items()}
+    tensors |= {f"optimiser/{i}/{name}": tensor for i, own in kept["state"].items() for name, tensor in own.items()}
+    numbers = {"groups": kept["param_groups"], "schedule": schedule.state_dict(), "epoch": epoch}
+    tensors["generator"] = generator.get_state()
+    write_tensors(path, tensors, {"mark": mark, "numbers": json.dumps(numbers)})
+
+
+def _restore(path: Path, mark: str, head, optimiser, schedule, generator: torch.Generator) -> int:
+    """Take up what an earlier training of this mark left; epochs done, 0 if there is nothing to continue."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True) if path and path.exists() else None
-    except (OSError, RuntimeError, UnpicklingError, EOFError):
-        return None
-    return found if found and found["mark"] == mark else None
+        tensors, metadata = read_tensors(path)
+    except (OSError, SafetensorError):
+        return 0
+    if metadata.get("mark") != mark:
+        return 0
+    numbers = json.loads(metadata["numbers"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, *rest = name.split("/")
+        if part == "optimiser":
+            state.setdefault(int(rest[0]), {})[rest[1]] = tensor
+    head.load_state_dict({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("head/")})
+    optimiser.load_state_dict({"state": state, "param_groups": numbers["groups"]})
+    schedule.load_state_dict(numbers["schedule"])
+    generator.set_state(tensors["generator"])
+    return numbers["epoch"]
 
 
 def save_predictor(
@@ -151,20 +160,13 @@ def save_predictor(
     """Head-only checkpoint, atomic; its metadata hold the weights it belongs to, its held-out quality and made_by."""
     metadata = {"d": str(head.d), "model_sha256": model_sha256, "held_out": json.dumps(asdict(held_out))}
     metadata |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in made_by.items()}
-    content = save({name: tensor.cpu() for name, tensor in head.state_dict().items()}, metadata)
-    # safetensors writes the metadata in random order; the same head must be the same file, whose hash runs record.
-    n = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + n]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    write_atomically(path, len(header).to_bytes(8, "little") + header + content[8 + n :])
+    write_tensors(path, head.state_dict(), metadata)
 
 
 def load_predictor(path: Path, model_sha256: str | None = None) -> tuple[ImportanceHead, HeldOut]:
     """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state, metadata = read_tensors(path)
         head = ImportanceHead(int(metadata["d"]))
         head.load_state_dict(state)
     except Exception as error:

@@ -301,7 +301,7 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
         head = train_head(
             data[:n_train],
             **profile.of_head(),
-            checkpoint=work / "training.pt",
+            checkpoint=work / "training.safetensors",
             mark=fingerprint({"traces": mark, "profile": asdict(profile)}),
             progress=Progress("epochs", profile.n_epochs),
         )

@@ -54,6 +54,10 @@ Share of right next tokens, teacher-forced, on 64 fresh chains of 10 steps (resu
 | token | accuracy |
 |---|---|
 {accuracy}
+
+Beside the weights lies what some eviction policies need to know of them, each with their hash: the importance
+predictor of DynTS (`make predictor`), the query statistics of TriAttention (`python -m kvlib.calibrate`) and a
+retention gate in the manner of TRIM-KV (`python -m kvlib.gate`).
 """
 CHECKPOINT_EVERY = 100
 
@@ -267,7 +271,10 @@ def main() -> None:
     made_by = f"python -m kvlib.tiny.train --steps {arguments.steps} --seed {arguments.seed}"
     export(trainer.model, arguments.out / "weights", accuracy, made_by)
     print(f"wrote {arguments.out / 'weights'}: " + "  ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
-    print("to ship them, copy that folder over kvlib/tiny/weights and run `make predictor`")
+    print(
+        "to ship them, copy that folder over kvlib/tiny/weights and run `make predictor`, "
+        "`python -m kvlib.calibrate` and `python -m kvlib.gate`"
+    )
 
 
 if __name__ == "__main__":
