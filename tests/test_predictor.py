@@ -276,11 +276,11 @@ class Letters:
 
 
 @pytest.mark.parametrize(
-    ("words", "begins"), [("mn", 2), ("no", 2), ("mnop", 2), ("kl", 1), ("ij", None), ("xy", None)]
+    ("words", "begins"), [("mn", 6), ("no", 6), ("mnop", 6), ("kl", 5), ("ij", None), ("xy", None)]
 )
 def test_an_answer_begins_with_the_token_of_its_first_words(words, begins):
     reasoner = Letters()
-    tokens = reasoner.encode("ijklmnopkl")
+    tokens = reasoner.encode("abababab" + "ijklmnopkl")
     entry = {"prompt": [1, 2], "tokens": tokens, "n_prompt": 2}
     trace = as_trace(entry, Profile(ends_thinking=words), reasoner)
     assert (trace and trace.answer_at) == (begins and 2 + begins)

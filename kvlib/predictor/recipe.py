@@ -24,6 +24,8 @@ from kvlib.record import SampleLog, fingerprint, locked, provenance
 from kvlib.sampling import Sampling
 
 END_OF_THINKING = "</think>"
+MIN_THINKING = 5
+"""Thinking tokens that a usable trace has at least: a fifth of them is a token."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def trace_entry(completion: Completion, problem: Problem, profile: Profile, reas
 
 
 def as_trace(entry: dict, profile: Profile, reasoner: Reasoner) -> Trace | None:
-    """The trace of an output; None if it gives no answer, or has no thinking before it."""
+    """The trace of an output; None if it gives no answer, or hardly thinks before it."""
     tokens, n_prompt = entry["tokens"], entry["n_prompt"]
     if profile.ends_thinking == END_OF_THINKING:
         if reasoner.answer_id not in tokens:
@@ -197,7 +199,7 @@ def as_trace(entry: dict, profile: Profile, reasoner: Reasoner) -> Trace | None:
         begins, n_between = tokens.index(reasoner.answer_id) + 1, 1
     else:
         begins, n_between = words_begin(tokens, profile.ends_thinking, reasoner), 0
-    if begins is None or begins - n_between < 1 or begins >= len(tokens):
+    if begins is None or begins - n_between < MIN_THINKING or begins >= len(tokens):
         return None
     return Trace((*entry["prompt"], *tokens), n_prompt, n_prompt + begins, n_between)
 
@@ -251,9 +253,9 @@ def stage_traces(
                 progress(len(log.done))
         entries = [log.done[problem.id] for problem in problems]
     traces = usable_traces(profile, reasoner, entries)
-    answered = [as_trace(entry, profile, reasoner) for entry in entries]
+    thought = [as_trace(entry, profile, reasoner) is not None for entry in entries]
     print(
-        f"{len(traces)} usable traces of {len(entries)}: {sum(a is not None for a in answered)} answered, "
+        f"{len(traces)} usable traces of {len(entries)}: {sum(thought)} with thinking and an answer, "
         f"{sum(entry['correct'] for entry in entries)} right, "
         f"{sum(entry['stop'] == 'length' for entry in entries)} cut off at {profile.max_new_tokens} tokens",
         flush=True,
