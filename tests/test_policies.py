@@ -9,17 +9,17 @@ from conftest import as_requests, decode, prompts, small_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvlib.attention import MASS
 from kvlib.errors import ConfigError
+from kvlib.generate import Decoder, Request
 from kvlib.policies import PRESETS, DynTS, View, Window, make_policy
 from kvlib.policies.rkv import redundancy
+from kvlib.rope import rotate
+from kvlib.sampling import Sampling
 
 
 def test_h2o_mass_of_a_full_run_is_the_eager_attention_column_sum(qwen2):
     """Attention mass collected step by step equals the column sums of one full attention map."""
-    from kvlib.attention import MASS
-    from kvlib.generate import Decoder, Request
-    from kvlib.sampling import Sampling
-
     decoder = Decoder(
         qwen2, small_policy("h2o"), 60, n_rows=1, n_prompt_max=12, max_new_tokens=30, sampling=Sampling(0.0), eos_ids=()
     )
@@ -163,3 +163,31 @@ def test_every_policy_names_its_source():
         if module.__name__.rsplit(".")[-1] not in ("full", "window"):
             assert "arXiv" in module.__doc__
     assert DynTS.__doc__ and Window.__doc__
+
+
+def test_reindexed_keys_are_the_keys_before_rope_turned_to_their_place_in_the_cache(qwen2):
+    """StreamingLLM's own positions: contiguous inside the cache, here ending at the newest token's true position."""
+    policy = small_policy("streaming-reindexed", n_sink=2, buffer=3)
+    decoder = Decoder(
+        qwen2, policy, 20, n_rows=1, n_prompt_max=12, max_new_tokens=45, sampling=Sampling(0.0), eos_ids=()
+    )
+    decoder.admit(0, as_requests(prompts(1))[0])
+    cache, inv_freq = decoder.cache, decoder.inv_freq
+    before_rope = {}
+
+    def note(positions: range) -> None:
+        for position in positions:
+            slot = (cache.positions[0, 0, 0] == position).nonzero()[0, 0]
+            before_rope[position] = rotate(cache.keys[:, 0, :, slot], torch.tensor(-position), inv_freq)
+
+    note(range(int(decoder.length[0])))
+    for _ in range(44):
+        decoder.step()
+        newest = int(decoder.position[0]) - 1
+        note(range(newest, newest + 1))
+    n, seen = int(decoder.length[0]), int(decoder.position[0])
+    positions, slots = cache.positions[0, 0, 0, :n].sort()
+    assert positions[:3].tolist() != [0, 1, 2], "something was evicted behind the sinks"
+    for rank, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        expected = rotate(before_rope[position], torch.tensor(seen - n + rank), inv_freq)
+        torch.testing.assert_close(cache.keys[:, 0, :, slot], expected, rtol=1e-9, atol=1e-9)
