@@ -20,10 +20,12 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import yaml
 
+from kvlib.compare_figures import arm_label
 from kvlib.config import RunConfig, check_names, folder_name
 from kvlib.datasets import dataset_title
 from kvlib.errors import ConfigError
@@ -41,6 +43,9 @@ from kvlib.record import (  # fmt: skip
     read_record,
 )
 from kvlib.study import Progress, StudyError, clock, cores, failed, tied, watch
+
+if TYPE_CHECKING:
+    from kvlib.policies import Policy
 
 SECONDS_PER_CELL = 15
 """Of one core, for a cell of 200 chains of the tiny reasoner; only for the first estimate."""
@@ -338,6 +343,46 @@ def load_verdicts(results: Path) -> pd.DataFrame:
         frames.append(pd.DataFrame({**own, "problem": cell["problems"], **samples}))
     verdicts = pd.concat(frames, ignore_index=True)
     return verdicts.astype({"kv_budget": float, "correct": bool, "truncated": bool})
+
+
+def stage_verdicts(comparison: Comparison, stage: str, verdicts: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The verdicts of a stage's cells on one model, the full cache left out, as `kvlib.paired` takes them.
+
+    verdicts: as load_verdicts returns them; arms are named as on the charts, and a seed of the noise is a sample.
+    """
+    spec = comparison.stages[stage]
+    chosen = verdicts[
+        (verdicts["model"] == model)
+        & verdicts["arm"].isin(spec["arms"])
+        & verdicts["dataset"].isin(spec["datasets"])
+        & verdicts["kv_budget"].isin(spec["kv_budgets"])
+        & verdicts["protected"].isin(spec["protect_prompt"])
+        & verdicts["seed"].isin(spec["seeds"])
+    ]
+    names = [arm_label(arm, protected) for arm, protected in zip(chosen["arm"], chosen["protected"], strict=True)]
+    return chosen.assign(arm=names).rename(columns={"seed": "sample"})
+
+
+def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: str, protected: bool) -> pd.DataFrame:
+    """The rows of load_cells that belong to a stage's arms on one model, with the full cache."""
+    spec = comparison.stages[stage]
+    titles = [dataset_title(name) for name in spec["datasets"]]
+    ours = cells["arm"].isin(spec["arms"]) & (cells["protected"] == protected)
+    ours &= cells["kv_budget"].isin(spec["kv_budgets"])
+    full = cells["arm"] == "full"
+    return cells[(cells["model"] == model) & cells["dataset"].isin(titles) & (ours | full)]
+
+
+def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> "dict[str, Policy]":
+    """The policies of a stage's arms with the prompt protected, fitted to the reasoner, by arm."""
+    from kvlib.fitted import fit
+    from kvlib.policies import make_policy
+
+    policies = {}
+    for cell in comparison.cells:
+        if cell.protected and cell.arm in comparison.stages[stage]["arms"] and cell.arm not in policies:
+            policies[cell.arm] = fit(make_policy(cell.config.policy, **cell.config.policy_options), model, reasoner)
+    return policies
 
 
 def load_cells(results: Path) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Paired comparison of two arms on common random numbers: bootstrap over problems. Never imports torch."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -91,6 +92,14 @@ def differences_to(verdicts: pd.DataFrame, baseline: str, n_boot: int = N_BOOT, 
     if not rows:
         raise ConfigError(f"{baseline} is the only arm; add the verdicts of another one to compare it with")
     return pd.DataFrame(rows).sort_values("difference", ascending=False, kind="stable", ignore_index=True)
+
+
+def worth_of_protection(
+    verdicts: pd.DataFrame, arms: Sequence[str], n_boot: int = N_BOOT, seed: int = 0
+) -> pd.DataFrame:
+    """Each arm with the prompt protected minus the same arm without, best first; columns as in differences_to."""
+    rows = [differences_to(verdicts[verdicts["arm"].isin([arm, f"{arm}+prompt"])], arm) for arm in arms]
+    return pd.concat(rows).sort_values("difference", ascending=False, kind="stable", ignore_index=True)
 
 
 def _require(df: pd.DataFrame, columns: list[str], what: str) -> None:

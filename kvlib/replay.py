@@ -19,12 +19,15 @@ from transformers.cache_utils import Cache
 
 from kvlib import noise
 from kvlib.attention import causal_mask
+from kvlib.config import RunConfig
+from kvlib.datasets import load_problems
 from kvlib.errors import ConfigError
-from kvlib.generate import Decoder, Request
+from kvlib.generate import Decoder, Request, generate
 from kvlib.grade import wilson_interval
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
-from kvlib.policies import Policy
+from kvlib.policies import Full, Golden, Policy
+from kvlib.run import build_decoder, requests_of
 from kvlib.tiny.tasks import DIGITS, NAMES, value_drill
 
 N_FACTS, N_ASKED = 14, 56
@@ -184,6 +187,35 @@ def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording:
         completion.kept,
         _fidelity_by_round(recording, completion.kept),
     )
+
+
+def replay_all(
+    reasoner: Reasoner, policies: Mapping[str, Policy], kv_budgets: Sequence[int], recordings: Sequence[Recording]
+) -> "Replays":
+    """Every recording under the full cache ("full"), and at each budget under every policy and "golden".
+
+    golden keeps what the recording will attend to, under the protection and trigger of the first policy.
+    """
+    replays = {("full", None): [replay(reasoner, Full(), None, recording) for recording in recordings]}
+    first = next(iter(policies.values()))
+    common = {name: getattr(first, name) for name in ("n_sink", "n_recent", "buffer", "protect_prompt")}
+    for kv_budget in kv_budgets:
+        for arm, policy in policies.items():
+            replays[arm, kv_budget] = [replay(reasoner, policy, kv_budget, recording) for recording in recordings]
+        replays["golden", kv_budget] = [
+            replay(reasoner, Golden(attention=recording.attention, **common), kv_budget, recording)
+            for recording in recordings
+        ]
+        print(f"KV budget {kv_budget}: {len(recordings)} traces read under {len(policies) + 1} policies", flush=True)
+    return replays
+
+
+def record_outputs(reasoner: Reasoner, config: RunConfig, n: int) -> list[Recording]:
+    """Decode the first n problems of a config of the full cache, and record their outputs."""
+    requests = requests_of(config, load_problems(config.dataset, n), reasoner)[:n]
+    decoder = build_decoder(config, reasoner, requests, n_rows=n)
+    done = {completion.request.id: completion for completion in generate(decoder, [[request] for request in requests])}
+    return [record_trace(reasoner, request, done[request.id].tokens) for request in requests]
 
 
 def _fidelity_by_round(recording: Recording, kept: Sequence[tuple[int, Kept]]) -> pd.DataFrame:

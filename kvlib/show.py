@@ -4,8 +4,10 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
@@ -19,6 +21,21 @@ CAPTION = "margin:.4em 0;font-weight:600"
 BOX = (
     "font-family:monospace;line-height:1.9;max-width:70em;border:1px solid #ccc;padding:.6em;background:#fff;color:#000"
 )
+
+
+def present(figure: Figure, table: pd.DataFrame | None = None, save_as: str = "") -> None:
+    """Display a figure in a notebook and its table beneath; save_as "folder/name" also writes name.png and name.csv."""
+    from IPython.display import display
+
+    display(figure)
+    if table is not None:
+        display(table)
+    if save_as:
+        path = Path(save_as)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+        if table is not None:
+            table.to_csv(path.with_suffix(".csv"), index=False)
 
 
 def paint_trace(words: Sequence[str], kept: Collection[int], caption: str) -> str:
