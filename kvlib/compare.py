@@ -31,6 +31,7 @@ from kvlib.datasets import dataset_title
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.grade import pass_at_1
+from kvlib.panels import model_title
 from kvlib.record import (  # fmt: skip
     LockedError,
     RecordError,
@@ -370,7 +371,8 @@ def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: 
     ours = cells["arm"].isin(spec["arms"]) & (cells["protected"] == protected)
     ours &= cells["kv_budget"].isin(spec["kv_budgets"])
     full = cells["arm"] == "full"
-    return cells[(cells["model"] == model) & cells["dataset"].isin(titles) & (ours | full)]
+    chosen = cells[(cells["model"] == model) & cells["dataset"].isin(titles) & (ours | full)]
+    return chosen.assign(model=model_title(model))
 
 
 def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> "dict[str, Policy]":
@@ -424,6 +426,7 @@ def load_cells(results: Path) -> pd.DataFrame:
                 "mean_tokens": n_tokens / len(verdicts),
                 "truncated_share": n_truncated / len(verdicts),
                 "mean_live_slots": sum(seed["results"]["mean_live_slots"] for seed in seeds) / n,
+                "kib_per_row": seeds[0]["cost"]["kv_bytes"] / seeds[0]["config"]["batch_size"] / 1024,
                 "seconds_per_solved": seconds / n_correct if n_correct else float("nan"),
                 "round_us_per_row": per_round,
             }

@@ -18,7 +18,8 @@ from kvlib.figures import BLUE, GREY, INK, ORANGE, TINY_CAVEAT, dress, style
 
 CELL_COLUMNS = [
     "model", "dataset", "arm", "kv_budget", "protected", "n_problems", "n_samples", "pass_at_1", "pass_low",
-    "pass_high", "mean_tokens", "truncated_share", "mean_live_slots", "seconds_per_solved", "round_us_per_row",
+    "pass_high", "mean_tokens", "truncated_share", "mean_live_slots", "kib_per_row", "seconds_per_solved",
+    "round_us_per_row",
 ]  # fmt: skip
 DIFFERENCE_COLUMNS = ["arm", "difference", "low", "high", "wins", "losses", "n_problems"]
 FIDELITY_COLUMNS = ["arm", "kv_budget", "n_traces", "recall", "error"]
@@ -82,10 +83,36 @@ def length_figure(cells: pd.DataFrame, *, nulls: Collection[str] = NULLS, caveat
     return _budget_figure(panels, f"Measured here: {_model(cells)}, output length against KV budget", notes, nulls)
 
 
+def memory_figure(cells: pd.DataFrame, *, nulls: Collection[str] = NULLS, caveat: str = TINY_CAVEAT) -> Figure:
+    """Pass@1 against what one row of the cache takes, kib_per_row: slots, and the queries and state a policy keeps.
+
+    Arguments and errors as in pareto_figure. Equal KV budgets are not equal memory for a policy that keeps queries.
+    """
+    cells = _checked_cells(cells)
+    evicting = cells[cells["label"] != FULL]
+    styles = _styles(list(evicting["label"].unique()), nulls)
+    places = sorted(evicting["kib_per_row"].unique())
+
+    def draw(ax, room: float, dataset: str) -> None:
+        here = evicting[evicting["dataset"] == dataset]
+        series = {}
+        for label, arm in here.groupby("label", sort=False):
+            rate = dict(zip(arm["kib_per_row"], arm["pass_at_1"], strict=True))
+            series[label] = [rate.get(place, math.nan) for place in places]
+        ax.set_title(f"{_model(cells)} | {dataset} (n = {here['n_problems'].iloc[0]})", color=INK)
+        ax.set(ylabel="Pass@1 (%)", xlabel="Cache of one row (KiB)", ylim=(0, 104))
+        _draw_lines(ax, places, series, styles, room, joined=True)
+
+    notes = [f"{_samples(cells)}, n = problems. Memory: keys, values, positions, query ring and policy state.", caveat]
+    draws = [lambda ax, room, name=name: draw(ax, room, name) for name in evicting["dataset"].unique()]
+    return _figure(draws, list(styles), f"Measured here: {_model(cells)}, Pass@1 against memory", notes)
+
+
 def cells_table(cells: pd.DataFrame) -> pd.DataFrame:
     """The numbers of pareto_figure and length_figure as text, one row per cell, the full cache last in each dataset.
 
-    cells: CELL_COLUMNS; pass_* in percent, truncated_share from 0 to 1, mean_live_slots per KV head,
+    cells: CELL_COLUMNS; pass_* in percent, truncated_share from 0 to 1, mean_live_slots per KV head, kib_per_row: keys,
+    values, positions, query ring and policy state of one row,
     seconds_per_solved of decoding, round_us_per_row: microseconds of one round on one row; the last three may be NaN.
     """
     cells = _checked_cells(cells)
@@ -105,6 +132,7 @@ def cells_table(cells: pd.DataFrame) -> pd.DataFrame:
             "Mean output (tokens)": cells["mean_tokens"].map("{:.0f}".format),
             "Truncated (%)": (100 * cells["truncated_share"]).map("{:.1f}".format),
             "Mean live slots": cells["mean_live_slots"].map(lambda value: _number(value, "{:.0f}")),
+            "Cache (KiB per row)": cells["kib_per_row"].map(lambda value: _number(value, "{:.0f}")),
             "Seconds per solved problem": cells["seconds_per_solved"].map(lambda value: _number(value, "{:.3g}")),
             "Round (µs per row)": cells["round_us_per_row"].map(lambda value: _number(value, "{:.0f}")),
         }
@@ -370,10 +398,15 @@ def _sheet(width, tall, n_rows, heading, notes, *, title, under=0.55) -> tuple[F
     return fig, bottom, top
 
 
-def _draw_lines(ax, x: Sequence[float], series: Mapping[str, Sequence[float]], styles: Mapping, tall: float) -> None:
-    """One line per label and its name right of the axes, `tall` inches high, joined to the line's last point."""
+def _draw_lines(
+    ax, x: Sequence[float], series: Mapping[str, Sequence[float]], styles: Mapping, tall: float, joined: bool = False
+) -> None:
+    """One line per label and its name right of the axes, `tall` inches high, joined to the line's last point.
+
+    A missing value breaks the line, unless its points are joined.
+    """
     x = list(x)
-    step = x[1] - x[0] if len(x) > 1 else 1
+    step = (x[-1] - x[0]) / 5 if joined else x[1] - x[0] if len(x) > 1 else 1
     ax.set_xlim(x[0] - 0.35 * step, x[-1] + 0.35 * step)
     # Ticks above the axis are not drawn, but their words still count as there.
     ax.set_yticks([tick for tick in ax.get_yticks() if tick <= ax.get_ylim()[1]])
@@ -382,7 +415,12 @@ def _draw_lines(ax, x: Sequence[float], series: Mapping[str, Sequence[float]], s
         known = [(a, value) for a, value in zip(x, values, strict=True) if not math.isnan(value)]
         if known:
             look = styles.get(label, {"color": INK, "linestyle": (0, (4, 2.5)), "linewidth": 1.3})
-            ax.plot(x, values, label=label, zorder=2 if look["color"] == GREY else 3, **look)
+            ax.plot(
+                *(zip(*known, strict=True) if joined else (x, values)),
+                label=label,
+                zorder=2 if look["color"] == GREY else 3,
+                **look,
+            )
             ends[label] = (known[-1], look)
     to_inches = tall / (ax.get_ylim()[1] - ax.get_ylim()[0])
     heights = [(end[1] - ax.get_ylim()[0]) * to_inches for end, _ in ends.values()]

@@ -73,10 +73,10 @@ def fitted_fields(n_layers: int = 3, n_query_heads: int = 14, n_kv_heads: int = 
     }
 
 
-def small_policy(name: str, **options) -> Policy:
+def small_policy(name: str, head_dim: int = 4, **options) -> Policy:
     """A preset scaled to budgets of a few dozen slots, every field that it needs filled in."""
     policy = make_policy(name, **{**SCALED.get(name, {}), **options})
-    fields = fitted_fields()
+    fields = fitted_fields(head_dim=head_dim)
     return dataclasses.replace(policy, **{need: fields[need] for need in policy.needs})
 
 

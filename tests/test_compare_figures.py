@@ -31,6 +31,7 @@ def cells():
         rows.append((dataset, "full", None, False, 97.0, 94.0, 99.0, 170.0, 0.0, math.nan))
     columns = ["dataset", "arm", "kv_budget", "protected", "pass_at_1", "pass_low", "pass_high", "mean_tokens"]
     frame = pd.DataFrame(rows, columns=[*columns, "truncated_share", "round_us_per_row"])
+    frame["kib_per_row"] = 2.0 * frame["kv_budget"].fillna(400) + 10 * frame["round_us_per_row"].fillna(0)
     return frame.assign(model="Tiny-0.8M", n_problems=200, n_samples=4, mean_live_slots=60.0, seconds_per_solved=0.1234)
 
 
@@ -235,3 +236,14 @@ def test_spread_keeps_order_gap_and_range_and_moves_nothing_without_need(wanted)
 def test_a_chart_is_saved_as_any_other(figures, tmp_path):
     first = [path.read_bytes() for path in save(figures["pareto"], tmp_path / "pareto")]
     assert [path.read_bytes() for path in save(figures["pareto"], tmp_path / "again" / "pareto")] == first
+
+
+def test_against_memory_each_arm_stands_where_its_own_cache_does(cells):
+    fig = cf.memory_figure(cells)
+    for ax, (_, here) in zip(fig.axes, cells.dropna(subset="kv_budget").groupby("dataset", sort=False), strict=True):
+        for arm, its in here.groupby("arm"):
+            (line,) = [line for line in ax.lines if line.get_label() == f"{arm}+prompt"]
+            assert sorted(line.get_xdata()) == sorted(its["kib_per_row"])
+            assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == dict(
+                zip(its["kib_per_row"], its["pass_at_1"], strict=True)
+            )

@@ -33,10 +33,11 @@ def test_budget_no_smaller_than_the_sequence_equals_generate(any_model):
 @pytest.mark.parametrize("name", ENGINE)
 def test_a_row_among_others_decodes_as_alone(any_model, name):
     requests = as_requests(prompts(5))
+    policy = small_policy(name, head_dim=any_model.config.head_dim if any_model.config.model_type == "qwen3" else 4)
     kv_budget = None if name == "full" else BUDGET
-    together = decode(any_model, small_policy(name), kv_budget, requests, n_rows=3, temperature=1.0, trace=True)
+    together = decode(any_model, policy, kv_budget, requests, n_rows=3, temperature=1.0, trace=True)
     for request in requests:
-        alone = decode(any_model, small_policy(name), kv_budget, [request], n_rows=1, temperature=1.0, trace=True)
+        alone = decode(any_model, policy, kv_budget, [request], n_rows=1, temperature=1.0, trace=True)
         assert together[request.id] == alone[request.id]
 
 
