@@ -1,6 +1,7 @@
 """Statistics of a model's queries before RoPE, for TriAttention (arXiv 2604.04921), from teacher-forced traces."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from kvlib.errors import ConfigError
-from kvlib.models import TINY, load_reasoner, update_manifest
+from kvlib.models import MANIFEST, TINY, load_reasoner, update_manifest
 from kvlib.policies.triattention import QueryStatistics
-from kvlib.predictor import Trace, collect_traces
+from kvlib.predictor import Trace, collect_traces, load_profile, stage_traces
+from kvlib.predictor.problems import training_problems
 from kvlib.rope import rotate
 from kvlib.tensors import read_tensors, write_tensors
 
@@ -84,19 +86,34 @@ def load_statistics(path: Path, model_sha256: str | None = None) -> QueryStatist
     return statistics
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Calibrate TriAttention: query statistics of a model.")
     parser.add_argument("--model", default="tiny", help="or the weights folder of another training of it")
-    parser.add_argument("--out", type=Path, default=TINY, help="folder with a manifest.json to write the file into")
+    parser.add_argument("--profile", help="for another model: a profile of its predictor, whose traces are used")
+    parser.add_argument("--profiles", type=Path, default=Path("notebooks/predictors.yml"), help="file of profiles")
+    parser.add_argument("--out", type=Path, default=TINY, help="folder to write the file into")
     arguments = parser.parse_args()
-    reasoner = load_reasoner(arguments.model)
-    traces = collect_traces(reasoner, N_TRACES)
+    try:
+        if arguments.profile:
+            profile, _ = load_profile(arguments.profiles, arguments.profile)
+            problems = training_problems(profile.problems, profile.n_traces, profile.seed)
+            reasoner = load_reasoner(profile.model, profile.dtype, profile.device)
+            traces, _ = stage_traces(profile, reasoner, problems, Path("runs/predictor") / arguments.profile / "traces")
+        else:
+            reasoner = load_reasoner(arguments.model)
+            traces = collect_traces(reasoner, N_TRACES)
+    except ConfigError as error:
+        print(f"kvlib.calibrate: {error}", file=sys.stderr)
+        return 2
     n_tokens = sum(len(trace.ids) for trace in traces)
     statistics = query_statistics(reasoner.model, traces)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     save_statistics(statistics, arguments.out / FILE, reasoner.sha256, len(traces), n_tokens)
-    update_manifest(arguments.out, [FILE])
+    if (arguments.out / MANIFEST).exists():
+        update_manifest(arguments.out, [FILE])
     print(f"wrote {arguments.out / FILE} ({len(traces)} traces, {n_tokens} tokens)")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

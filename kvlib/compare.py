@@ -17,7 +17,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,7 +142,7 @@ def main() -> int:
         root = given.runs.absolute() / comparison.study
         results = (given.results or Path("results") / comparison.study).absolute()
         os.chdir(grid.parent)  # a relative path in a grid is relative to the grid
-        cells = {root / cell.path: cell for cell in comparison.cells}
+        cells = {root / cell.path: cell for cell in present_cells(comparison, quiet=given.do == "work")}
         if given.do == "work":
             return work(cells)
         if given.do == "cost":
@@ -167,6 +168,29 @@ def main() -> int:
     except KeyboardInterrupt:
         return failed(130, "\ninterrupted; every finished sample is kept, the same command continues")
     return 0
+
+
+def present_cells(comparison: Comparison, quiet: bool) -> list[Cell]:
+    """The cells whose model is there; says which are left out, and how to get theirs. Raises ConfigError if none is."""
+    from kvlib.models import check_model
+
+    absent = {}
+    for model in dict.fromkeys(cell.model for cell in comparison.cells):
+        try:
+            check_model(model)
+        except ConfigError as error:
+            absent[model] = error
+    for model, error in absent.items():
+        if not quiet:
+            n = sum(cell.model == model for cell in comparison.cells)
+            print(
+                f"{n} cells left out: {error}. For another training of the tiny reasoner: make tiny-model "
+                f"TRAIN_SEED=8, then python -m kvlib.predictor and kvlib.calibrate, with --model and --out {model}"
+            )
+    cells = [cell for cell in comparison.cells if cell.model not in absent]
+    if not cells:
+        raise ConfigError("no model of the comparison is there")
+    return cells
 
 
 def fingerprints(cells: Mapping[Path, Cell]) -> dict[Path, str]:
@@ -221,8 +245,8 @@ def work(cells: Mapping[Path, Cell]) -> int:
                     print(f"{cell.path}: {100 * results['pass_at_1']:.1f} % in {took:.0f} s", flush=True)
         except LockedError:
             continue
-        except (ConfigError, RecordError, FloatingPointError, RuntimeError) as error:
-            print(f"{cell.path}: {error}", flush=True)
+        except Exception:
+            print(f"{cell.path} failed:\n{traceback.format_exc()}", flush=True)
             code = 1
     return code
 
@@ -272,11 +296,28 @@ def publish_cells(cells: Mapping[Path, Cell], prints: Mapping[Path, str], result
 COST_ROWS, COST_STEPS, COST_REPEATS = 64, 96, 3
 
 
+def costed_cells(cells: Iterable[Cell]) -> dict[str, RunConfig]:
+    """By arm, the cell to time: of the first model, dataset and seed, at the middle of the budgets that all arms have.
+
+    The prompt is protected. Raises ConfigError if the arms have no budget in common.
+    """
+    cells = list(cells)
+    key = (cells[0].model, cells[0].dataset, cells[0].config.seed)
+    ours = [cell for cell in cells if (cell.model, cell.dataset, cell.config.seed) == key]
+    evicting = [cell for cell in ours if cell.protected]
+    budgets = {arm: {c.config.kv_budget for c in evicting if c.arm == arm} for arm in {c.arm for c in evicting}}
+    common = sorted(set.intersection(*budgets.values())) if budgets else []
+    if not common:
+        raise ConfigError(f"the arms of {key[1]} have no KV budget in common to be timed at; give one stage all arms")
+    middle = common[len(common) // 2]
+    return {c.arm: c.config for c in ours if c.arm == "full" or (c.protected and c.config.kv_budget == middle)}
+
+
 def measure_costs(cells: Iterable[Cell], results: Path) -> None:
     """Time a step and a round of every arm, interleaved, and write results/costs.json; use all cores, run it alone.
 
-    Each arm decodes 64 rows for 96 steps, at the middle KV budget of the first dataset, with the prompt protected.
-    Of three repeats in turn: median, lowest and highest microseconds per row of a step (forward and sampling) and of a
+    Each arm decodes 64 rows under costed_cells' config until every row has had a round, then 96 steps are timed. Of
+    three repeats in turn: median, lowest and highest microseconds per row of a step (forward and sampling) and of a
     round (scoring, selecting, compacting).
     """
     import torch
@@ -286,28 +327,27 @@ def measure_costs(cells: Iterable[Cell], results: Path) -> None:
     from kvlib.models import load_reasoner
     from kvlib.run import build_decoder, check, requests_of
 
-    first = next(iter(cells))
-    ours = [c for c in cells if (c.model, c.dataset, c.config.seed) == (first.model, first.dataset, first.config.seed)]
-    budgets = sorted({c.config.kv_budget for c in ours if c.config.kv_budget})
-    middle = budgets[len(budgets) // 2]
-    arms = {c.arm: c.config for c in ours if c.arm == "full" or (c.config.kv_budget == middle and c.protected)}
-    reasoner = load_reasoner(first.model)
-    problems = load_problems(first.dataset, COST_ROWS)
+    arms = costed_cells(cells)
+    config = next(config for arm, config in arms.items() if arm != "full")
+    reasoner = load_reasoner(config.model)
+    problems = load_problems(config.dataset, COST_ROWS)
+    warm_up = config.kv_budget
     measured: dict[str, list[tuple[float, float | None]]] = {arm: [] for arm in arms}
     for repeat in range(COST_REPEATS + 1):
-        for arm, config in arms.items():
-            check(config)
-            requests = requests_of(config, problems, reasoner)
-            meter = Meter(config.device)
+        for arm, its in arms.items():
+            check(its)
+            requests = requests_of(its, problems, reasoner)
             decoder = build_decoder(
-                config, reasoner, requests, n_rows=COST_ROWS, max_new_tokens=COST_STEPS + 1, eos_ids=(), meter=meter
+                its, reasoner, requests, n_rows=COST_ROWS, max_new_tokens=warm_up + COST_STEPS + 1, eos_ids=()
             )
             for row, request in enumerate(requests):
                 decoder.admit(row, request)
+            for _ in range(warm_up):
+                decoder.step()
+            before, decoder.meter = sum(map(len, decoder.rounds_at)), Meter(its.device)
             for _ in range(COST_STEPS):
                 decoder.step()
-            decoder.finished()
-            seconds, rounds = meter.seconds(), sum(map(len, decoder.rounds_at))
+            seconds, rounds = decoder.meter.seconds(), sum(map(len, decoder.rounds_at)) - before
             per_step = 1e6 * (seconds["forward"] + seconds["sample"]) / COST_ROWS / COST_STEPS
             if repeat:  # the first is a warm-up
                 measured[arm].append((per_step, 1e6 * seconds["evict"] / rounds if rounds else None))
@@ -320,8 +360,8 @@ def measure_costs(cells: Iterable[Cell], results: Path) -> None:
                 row[name] = {"median": statistics.median(numbers), "low": min(numbers), "high": max(numbers)}
         rows.append(row)
     setting = {
-        "kv_budget": middle, "dataset": first.dataset, "rows": COST_ROWS, "steps": COST_STEPS, "repeats": COST_REPEATS,
-        "threads": torch.get_num_threads(), "unit": "microseconds per row",
+        "kv_budget": config.kv_budget, "dataset": config.dataset, "rows": COST_ROWS, "steps": COST_STEPS,
+        "repeats": COST_REPEATS, "threads": torch.get_num_threads(), "unit": "microseconds per row",
     }  # fmt: skip
     body = {"setting": setting, "provenance": provenance(), "arms": rows}
     with explained(results):
@@ -330,13 +370,24 @@ def measure_costs(cells: Iterable[Cell], results: Path) -> None:
     print(f"wrote {results / 'costs.json'}")
 
 
+def published(results: Path, name: str) -> str:
+    """The text of a published file. Raises ConfigError where there is none."""
+    path = results / name
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no {path.resolve()}; make it with `python -m kvlib.compare` run, then publish and cost, each "
+            f"with --results {results}"
+        )
+    return path.read_text()
+
+
 def load_verdicts(results: Path) -> pd.DataFrame:
     """One row per sample of a published comparison.
 
     Columns: model, dataset, arm, protected, kv_budget (NaN: full cache), seed, problem, correct, n_tokens, truncated.
     """
     frames = []
-    for line in (results / "cells.jsonl").read_text().splitlines():
+    for line in published(results, "cells.jsonl").splitlines():
         cell = json.loads(line)
         own = {name: cell[name] for name in ("model", "dataset", "arm", "protected")}
         own |= {"kv_budget": cell["config"]["kv_budget"], "seed": cell["config"]["seed"]}
@@ -387,17 +438,19 @@ def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> 
     return policies
 
 
-def load_cells(results: Path) -> pd.DataFrame:
-    """One row per model, dataset, arm, protection and KV budget of a published comparison, its seeds pooled.
+def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
+    """One row per model, dataset, arm, protection and KV budget of a published comparison, these seeds pooled.
 
     The columns that `kvlib.compare_figures` asks for: Pass@1 in percent with its 95 % interval, output length,
     truncated share, mean live slots, and, from costs.json, microseconds per row of a round and seconds of one row per
     solved problem (tokens x step and rounds x round, over the share solved).
     """
-    costs = {row["arm"]: row for row in json.loads((results / "costs.json").read_text())["arms"]}
+    costs = {row["arm"]: row for row in json.loads(published(results, "costs.json"))["arms"]}
     by_cell: dict[tuple, list[dict]] = {}
-    for line in (results / "cells.jsonl").read_text().splitlines():
+    for line in published(results, "cells.jsonl").splitlines():
         seed = json.loads(line)
+        if seed["config"]["seed"] not in seeds:
+            continue
         key = (seed["model"], seed["dataset"], seed["arm"], seed["protected"], seed["config"]["kv_budget"])
         by_cell.setdefault(key, []).append(seed)
     rows = []

@@ -25,7 +25,7 @@ class Fitted:
 
 FITTED = {
     "predictor": Fitted(
-        "dynts-predictor.safetensors", "make predictor", lambda path, sha256: load_predictor(path, sha256)[0]
+        "dynts-predictor.safetensors", "python -m kvlib.predictor", lambda path, sha256: load_predictor(path, sha256)[0]
     ),
     "calibration": Fitted(calibrate.FILE, calibrate.COMMAND, calibrate.load_statistics),
     "gate": Fitted(gate.FILE, gate.COMMAND, lambda path, sha256: gate.load_gate(path, sha256)[0]),
@@ -51,7 +51,8 @@ def fitted_path(need: str, policy: Policy, model: str) -> Path:
     if not path.is_file():
         raise ConfigError(
             f"policy {type(policy).__name__} needs the {need} of model {model!r}, and there is no {path}; make it "
-            f"with `{fitted.command}`, name its file in policy_options.{need}, or use another policy"
+            f"with `{fitted.command} --model {model} --out {path.parent}`, name its file in "
+            f"policy_options.{need}, or use another policy"
         )
     return path
 

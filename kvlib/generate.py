@@ -86,6 +86,11 @@ class Decoder:
             raise ConfigError(
                 "policy 'full' takes no kv_budget" if kv_budget else f"{type(policy).__name__} needs a kv_budget"
             )
+        if policy.reindex and torch.finfo(model.dtype).bits < 32:
+            raise ConfigError(
+                f"reindex turns stored keys again in each round, and in {model.dtype} their rounding adds up to noise; "
+                "use dtype float32, or reindex=False"
+            )
         self.model, self.policy, self.kv_budget, self.sampling = model, policy, kv_budget, sampling
         self.max_new_tokens, self.trace = max_new_tokens, trace
         self.device = next(model.parameters()).device
@@ -214,7 +219,7 @@ class Decoder:
     def n_keep(self, rows: np.ndarray, n_live: int) -> np.ndarray:
         """Slots that a round on these rows, each holding n_live, would leave now."""
         counts = zip(self.n_prompt[rows].tolist(), (self.n_prompt[rows] + self.n_made[rows]).tolist(), strict=True)
-        return np.minimum([self.policy.keep(self.kv_budget, *row) for row in counts], n_live)
+        return np.minimum([self.policy.keep(self.kv_budget, *row) for row in counts], min(n_live, self.kv_budget))
 
     def round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> Round:
         """What a round on the rows `due`, each holding n_live slots, would be now."""

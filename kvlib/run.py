@@ -1,5 +1,6 @@
 """run(config) -> record: the only place that wires model, dataset, policy, decoding, grading and records together."""
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | No
 
     Of a policy that is given, its settings and its source code too.
     """
-    own = {} if policy is None else {"policy": repr(policy), "source": inspect.getsource(type(policy))}
+    own = {} if policy is None else {"policy": policy_source(policy)}
     policy = policy or make_policy(config.policy, **config.policy_options)
     return fingerprint(
         {
@@ -55,6 +56,23 @@ def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | No
             **own,
         }
     )
+
+
+def policy_source(policy: Policy) -> dict:
+    """What tells a policy of one's own from an edited one: its settings, and the source of the methods it defines.
+
+    Functions that it calls are not included. Method by method, because Python knows no source of a notebook's class.
+    """
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    plain = {name: value for name, value in settings.items() if isinstance(value, str | int | float | bool | None)}
+    own = [kind for kind in type(policy).__mro__ if not kind.__module__.startswith(("kvlib.policies", "builtins"))]
+    methods = {
+        f"{kind.__name__}.{name}": inspect.getsource(method.fget if isinstance(method, property) else method)
+        for kind in own
+        for name, method in vars(kind).items()
+        if (inspect.isfunction(method) or isinstance(method, property)) and not name.startswith("__")
+    }
+    return {"name": type(policy).__name__, "settings": plain, "methods": methods}
 
 
 def requests_of(config: RunConfig, problems: list[Problem], reasoner: Reasoner) -> list[Request]:

@@ -34,6 +34,9 @@ class Case:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[f"{self._case}.{name}"]
 
+    def names(self) -> set[str]:
+        return {name.split(".", 1)[1] for name in self._arrays.files if name.startswith(f"{self._case}.")}
+
     def double(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self[name]).double()
 

@@ -11,12 +11,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvlib.compare import load_cells, load_comparison, load_verdicts, main, parse_comparison
+from kvlib.compare import (  # fmt: skip
+    costed_cells,
+    load_cells,
+    load_comparison,
+    load_verdicts,
+    main,
+    parse_comparison,
+    present_cells,
+    work,
+)
 from kvlib.compare_figures import cells_table
 from kvlib.errors import ConfigError
 from kvlib.paired import differences_to
 from kvlib.record import load_samples
 
+GRID = Path(__file__).parent.parent / "notebooks" / "compare.yml"
 CONTENT = {
     "study": "small",
     "decoding": {"n_problems": 6, "max_new_tokens": 48, "batch_size": 6, "threads": 1},
@@ -146,8 +156,48 @@ def test_a_setting_that_cannot_run_is_told_before_anything_is_decoded(tmp_path, 
 def test_the_shipped_comparison_is_sound():
     from kvlib.run import check
 
-    comparison = load_comparison(Path(__file__).parent.parent / "notebooks" / "compare.yml")
+    comparison = load_comparison(GRID)
     settings = {(cell.config.policy, json.dumps(cell.config.policy_options)): cell for cell in comparison.cells}
     for cell in settings.values():
         if cell.model == "tiny":
             check(cell.config)
+
+
+def test_every_arm_of_the_shipped_comparison_is_timed_at_one_budget():
+    comparison = load_comparison(GRID)
+    arms = costed_cells(comparison.cells)
+    assert arms.keys() == {cell.arm for cell in comparison.cells}
+    assert {config.kv_budget for config in arms.values()} == {136, None}
+
+
+def test_cells_of_a_model_that_is_not_there_are_left_out_with_the_way_to_get_it(capsys):
+    content = json.loads(json.dumps(CONTENT))
+    content["stages"]["seeds"] = {**content["stages"]["screening"], "models": ["./nowhere/weights"]}
+    cells = present_cells(parse_comparison(content), quiet=False)
+    assert {cell.model for cell in cells} == {"tiny"}
+    said = capsys.readouterr().out
+    assert "3 cells left out" in said and "make tiny-model TRAIN_SEED=8" in said and "./nowhere/weights" in said
+    content["stages"].pop("screening")
+    with pytest.raises(ConfigError, match="no model of the comparison is there"):
+        present_cells(parse_comparison(content), quiet=True)
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    import kvlib.run
+
+    def fails_once(config, folder):
+        if config.policy == "random":
+            raise IndexError("a bug in a policy")
+        return {"results": {"pass_at_1": 0.5}}
+
+    monkeypatch.setattr(kvlib.run, "run", fails_once)
+    cells = {tmp_path / cell.path: cell for cell in parse_comparison(CONTENT).cells}
+    assert work(cells) == 1
+    said = capsys.readouterr().out
+    assert "random+prompt/b64/s0 failed" in said and "a bug in a policy" in said
+    assert "recency+prompt/b64/s0: 50.0 %" in said
+
+
+def test_results_that_are_not_there_are_asked_for(tmp_path):
+    with pytest.raises(ConfigError, match=r"`python -m kvlib\.compare` run, then publish and cost"):
+        load_verdicts(tmp_path)

@@ -1,11 +1,14 @@
 """The engine decodes what the model says, row by row, and holds no more than its budget."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from conftest import as_requests, decode, prompts, small_policy
 
 from kvlib.errors import ConfigError
 from kvlib.generate import Decoder, Request
+from kvlib.policies import Window
 from kvlib.sampling import Sampling
 
 ENGINE = ["full", "window", "streaming-reindexed", "random", "h2o", "rkv", "triattention", "dynts"]
@@ -153,3 +156,22 @@ def test_numbers_that_are_not_finite_are_an_error(qwen2):
     broken.lm_head.weight.data[3, 3] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         decode(broken, small_policy("full"), None, as_requests(prompts(1)), n_rows=1)
+
+
+def test_a_policy_that_would_keep_more_than_the_budget_is_held_to_it(qwen2):
+    @dataclass(frozen=True, kw_only=True)
+    class Greedy(Window):
+        def limit(self, kv_budget, n_prompt, n_held):
+            return 2 * kv_budget
+
+        def keep(self, kv_budget, n_prompt, n_seen):
+            return kv_budget if n_seen == kv_budget + 1 else n_seen
+
+    done = decode(qwen2, Greedy(), BUDGET, as_requests(prompts(3)), n_rows=3)
+    assert max(max(completion.held) for completion in done.values()) == BUDGET
+
+
+def test_reindexing_in_a_dtype_whose_rounding_adds_up_is_refused(qwen2):
+    low = type(qwen2)(qwen2.config).to(torch.bfloat16).eval()
+    with pytest.raises(ConfigError, match="use dtype float32, or reindex=False"):
+        decode(low, small_policy("streaming-reindexed"), BUDGET, as_requests(prompts(1)), n_rows=1)

@@ -13,9 +13,10 @@ from kvlib.config import RunConfig, load_grid
 from kvlib.errors import ConfigError
 from kvlib.models import TINY, load_reasoner
 from kvlib.panels import measured_cells
+from kvlib.policies import Policy
 from kvlib.predictor import FILE, load_predictor
 from kvlib.record import RecordError, SampleLog, read_record
-from kvlib.run import check, run
+from kvlib.run import check, run, run_fingerprint
 from kvlib.timing import time_dataset
 
 SMALL = {"dataset": "chain-a", "n_problems": 12, "batch_size": 6, "max_new_tokens": 400}
@@ -200,3 +201,29 @@ def test_a_read_only_folder_is_a_sentence(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(Exception, match="choose another"):
         SampleLog(tmp_path / "cell", {"fingerprint": "x"})
+
+
+def test_an_edited_policy_of_ones_own_decodes_anew():
+    def made(decay: float, sign: int):
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Mine(Policy):
+            decay: float = 1.0
+
+            def score(self, view, state):
+                return view.positions * sign, state
+
+        return Mine(decay=decay)
+
+    config = RunConfig(policy="mine", kv_budget=96)
+    mark = run_fingerprint(config, "", made(0.5, 1))
+    assert mark == run_fingerprint(config, "", made(0.5, 1))
+    assert mark != run_fingerprint(config, "", made(0.6, 1))
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(Policy):
+        decay: float = 1.0
+
+        def score(self, view, state):
+            return -view.positions, state
+
+    assert mark != run_fingerprint(config, "", Mine(decay=0.5))

@@ -1,4 +1,4 @@
-"""Golden eviction: keep what a recorded trace attends to later; a bound for policies, not one (arXiv 2602.03203)."""
+"""Golden eviction: keep what a recorded trace attends to later, knowing the future (arXiv 2602.03203)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +14,9 @@ class Golden(Policy):
     """Keep the slots that the full-cache trace attends to most after the round; for replaying that trace only.
 
     attention: `[L, H, T, T]` attention probabilities of the trace, summed over the group; row = query, column = key.
-    reduce: "sum" of all later queries, which no keep set of the same size can exceed; or, as the labels of
-    ForesightKV, the largest sum of a "block" of `block` later queries.
+    reduce: "sum" of all later queries: in one round no keep set of the same size can exceed it; over many rounds it is
+    greedy, and so a reference rather than a bound. Or, as the labels of ForesightKV, the largest sum of a "block" of
+    `block` later queries.
     """
 
     attention: Tensor | None = None

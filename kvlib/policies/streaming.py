@@ -9,8 +9,8 @@ from kvlib.policies.base import Policy, Share
 class StreamingLLM(Policy):
     """Keep the first n_sink and the newest tokens; keys keep their original positions.
 
-    Follows `StartRecentKVCache` (mit-han-lab/streaming-llm, kv_cache.py), with its 4 sinks; its re-indexed
-    positions are not applied, as in every port to reasoning models.
+    Follows `StartRecentKVCache` (mit-han-lab/streaming-llm, kv_cache.py), with its 4 sinks. Its positions, counted
+    inside the cache, are applied with reindex=True only; ports to reasoning models keep the original ones.
     """
 
     n_sink: int = 4
