@@ -2,11 +2,14 @@
 
 import csv
 import re
+from math import isnan
 from pathlib import Path
 
 import pytest
 
+from kvlib.compare import load_cells, load_comparison
 from kvlib.config import load_grid
+from kvlib.datasets import dataset_title
 from kvlib.figures import measured_table
 from kvlib.panels import expected_cells, measured_cells
 
@@ -28,3 +31,22 @@ def test_the_table_in_the_readme_is_the_committed_records():
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
 def test_links_and_pictures_exist(target):
     assert (ROOT / target).exists()
+
+
+def test_the_comparison_in_the_readme_is_the_published_one():
+    with (ROOT / "results" / "compare" / "grid-prompt.csv").open() as file:
+        for row in csv.reader(file):
+            assert f"| {' | '.join(row)} |" in README
+
+
+def test_the_published_comparison_is_whole():
+    """Every cell of the file that asks for them is there, but those of models that are not shipped may be anyone's."""
+    comparison = load_comparison(ROOT / "notebooks" / "compare.yml")
+    cells = load_cells(ROOT / "results" / "compare", seeds=range(99))
+    asked = {(c.model, dataset_title(c.dataset), c.arm, c.protected, c.config.kv_budget) for c in comparison.cells}
+    there = {
+        (row.model, row.dataset, row.arm, row.protected, None if isnan(row.kv_budget) else int(row.kv_budget))
+        for row in cells.itertuples()
+    }
+    assert there == asked
+    assert (cells["n_problems"] == 200).all()
