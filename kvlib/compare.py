@@ -423,7 +423,7 @@ def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: 
     ours &= cells["kv_budget"].isin(spec["kv_budgets"])
     full = cells["arm"] == "full"
     chosen = cells[(cells["model"] == model) & cells["dataset"].isin(titles) & (ours | full)]
-    return chosen.assign(model=model_title(model))
+    return chosen.assign(model=model_title(model)).sort_values("dataset", kind="stable")
 
 
 def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> "dict[str, Policy]":
