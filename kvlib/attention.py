@@ -1,11 +1,13 @@
-"""The attention function of transformers models, and the two kinds of step it serves.
+"""The attention function of transformers models, and the three kinds of step it serves.
 
 A step is passed to the model twice, as `past_key_values` (transformers hands it every layer's new keys and
 values) and as `kv_step` (unknown keyword arguments reach the attention function). No hook, no patch.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
@@ -28,6 +30,12 @@ AttentionInterface.register(IMPLEMENTATION, slot_attention)
 def causal_mask(n: int, device: torch.device | str) -> Tensor:
     """`[n, n]` bool, True where the query (row) may see the key (column)."""
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """query `[B, HQ, T, D]`, key and value `[B, H, T, D]` -> `[B, T, HQ, D]`."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 class PrefillStep(Cache):
@@ -57,8 +65,7 @@ class PrefillStep(Cache):
             grouped = query[0].unflatten(0, (H, -1))
             probabilities = attention_probabilities(grouped, key[0, :, None], causal_mask(P, query.device), scaling)
             cache.state[MASS][layer_idx, self.row, :, :P] = probabilities.sum((1, 2))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
+        return causal_attention(query, key, value, scaling)
 
 
 class DecodeStep(Cache):
@@ -92,3 +99,30 @@ class DecodeStep(Cache):
         else:
             out = decode_attention(query, key, value, self.live, scaling)
         return out[:, None]
+
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
+"""Sees a layer's index, queries `[HQ, T, D]`, keys and values `[H, T, D]` (after RoPE), and the scaling of q.k."""
+
+
+class ObservedStep(Cache):
+    """All tokens of one trace at once, nothing stored: shows every layer's queries, keys and values to an observer."""
+
+    def __init__(self, observer: Observer):
+        super().__init__(layers=[])
+        self.observer = observer
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.observer(layer_idx, query[0], key[0], value[0], scaling)
+        return causal_attention(query, key, value, scaling)
+
+
+@torch.no_grad()
+def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> Tensor:
+    """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
+    ids = torch.tensor([ids], device=next(model.parameters()).device)
+    step = ObservedStep(observer)
+    return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]

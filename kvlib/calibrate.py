@@ -2,52 +2,24 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.cache_utils import Cache
 
+from kvlib.attention import observe_trace
 from kvlib.errors import ConfigError
 from kvlib.models import MANIFEST, TINY, load_reasoner, update_manifest
 from kvlib.policies.triattention import QueryStatistics
 from kvlib.predictor import Trace, collect_traces, load_profile, stage_traces
 from kvlib.predictor.problems import training_problems
 from kvlib.rope import rotate
-from kvlib.tensors import read_tensors, write_tensors
+from kvlib.tensors import load_made_for, write_tensors
 
 FILE = "triattention-calibration.safetensors"
 COMMAND = "python -m kvlib.calibrate"
 N_TRACES = 120
-
-Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
-"""Sees a layer's index, queries `[HQ, T, D]`, keys and values `[H, T, D]` (after RoPE), and the scaling of q.k."""
-
-
-class ObservedStep(Cache):
-    """A teacher-forced step that shows every layer's queries, keys and values to an observer."""
-
-    def __init__(self, observe: Observer):
-        super().__init__(layers=[])
-        self.observe = observe
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return key, value
-
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.observe(layer_idx, query[0], key[0], value[0], scaling)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
-
-
-@torch.no_grad()
-def observe_trace(model: nn.Module, ids: Sequence[int], observe: Observer) -> Tensor:
-    """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
-    ids = torch.tensor([ids], device=next(model.parameters()).device)
-    step = ObservedStep(observe)
-    return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]
 
 
 def query_statistics(model: nn.Module, traces: Sequence[Trace]) -> QueryStatistics:
@@ -74,16 +46,11 @@ def save_statistics(statistics: QueryStatistics, path: Path, model_sha256: str, 
 
 def load_statistics(path: Path, model_sha256: str | None = None) -> QueryStatistics:
     """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
-    try:
-        tensors, metadata = read_tensors(path)
-        statistics, made_for = QueryStatistics(**tensors), metadata["model_sha256"]
-    except Exception as error:
-        raise ConfigError(
-            f"calibration {path} could not be loaded ({error}); make it again with `{COMMAND}`"
-        ) from error
-    if model_sha256 and made_for != model_sha256:
-        raise ConfigError(f"calibration {path} was made for other weights; make it again with `{COMMAND}`")
-    return statistics
+
+    def build(tensors: dict[str, Tensor], metadata: dict[str, str]) -> QueryStatistics:
+        return QueryStatistics(**tensors)
+
+    return load_made_for(path, model_sha256, "calibration", f"make it again with `{COMMAND}`", build)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Policies compared fairly: equal budgets, protection, trigger and noise, so that only the scores differ.
+"""Policies compared fairly: equal budgets, protection, trigger and noise; scores differ, and what shares a keep set.
 
     python -m kvlib.compare plan --grid notebooks/compare.yml
     python -m kvlib.compare run --grid notebooks/compare.yml
@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-import yaml
 
 from kvlib.compare_figures import arm_label
-from kvlib.config import RunConfig, check_names, folder_name
+from kvlib.config import RunConfig, check_names, folder_name, read_yaml
 from kvlib.datasets import dataset_title
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
@@ -35,7 +34,6 @@ from kvlib.grade import pass_at_1
 from kvlib.panels import model_title
 from kvlib.record import (  # fmt: skip
     LockedError,
-    RecordError,
     canonical,
     explained,
     is_done,
@@ -44,7 +42,7 @@ from kvlib.record import (  # fmt: skip
     provenance,
     read_record,
 )
-from kvlib.study import Progress, StudyError, clock, cores, failed, tied, watch
+from kvlib.study import Progress, StudyError, clock, cores, engine, exit_code, tied, watch
 
 if TYPE_CHECKING:
     from kvlib.policies import Policy
@@ -82,12 +80,7 @@ class Comparison:
 
 def load_comparison(path: Path) -> Comparison:
     """Read a comparison file (YAML). Raises ConfigError naming the file, the key and the next step."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"no comparison can be read at {path} ({error.strerror}); check --grid") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "comparison", "check --grid")
     try:
         return parse_comparison(content)
     except ConfigError as error:
@@ -136,7 +129,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="cells at a time; default: one a core")
     parser.add_argument("--results", type=Path, help="publish: where to; default: results/<study>")
     given = parser.parse_args()
-    try:
+
+    def asked() -> int | None:
         grid = given.grid.absolute()
         comparison = load_comparison(grid)
         root = given.runs.absolute() / comparison.study
@@ -146,28 +140,16 @@ def main() -> int:
         if given.do == "work":
             return work(cells)
         if given.do == "cost":
-            measure_costs(cells.values(), results)
-            return 0
-        with contextlib.ExitStack() as held:
-            with explained(root):
-                root.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(root / ".engine.lock", wait=False))
+            return measure_costs(cells.values(), results)
+        with engine(root):
             prints = fingerprints(cells)
             if given.do == "publish":
-                publish_cells(cells, prints, results)
-            else:
-                left = show_plan(cells, prints, given.jobs or cores())
-                if given.do == "run" and left:
-                    run_cells(grid, given.runs.absolute(), cells, prints, given.jobs or cores())
-    except LockedError as error:
-        return failed(75, f"{error}.\nWait for that study to end, or stop it, then run this again")
-    except ConfigError as error:
-        return failed(2, error)
-    except (StudyError, RecordError) as error:
-        return failed(1, error)
-    except KeyboardInterrupt:
-        return failed(130, "\ninterrupted; every finished sample is kept, the same command continues")
-    return 0
+                return publish_cells(cells, prints, results)
+            jobs = given.jobs or cores()
+            if show_plan(cells, prints, jobs) and given.do == "run":
+                run_cells(grid, given.runs.absolute(), cells, prints, jobs)
+
+    return exit_code(asked)
 
 
 def present_cells(comparison: Comparison, quiet: bool) -> list[Cell]:

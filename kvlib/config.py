@@ -128,16 +128,21 @@ def expand(grid: Mapping, seed: int = 0) -> list[RunConfig]:
 def load_grid(path) -> Grid:
     """Read a grid file (YAML); raises ConfigError naming the file, the key and the next step."""
     path = Path(path).absolute()
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"no grid can be read at {path} ({error.strerror}); check --grid") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "grid", "check --grid")
     try:
         return parse_grid(content, path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def read_yaml(path: Path, what: str, hint: str):
+    """The content of a YAML file. Raises ConfigError saying what cannot be read, where and why, and the hint."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no {what} can be read at {path.absolute()} ({error.strerror}); {hint}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_grid(content, path: Path) -> Grid:

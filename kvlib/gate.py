@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvlib.attention import causal_mask
-from kvlib.calibrate import observe_trace
+from kvlib.attention import causal_mask, observe_trace
 from kvlib.errors import ConfigError
 from kvlib.models import TINY, load_reasoner, update_manifest
 from kvlib.predictor import Trace, collect_traces
-from kvlib.tensors import read_tensors, write_tensors
+from kvlib.tensors import load_made_for, write_tensors
 
 FILE = "trimkv-gate.safetensors"
 COMMAND = "python -m kvlib.gate"
@@ -163,15 +162,13 @@ def save_gate(gate: RetentionGate, path: Path, held_out: HeldOut, model_sha256: 
 
 def load_gate(path: Path, model_sha256: str | None = None) -> tuple[RetentionGate, HeldOut]:
     """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
-    try:
-        tensors, metadata = read_tensors(path)
+
+    def build(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[RetentionGate, HeldOut]:
         gate = RetentionGate(*json.loads(metadata["shape"]))
         gate.load_state_dict(tensors)
-    except Exception as error:
-        raise ConfigError(f"gate {path} could not be loaded ({error}); train it again with `{COMMAND}`") from error
-    if model_sha256 and metadata["model_sha256"] != model_sha256:
-        raise ConfigError(f"gate {path} was trained for other weights; train it again with `{COMMAND}`")
-    return gate.eval().requires_grad_(False), HeldOut(**json.loads(metadata["held_out"]))
+        return gate.eval().requires_grad_(False), HeldOut(**json.loads(metadata["held_out"]))
+
+    return load_made_for(path, model_sha256, "gate", f"train it again with `{COMMAND}`", build)
 
 
 def main() -> None:

@@ -255,20 +255,9 @@ def _flip(x: Tensor) -> Tensor:
 
 
 def _reversed_heads(view: View) -> View:
-    return _ReversedHeads(
-        kv_budget=view.kv_budget,
-        positions=_flip(view.positions),
-        n_prompt=view.n_prompt,
-        n_keep=view.n_keep,
-        scaling=view.scaling,
-        inv_freq=view.inv_freq,
-        request=view.request,
-        step=view.step,
-        _slots=_flip(view._slots),
-        _keys=_flip(view._keys),
-        _values=_flip(view._values),
-        _ring=_flip(view._ring),
-    )
+    same = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+    by_head = ("positions", "_slots", "_keys", "_values", "_ring")
+    return _ReversedHeads(**(same | {name: _flip(same[name]) for name in by_head}))
 
 
 def _first_difference(some: dict[str, Completion], others: dict[str, Completion]) -> str | None:

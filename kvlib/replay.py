@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers.cache_utils import Cache
 
 from kvlib import noise
-from kvlib.attention import causal_mask
+from kvlib.attention import causal_mask, observe_trace
 from kvlib.config import RunConfig
 from kvlib.datasets import load_problems
 from kvlib.errors import ConfigError
@@ -62,27 +60,6 @@ class Recording:
         return (*self.request.prompt, *self.tokens)
 
 
-class _RecordStep(Cache):
-    """A teacher-forced step over a whole trace that keeps every layer's queries, keys, values and attention."""
-
-    def __init__(self):
-        super().__init__(layers=[])
-        self.layers_seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.scaling = 0.0
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return key, value
-
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        H, T = key.shape[1], key.shape[2]
-        grouped = query[0].unflatten(0, (H, -1))
-        attention = attention_probabilities(grouped, key[0, :, None], causal_mask(T, query.device), scaling).sum(1)
-        self.layers_seen.append((query[0].float(), key[0].float(), value[0].float(), attention.float()))
-        self.scaling = scaling
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
-
-
 @torch.inference_mode()
 def record_trace(reasoner: Reasoner, request: Request, tokens: Sequence[int]) -> Recording:
     """One pass of the full cache over the request's prompt and its output `tokens`. Raises ConfigError without output.
@@ -91,11 +68,18 @@ def record_trace(reasoner: Reasoner, request: Request, tokens: Sequence[int]) ->
     """
     if not tokens:
         raise ConfigError(f"the output of {request.id} is empty, so nothing can be replayed; record a finished output")
-    ids = torch.tensor([(*request.prompt, *tokens)], device=next(reasoner.model.parameters()).device)
-    step = _RecordStep()
-    reasoner.model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step)
-    tensors = [torch.stack(layers) for layers in zip(*step.layers_seen, strict=True)]
-    return Recording(request, tuple(tokens), *tensors, scaling=step.scaling)
+    layers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    scales: list[float] = []
+
+    def observe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        grouped, visible = query.unflatten(0, (len(key), -1)), causal_mask(query.shape[1], query.device)
+        attention = attention_probabilities(grouped, key[:, None], visible, scaling).sum(1)
+        layers.append((query.float(), key.float(), value.float(), attention.float()))
+        scales.append(scaling)
+
+    observe_trace(reasoner.model, (*request.prompt, *tokens), observe)
+    tensors = [torch.stack(several) for several in zip(*layers, strict=True)]
+    return Recording(request, tuple(tokens), *tensors, scaling=scales[0])
 
 
 class TeacherForcing:

@@ -1,6 +1,7 @@
 """run(config) -> record: the only place that wires model, dataset, policy, decoding, grading and records together."""
 
 import dataclasses
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -22,10 +23,10 @@ from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.sampling import Sampling
 
 
-def check(config: RunConfig, policy: Policy | None = None) -> Policy:
-    """The policy that the config names, or the one given, not yet fitted to the model.
+def check(config: RunConfig, policy: Policy | None = None) -> None:
+    """Raise ConfigError for an unknown model, dataset, policy or setting, before any model is loaded.
 
-    Raises ConfigError for an unknown model, dataset, policy or setting, before any model is loaded.
+    policy: one of your own, instead of the preset config.policy.
     """
     check_model(config.model)
     check_dataset(config.dataset)
@@ -35,7 +36,6 @@ def check(config: RunConfig, policy: Policy | None = None) -> Policy:
         policy.check(config.kv_budget, 0, config.dataset)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
-    return policy
 
 
 def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | None = None) -> str:
@@ -49,13 +49,19 @@ def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | No
         {
             "config": config.parameters(),
             "notebook": notebook_sha256,
-            "dataset": content_sha256(load_problems(config.dataset, config.n_problems)),
+            "dataset": dataset_sha256(config.dataset, config.n_problems),
             "model": weights_sha256(config.model),
             "predictor": None,
             **check_fitted(policy, config.model),
             **own,
         }
     )
+
+
+@functools.cache
+def dataset_sha256(name: str, n_problems: int | None) -> str:
+    """Of the problems; kept, because a comparison asks for hundreds of cells of one dataset."""
+    return content_sha256(load_problems(name, n_problems))
 
 
 def policy_source(policy: Policy) -> dict:

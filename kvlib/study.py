@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import kvlib
@@ -69,19 +70,35 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, 1 on a GPU")
     parser.add_argument("--results", type=Path, help="publish: where to; default: results/<study>")
     given = parser.parse_args()
-    try:
+
+    def asked() -> None:
         grid = load_grid(given.grid)
         study = Study(grid, given.seed, given.runs.absolute(), given.figures.absolute())
         results = (given.results or Path("results") / grid.study).absolute()
         os.chdir(grid.path.parent)  # a relative path in a grid is relative to the grid
-        with contextlib.ExitStack() as held:
-            with explained(study.folder):
-                study.folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(study.folder / ".engine.lock", wait=False))
+        with engine(study.folder):
             if given.do == "charts":
                 make_charts(study, given.jobs)
             else:
                 publish_results(study, results)
+
+    return exit_code(asked)
+
+
+@contextlib.contextmanager
+def engine(folder: Path):
+    """Make the study's folder and be the only engine at work in it. Raises LockedError or RecordError."""
+    with contextlib.ExitStack() as held:
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / ".engine.lock", wait=False))
+        yield
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Do what a command does; what a person can do something about becomes a sentence and an exit code."""
+    try:
+        return command() or 0
     except LockedError as error:
         return failed(75, f"{error}.\nWait for that study to end, or stop it, then run this again")
     except ConfigError as error:
@@ -90,7 +107,6 @@ def main() -> int:
         return failed(1, error)
     except KeyboardInterrupt:
         return failed(130, "\ninterrupted; every finished sample is kept, the same command continues")
-    return 0
 
 
 def failed(code: int, message) -> int:

@@ -16,7 +16,8 @@ from kvlib.generate import Decoder, Request
 from kvlib.policies import H2O, RKV, Policy, SnapKV
 from kvlib.policies.caote import CAOTE
 from kvlib.policies.gkv import GKV
-from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction, decoded
+from kvlib.policies.hits import decoded
+from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction
 from kvlib.policies.observe import attention, observe
 from kvlib.policies.raas import STAMP, RaaS
 from kvlib.policies.rkv import redundancy

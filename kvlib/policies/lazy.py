@@ -6,20 +6,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvlib.policies.base import Policy, View
+from kvlib.policies.base import View
+from kvlib.policies.hits import Hits, decoded
 from kvlib.policies.observe import attention, observe, query_positions
 
 LAST_HIT = "last_hit"
 LONGEST_GAP = "longest_gap"
 
 
-def decoded(view: View, n_queries: int) -> Tensor:
-    """Bool `[R, W]`: which of the last W queries are of decoded tokens, not of the prompt."""
-    return query_positions(view, n_queries) >= view.n_prompt[:, None]
-
-
 @dataclass(frozen=True, kw_only=True)
-class LazyEviction(Policy):
+class LazyEviction(Hits):
     """Evict slots not attended to for longer than their longest pause so far; keep the newest n_recent tokens.
 
     A slot is hit when a decoded query pays it alpha or more; it is judged by the steps since its last hit and by the
@@ -32,22 +28,9 @@ class LazyEviction(Policy):
     the query head of a group that pays most hits, the same when each KV head has one.
     """
 
-    alpha: float = 1e-4
     n_recent: int = 175
     buffer: int | None = 174
     state_names: ClassVar[tuple[str, ...]] = (LAST_HIT, LONGEST_GAP)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.share == "head", f"share is {self.share!r}; hits are remembered per head, use 'head'")
-        self.require(0 < self.alpha <= 1, f"alpha is {self.alpha}; use a share of attention above 0, at most 1")
-
-    @property
-    def n_queries(self) -> int:
-        return self.buffer + 1
-
-    def limit(self, kv_budget: int, n_prompt: int, n_held: int) -> int:
-        return min(kv_budget, n_held + self.buffer)
 
     def hits(self, view: View, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The new state. Steps count from the first decoded token, 1; a slot starts as hit one step before its own."""

@@ -6,15 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvlib.policies.base import Policy
-from kvlib.policies.lazy import decoded
+from kvlib.policies.hits import Hits, decoded
 from kvlib.policies.observe import attention, observe, query_positions
 
 STAMP = "stamp"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaaS(Policy):
+class RaaS(Hits):
     """Keep the prompt and the slots with the newest timestamp: the position of the last decoded query that hit it.
 
     A query hits the slots to which it pays alpha or more and, with top_half, the half of the slots to which it pays
@@ -22,22 +21,9 @@ class RaaS(Policy):
     official code was run; a group's heads are reduced by their maximum.
     """
 
-    alpha: float = 1e-4
     top_half: bool = False
     protect_prompt: bool = True
     state_names: ClassVar[tuple[str, ...]] = (STAMP,)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.share == "head", f"share is {self.share!r}; timestamps are kept per head, use 'head'")
-        self.require(0 < self.alpha <= 1, f"alpha is {self.alpha}; use a share of attention above 0, at most 1")
-
-    @property
-    def n_queries(self) -> int:
-        return self.buffer + 1
-
-    def limit(self, kv_budget: int, n_prompt: int, n_held: int) -> int:
-        return min(kv_budget, n_held + self.buffer)
 
     def score(self, view, state):
         def newest_hit(logits: Tensor, visible: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvlib.errors import ConfigError
 from kvlib.predictor.labels import Labelled
-from kvlib.tensors import read_tensors, write_tensors
+from kvlib.tensors import load_made_for, read_tensors, write_tensors
 
 FILE = "dynts-predictor.safetensors"
 RETRAIN = "train it again with `make predictor`, or `python -m kvlib.predictor --help` for another model"
@@ -165,12 +164,10 @@ def save_predictor(
 
 def load_predictor(path: Path, model_sha256: str | None = None) -> tuple[ImportanceHead, HeldOut]:
     """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
-    try:
-        state, metadata = read_tensors(path)
+
+    def build(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[ImportanceHead, HeldOut]:
         head = ImportanceHead(int(metadata["d"]))
-        head.load_state_dict(state)
-    except Exception as error:
-        raise ConfigError(f"predictor {path} could not be loaded ({error}); {RETRAIN}") from error
-    if model_sha256 and metadata["model_sha256"] != model_sha256:
-        raise ConfigError(f"predictor {path} was trained for other weights; {RETRAIN}")
-    return head.eval().requires_grad_(False), HeldOut(**json.loads(metadata["held_out"]))
+        head.load_state_dict(tensors)
+        return head.eval().requires_grad_(False), HeldOut(**json.loads(metadata["held_out"]))
+
+    return load_made_for(path, model_sha256, "predictor", RETRAIN, build)

@@ -9,10 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.cache_utils import Cache
 
 from kvlib import noise
+from kvlib.attention import observe_trace
 from kvlib.files import write_atomically
 from kvlib.record import fingerprint
 
@@ -41,43 +40,27 @@ class Trace:
         return slice(self.n_prompt, self.answer_at - self.n_between)
 
 
-class AnswerAttention(Cache):
-    """A teacher-forced step that sums, over layers and heads, the attention answer tokens pay to each token.
-
-    Only the answer's rows of the attention map are ever computed, n_rows at a time: `[HQ, n_rows, N]`.
-    """
-
-    def __init__(self, answer_at: int, n_rows: int = ANSWER_ROWS):
-        super().__init__(layers=[])
-        self.answer_at, self.n_rows, self.n_layers, self.total = answer_at, n_rows, 0, 0.0
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return key, value
-
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        HQ, N, H = query.shape[1], query.shape[2], key.shape[1]
-        keys = key[0, :, None].transpose(-1, -2).float()
-        position = torch.arange(N, device=query.device)
-        for rows in position[self.answer_at :].split(self.n_rows):
-            logits = query[0, :, rows].unflatten(0, (H, HQ // H)).float() @ keys * scaling
-            logits = logits.masked_fill(position > rows[:, None], -torch.inf)
-            share = len(rows) / (N - self.answer_at)
-            self.total = self.total + logits.softmax(-1).mean((0, 1, 2)) * share
-        self.n_layers += 1
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
-
-
 @torch.inference_mode()
 def features_and_labels(model: nn.Module, trace: Trace, n_rows: int = ANSWER_ROWS) -> Labelled:
     """Hidden states (after the final norm) of the thinking tokens, and the attention they get.
 
-    The label is the mean over all layers, heads and answer tokens (compute_is_sp.py of Robin930/DynTS).
+    The label is the mean over all layers, heads and answer tokens (compute_is_sp.py of Robin930/DynTS). Only the
+    answer's rows of the attention map are ever computed, n_rows at a time: `[HQ, n_rows, N]`.
     """
-    ids = torch.tensor([trace.ids], device=next(model.parameters()).device)
-    step = AnswerAttention(trace.answer_at, n_rows)
-    hidden = model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]
-    return hidden[trace.thinking], (step.total / step.n_layers)[trace.thinking]
+    total = torch.zeros(len(trace.ids), device=next(model.parameters()).device)
+
+    def observe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        N, H = query.shape[1], len(key)
+        keys = key[:, None].transpose(-1, -2).float()
+        position = torch.arange(N, device=query.device)
+        for rows in position[trace.answer_at :].split(n_rows):
+            logits = query[:, rows].unflatten(0, (H, -1)).float() @ keys * scaling
+            logits = logits.masked_fill(position > rows[:, None], -torch.inf)
+            share = len(rows) / (N - trace.answer_at)
+            total.add_(logits.softmax(-1).mean((0, 1, 2)) * share)
+
+    hidden = observe_trace(model, trace.ids, observe)
+    return hidden[trace.thinking], (total / model.config.num_hidden_layers)[trace.thinking]
 
 
 def label_traces(

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import NoneType
 
 import torch
-import yaml
 
 from kvlib import noise
-from kvlib.config import check_names
+from kvlib.config import check_names, read_yaml
 from kvlib.datasets import Problem, content_sha256
 from kvlib.errors import ConfigError
 from kvlib.generate import Completion, Decoder, Request, generate
@@ -114,15 +113,8 @@ class Progress:
 
 def load_profile(path: Path, name: str) -> tuple[Profile, Expected | None]:
     """A profile of a file of profiles (YAML), and what a plan reckons with. Raises ConfigError."""
-    try:
-        profiles = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"no profiles can be read at {path.absolute()} ({error.strerror}); run in the folder that holds kvlib's "
-            "notebooks, or name the file with --profiles"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    hint = "run in the folder that holds kvlib's notebooks, or name the file with --profiles"
+    profiles = read_yaml(path, "profiles", hint)
     if not isinstance(profiles, dict) or not all(isinstance(settings, dict) for settings in profiles.values()):
         raise ConfigError(f"{path} must map names of profiles to mappings of settings")
     check_names([name], list(profiles), f"profile (in {path})")
