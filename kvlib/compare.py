@@ -133,7 +133,8 @@ def main() -> int:
     def asked() -> int | None:
         grid = given.grid.absolute()
         comparison = load_comparison(grid)
-        root = given.runs.absolute() / comparison.study
+        runs = given.runs.absolute()
+        root = runs / comparison.study
         results = (given.results or Path("results") / comparison.study).absolute()
         os.chdir(grid.parent)  # a relative path in a grid is relative to the grid
         cells = {root / cell.path: cell for cell in present_cells(comparison, quiet=given.do == "work")}
@@ -147,7 +148,7 @@ def main() -> int:
                 return publish_cells(cells, prints, results)
             jobs = given.jobs or cores()
             if show_plan(cells, prints, jobs) and given.do == "run":
-                run_cells(grid, given.runs.absolute(), cells, prints, jobs)
+                run_cells(grid, runs, cells, prints, jobs)
 
     return exit_code(asked)
 
