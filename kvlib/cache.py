@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kvlib.kernels.compact import move_plan, move_slots
 
+MASS = "mass"
+"""The state that sums the attention each slot has received."""
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -57,6 +60,14 @@ class SlotCache:
         self.state = {name: torch.zeros(shape.slot_map, device=device) for name in shape.state_names}
         self.ring = torch.zeros(L, B, shape.n_query_heads, shape.n_queries, D, dtype=dtype, device=device)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.rows = torch.arange(B, device=device)
+        self.layer_keys, self.layer_values = self.keys.unbind(0), self.values.unbind(0)
+
+    def claim(self, positions: Tensor) -> None:
+        """Give each row's next free slot to the token at positions `[B]`, its state 0. The caller advances lengths."""
+        self.positions[:, self.rows, :, self.lengths] = positions.to(torch.int32)[:, None, None]
+        for state in self.state.values():
+            state[:, self.rows, :, self.lengths] = 0.0
 
     def nbytes(self) -> int:
         """Bytes really held; equals shape.nbytes."""

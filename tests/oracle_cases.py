@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvlib.attention import DecodeStep
 from kvlib.cache import CacheShape, SlotCache
 from kvlib.policies import Policy, View
 from kvlib.select import Round, evict, protection, select, share_scores
@@ -76,7 +75,7 @@ def assert_scores(ours: torch.Tensor, published: np.ndarray) -> None:
 
 
 def append(cache: SlotCache, position: int) -> None:
-    DecodeStep(cache, torch.tensor([position]))
+    cache.claim(torch.tensor([position]))
     cache.lengths += 1
 
 

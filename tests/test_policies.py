@@ -9,7 +9,7 @@ from conftest import as_requests, decode, prompts, small_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlib.attention import MASS
+from kvlib.cache import MASS
 from kvlib.errors import ConfigError
 from kvlib.generate import Decoder, Request
 from kvlib.policies import PRESETS, DynTS, View, Window, make_policy

@@ -10,7 +10,7 @@ import torch
 from conftest import as_requests, decode, prompts
 from oracle_cases import Case, kept_by, view_of
 
-from kvlib.attention import MASS
+from kvlib.cache import MASS
 from kvlib.errors import ConfigError
 from kvlib.generate import Decoder, Request
 from kvlib.policies import H2O, RKV, Policy, SnapKV

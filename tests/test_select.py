@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvlib.kernels.compact import move_plan, move_slots
 
 from kvlib.cache import CacheShape, SlotCache
+from kvlib.kernels.compact import move_plan, move_slots
 from kvlib.select import protection, select, share_scores
 
 
