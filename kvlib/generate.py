@@ -128,7 +128,7 @@ class Decoder:
         self.limit = np.zeros(n_rows, dtype=np.int64)
         self.was_live = np.zeros(n_rows, dtype=bool)
         self.inv_freq = model.base_model.rotary_emb.inv_freq
-        self.logits: Tensor | None = None
+        self.n_max, self.logits = 1, None
         self.forward, self.sample = Graph(self._forward, self.device), Graph(self._sample, self.device)
         self.rounds: dict[int, tuple[Round, Graph]] = {}
 
@@ -170,6 +170,7 @@ class Decoder:
         if (live != self.was_live).any():
             self.live.copy_(torch.from_numpy(live))
             self.was_live = live
+        self.n_max = int(self.length.max()) + 1
         with self.meter.phase("forward"):
             self.logits = self.forward()
         with self.meter.phase("evict"):
@@ -187,7 +188,7 @@ class Decoder:
     def _forward(self) -> Tensor:
         """Logits `[B, V]` after every row's last token, which takes the row's next slot."""
         cache = self.cache
-        hidden = self.layers(self.token, self.position, cache, int(self.length.max()) + 1)
+        hidden = self.layers(self.token, self.position, cache, self.n_max)
         if self.answer_id is not None:
             self.answering |= self.token == self.answer_id
         for name, score in self._creation_scores(hidden, self.token, self.answering):
