@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from kvlib.cache import SlotCache
-from kvlib.kernels.attention import attention_probabilities, decode_attention, decode_attention_with_mass
+from kvlib.kernels.attention import attention_probabilities, decode_attention
 
 IMPLEMENTATION = "kvlib"
 MASS = "mass"
@@ -78,7 +78,7 @@ class DecodeStep(Cache):
         super().__init__(layers=[])
         self.cache, self.positions = cache, positions
         self.rows = torch.arange(cache.shape.n_rows, device=positions.device)
-        self.live = torch.arange(cache.shape.n_slots, device=positions.device) <= cache.lengths[:, None]
+        self.lengths = cache.lengths + 1
         cache.positions[:, self.rows, :, cache.lengths] = positions.to(torch.int32)[:, None, None]
         for state in cache.state.values():
             state[:, self.rows, :, cache.lengths] = 0.0
@@ -93,11 +93,8 @@ class DecodeStep(Cache):
         cache, query = self.cache, query[:, :, 0]
         if cache.shape.n_queries:
             cache.ring[layer_idx, self.rows, :, self.positions % cache.shape.n_queries] = query
-        if MASS in cache.state:
-            out, mass = decode_attention_with_mass(query, key, value, self.live, scaling)
-            cache.state[MASS][layer_idx] += mass
-        else:
-            out = decode_attention(query, key, value, self.live, scaling)
+        mass = cache.state[MASS][layer_idx] if MASS in cache.state else None
+        out = decode_attention(query, key, value, self.lengths, scaling, cache.shape.n_slots, mass)
         return out[:, None]
 
 
