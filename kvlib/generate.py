@@ -179,7 +179,9 @@ class Decoder:
     def finished(self) -> list[tuple[int, Completion]]:
         """Rows that ended, as (row, Completion), now idle. Waits for the device."""
         if not self.finite.item():
-            raise FloatingPointError("the model's logits are not finite; use dtype bfloat16 or float32")
+            raise FloatingPointError(
+                "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
+            )
         done = self.done.cpu().numpy() | (self.n_made >= self.max_new_tokens)
         ended = [row for row in np.flatnonzero(done) if self.current[row] is not None]
         completions = [(row, self._completion(row)) for row in ended]
@@ -206,7 +208,8 @@ class Decoder:
         """A round on the rows `due`, each holding n_live slots."""
         P, seen = self.n_prompt[due].tolist(), (self.n_prompt[due] + self.n_made[due]).tolist()
         n_keep = self.n_keep(due, n_live)
-        evict(self.cache, self.policy, self.round(due, n_live, n_keep))
+        _, finite = evict(self.cache, self.policy, self.round(due, n_live, n_keep))
+        self.finite &= finite
         self.length[due] = n_keep
         for row, n_prompt, n_seen, n in zip(due.tolist(), P, seen, n_keep.tolist(), strict=True):
             self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, n_prompt, n))
