@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from kvlib.cache import SlotCache
-from kvlib.kernels.attention import attention_probabilities, decode_attention
+from kvlib.cache import MASS, SlotCache
+from kvlib.kernels.attention import attention_probabilities
 
 IMPLEMENTATION = "kvlib"
 
@@ -65,36 +65,6 @@ class PrefillStep(Cache):
             probabilities = attention_probabilities(grouped, key[0, :, None], causal_mask(P, query.device), scaling)
             cache.state[MASS][layer_idx, self.row, :, :P] = probabilities.sum((1, 2))
         return causal_attention(query, key, value, scaling)
-
-
-class DecodeStep(Cache):
-    """One new token for every row, written to the row's next free slot.
-
-    positions `[B]`: the true position of each row's new token.
-    """
-
-    def __init__(self, cache: SlotCache, positions: Tensor):
-        super().__init__(layers=[])
-        self.cache, self.positions = cache, positions
-        self.rows = torch.arange(cache.shape.n_rows, device=positions.device)
-        self.lengths = cache.lengths + 1
-        cache.positions[:, self.rows, :, cache.lengths] = positions.to(torch.int32)[:, None, None]
-        for state in cache.state.values():
-            state[:, self.rows, :, cache.lengths] = 0.0
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        cache = self.cache
-        cache.keys[layer_idx, self.rows, :, cache.lengths] = key[:, :, 0]
-        cache.values[layer_idx, self.rows, :, cache.lengths] = value[:, :, 0]
-        return cache.keys[layer_idx], cache.values[layer_idx]
-
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        cache, query = self.cache, query[:, :, 0]
-        if cache.shape.n_queries:
-            cache.ring[layer_idx, self.rows, :, self.positions % cache.shape.n_queries] = query
-        mass = cache.state[MASS][layer_idx] if MASS in cache.state else None
-        out = decode_attention(query, key, value, self.lengths, scaling, cache.shape.n_slots, mass)
-        return out[:, None]
 
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlib.kernels.compact import move_plan, move_slots
+from kvlib.kernels.compact import compact
 
 MASS = "mass"
 """The state that sums the attention each slot has received."""
@@ -79,9 +79,7 @@ class SlotCache:
 
         All rows hold n live slots. Afterwards row r holds n_keep[r], at slots 0 .. n_keep[r] - 1.
         """
-        source, target = move_plan(mask, n_keep)
-        for tensor in (self.keys, self.values, self.positions, *self.state.values()):
-            move_slots(tensor, rows, source, target)
+        compact((self.keys, self.values, self.positions, *self.state.values()), rows, mask, n_keep)
         freed = torch.arange(self.shape.n_slots, device=mask.device) >= n_keep[:, None]
         self.positions[:, rows] = self.positions[:, rows].masked_fill(freed[None, :, None, :], -1)
         self.lengths[rows] = n_keep.to(self.lengths.dtype)

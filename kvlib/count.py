@@ -61,7 +61,7 @@ def _attention(inputs: list[Tensor], outputs: list[Tensor], live: int) -> int:
 
 def _append(inputs: list[Tensor], outputs: list[Tensor], live: int) -> int:
     """The projections read, the query, one key and one value per row written, the query once more into a ring."""
-    qkv, cos, sin, keys, values, *_ = inputs
+    qkv, cos, sin = inputs[:3]
     ring = any(tensor.dim() == 4 for tensor in inputs[5:])
     return 2 * nbytes(qkv) + nbytes(cos) + nbytes(sin) + nbytes(outputs[0]) * ring
 
@@ -124,7 +124,7 @@ def meta_decoder(config, policy: Policy, batch: int, live: int) -> Decoder:
 
 
 def count_step(config, policy: Policy, batch: int, live: int) -> dict:
-    """Bytes, host syncs, operations and graph breaks of one step, forward and sampling, at `live` slots in every row."""
+    """Bytes, host syncs, operations and graph breaks of one step, sampling included, at `live` slots in every row."""
     decoder = meta_decoder(config, policy, batch, live)
     with torch.inference_mode(), Counting(live) as counting:
         decoder.logits = decoder.forward()
@@ -153,7 +153,7 @@ def minimum_bytes(config, batch: int, live: int, itemsize: int = 2) -> int:
 def main() -> None:
     argparse.ArgumentParser(prog="python -m kvlib.count", description=__doc__.splitlines()[0]).parse_args()
     rows = []
-    print(f"{'model':9} {'batch':>5} {'live':>5} {'GB/step':>8} {'minimum':>8} {'ratio':>6} {'syncs':>5} {'breaks':>6} ops")
+    print("model     batch  live  GB/step  minimum  ratio syncs breaks operations")
     for model, make in (("r1-qwen", r1_qwen_config), ("r1-llama", r1_llama_config)):
         for batch in BATCHES:
             for live in LIVE_SLOTS:

@@ -206,7 +206,9 @@ class Decoder:
     def finished(self) -> list[tuple[int, Completion]]:
         """Rows that ended, as (row, Completion), now idle. Waits for the device."""
         if not self.finite.item():
-            raise FloatingPointError("the model's logits are not finite; use dtype bfloat16 or float32")
+            raise FloatingPointError(
+                "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
+            )
         done = self.done.cpu().numpy() | (self.n_made >= self.max_new_tokens)
         ended = [row for row in np.flatnonzero(done) if self.current[row] is not None]
         completions = [(row, self._completion(row)) for row in ended]
@@ -237,7 +239,7 @@ class Decoder:
             for row, n in zip(due, n_keep, strict=True):
                 self._evict_row(row, n_live, n)
         else:
-            evict(self.cache, self.policy, self.round(due, n_live, n_keep))
+            self._evict_rows(self.round(due, n_live, n_keep))
         self.length[due] = n_keep
         for row, n_prompt, n_seen, n in zip(due.tolist(), P, seen, n_keep.tolist(), strict=True):
             self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, n_prompt, n))
@@ -247,14 +249,18 @@ class Decoder:
                     positions = self.cache.positions[:, row, :, :n].sort(-1).values
                     self.kept[row].append((n_seen, positions.tolist()))
 
+    def _evict_rows(self, due: Round) -> None:
+        _, finite = evict(self.cache, self.policy, due)
+        self.finite &= finite
+
     def _evict_row(self, row: int, n_live: int, n_keep: int) -> None:
         """A round on one row: of one shape whichever rows are due, so that a graph serves them all."""
         now = self.round(np.array([row]), n_live, np.array([n_keep]))
         if n_live not in self.rounds:
             if len(self.rounds) == MOST_ROUND_GRAPHS:
-                evict(self.cache, self.policy, now)
+                self._evict_rows(now)
                 return
-            self.rounds[n_live] = now, Graph(lambda: evict(self.cache, self.policy, now), self.device)
+            self.rounds[n_live] = now, Graph(lambda: self._evict_rows(now), self.device)
         due, graph = self.rounds[n_live]
         for name in ("rows", "n_prompt", "n_keep", "request", "step"):
             getattr(due, name).copy_(getattr(now, name))

@@ -57,7 +57,8 @@ def run_round(cache: SlotCache, policy: Policy, n_keep: int, n_prompt: int = 0, 
         n_keep=one * n_keep, request=one, step=one * seen, scaling=cache.shape.head_dim**-0.5,
         inv_freq=inv_freq(cache.shape.head_dim),
     )  # fmt: skip
-    evict(cache, policy, due)
+    _, finite = evict(cache, policy, due)
+    assert finite
 
 
 def kept_positions(cache: SlotCache) -> list[list[int]]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kvlib.cache import MASS
 from kvlib.errors import ConfigError
 from kvlib.generate import Decoder, Request
+from kvlib.kernels.redundancy import redundancy
 from kvlib.policies import PRESETS, DynTS, View, Window, make_policy
-from kvlib.policies.rkv import redundancy
 from kvlib.rope import rotate
 from kvlib.sampling import Sampling
 
@@ -39,16 +39,16 @@ def test_h2o_mass_of_a_full_run_is_the_eager_attention_column_sum(qwen2):
 @given(seed=st.integers(0, 2**31), n=st.integers(2, 40))
 @settings(max_examples=40, deadline=None)
 def test_rkv_redundancy_by_tiles_equals_the_whole_matrix(seed, n):
-    from kvlib.policies import rkv
+    from kvlib.kernels import redundancy as module
 
     keys = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     whole = redundancy(keys, 0.5)
-    original = rkv.ROWS_AT_ONCE
+    original = module.ROWS_AT_ONCE
     try:
-        rkv.ROWS_AT_ONCE = 7
+        module.ROWS_AT_ONCE = 7
         torch.testing.assert_close(redundancy(keys, 0.5), whole)
     finally:
-        rkv.ROWS_AT_ONCE = original
+        module.ROWS_AT_ONCE = original
     torch.testing.assert_close(redundancy(keys[1:], 0.5), whole[1:], msg="a batch row is compared with itself only")
 
 

@@ -13,6 +13,7 @@ from oracle_cases import Case, kept_by, view_of
 from kvlib.cache import MASS
 from kvlib.errors import ConfigError
 from kvlib.generate import Decoder, Request
+from kvlib.kernels.redundancy import redundancy
 from kvlib.policies import H2O, RKV, Policy, SnapKV
 from kvlib.policies.caote import CAOTE
 from kvlib.policies.gkv import GKV
@@ -20,7 +21,6 @@ from kvlib.policies.hits import decoded
 from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction
 from kvlib.policies.observe import attention, observe
 from kvlib.policies.raas import STAMP, RaaS
-from kvlib.policies.rkv import redundancy
 from kvlib.policies.rpc import RPC
 from kvlib.policies.tova import TOVA
 from kvlib.sampling import Sampling

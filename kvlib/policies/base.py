@@ -7,8 +7,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kvlib import noise
 from kvlib.errors import ConfigError
+from kvlib.kernels.noise import uniform
 
 Share = Literal["head", "layer", "head_across_layers", "model"]
 
@@ -178,7 +178,7 @@ class View:
     def uniform(self) -> Tensor:
         """Noise in (0, 1) `[L or 1, R, H or 1, N]`, keyed by request, round, layer, head and position."""
         layers, _, heads, _ = self.positions.shape
-        return noise.uniform(
+        return uniform(
             self.request[None, :, None, None],
             self.step[None, :, None, None],
             torch.arange(layers, device=self.positions.device)[:, None, None, None],
