@@ -48,15 +48,19 @@ def _rows_written(inputs: list[Tensor], outputs: list[Tensor], live: int) -> int
 
 
 def _attention(inputs: list[Tensor], outputs: list[Tensor], live: int) -> int:
-    """Live keys and values once; query and output; with mass, the live slots' sums read and written.
+    """Live keys and values once, query and output, and the scratch between split and merge, written and read.
 
-    Partial results of the splits and scores stay in a scratch that is counted where it is allocated, as read and
-    written once.
+    The scratch is each split's partial output and its log-sum-exp; with mass also the logits of live slots, and their
+    sums are read and written.
     """
+    from kvlib.kernels.attention_triton import n_splits
+
     query, keys, _, lengths, *mass = inputs
-    B, H, _, D = keys.shape
-    total = 2 * B * H * live * D * keys.element_size() + nbytes(query) + nbytes(lengths) + nbytes(outputs[0])
-    return total + 2 * B * H * live * 4 * len(mass)
+    B, H, N, D = keys.shape
+    HQ = query.shape[1]
+    scratch = 4 * B * HQ * n_splits(B, H, N) * (D + 1) + 4 * B * HQ * live * len(mass)
+    slots = 2 * B * H * live * D * keys.element_size() + 2 * 4 * B * H * live * len(mass)
+    return slots + 2 * scratch + nbytes(query) + nbytes(outputs[0]) + nbytes(lengths)
 
 
 def _append(inputs: list[Tensor], outputs: list[Tensor], live: int) -> int:
