@@ -19,6 +19,9 @@ MODULES = (
     "kvlib.kernels.attention_triton",
     "kvlib.kernels.append_triton",
     "kvlib.kernels.pointwise_triton",
+    "kvlib.kernels.compact_triton",
+    "kvlib.kernels.redundancy_triton",
+    "kvlib.kernels.sampler_triton",
 )
 
 

@@ -9,7 +9,7 @@ from kvlib.kernels.noise_triton import absorb, gumbel
 
 BLOCK = 2048
 LARGEST_TOP_K = 64
-DRAW_WARPS = 8
+DRAW_WARPS = 16
 
 
 def padded(n: int) -> int:
