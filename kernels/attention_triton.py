@@ -57,8 +57,8 @@ def split_kernel(
     real = member < G
     query_head = (row * n_heads + head) * G + member
     q = tl.load(query + query_head[:, None] * D + dim[None, :], mask=real[:, None], other=0.0).to(COMPUTE)
-    keys += row * keys_b + head * keys_h
-    values += row * values_b + head * values_h
+    own_keys = keys + row * keys_b + head * keys_h + dim[None, :]
+    own_values = values + row * values_b + head * values_h + dim[None, :]
 
     top = tl.full([GROUP], NONE, tl.float32)
     total = tl.zeros([GROUP], tl.float32)
@@ -66,9 +66,7 @@ def split_kernel(
     for start in range(first, last, BLOCK):
         slot = start + lane
         live = slot < last
-        k = tl.load(
-            keys + slot[:, None] * keys_n + dim[None, :], mask=live[:, None], other=0.0, eviction_policy="evict_first"
-        )
+        k = tl.load(own_keys + slot[:, None] * keys_n, mask=live[:, None], other=0.0, eviction_policy="evict_first")
         x = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision="ieee") * scaling
         x = tl.where(live[None, :], x, NONE)
         if MASS:
@@ -76,12 +74,7 @@ def split_kernel(
         new_top = tl.maximum(top, tl.max(x, 1))
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(x - new_top[:, None])
-        v = tl.load(
-            values + slot[:, None] * values_n + dim[None, :],
-            mask=live[:, None],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        v = tl.load(own_values + slot[:, None] * values_n, mask=live[:, None], other=0.0, eviction_policy="evict_first")
         acc = tl.dot(p.to(COMPUTE), v.to(COMPUTE), acc * shrink[:, None], input_precision="ieee")
         total = total * shrink + tl.sum(p, 1)
         top = new_top

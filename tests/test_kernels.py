@@ -5,14 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("triton", reason="Triton has no build for this platform")
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 HERE = Path(__file__).parent
 
 
+@pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
+    reason="the interpreter of Triton 3.6 cannot take a loop's bounds from numpy 2.4",
+)
 def test_every_kernel_equals_its_reference_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "interpreted"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--confcutdir=interpreted", "interpreted"]  # without tests/conftest.py, which imports transformers
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
