@@ -15,6 +15,12 @@ def sample(logits: Tensor, request: Tensor, step: Tensor, temperature: float, to
     """
     if temperature == 0:
         return logits.argmax(-1)
+    if logits.device.type != "cpu":
+        from kvlib.kernels.sampler_triton import LARGEST_TOP_K, sample_ids
+
+        # Top-p of a whole vocabulary needs it sorted, which torch does.
+        if 0 < top_k <= LARGEST_TOP_K or (not top_k and top_p == 1):
+            return sample_ids(logits, request, step, temperature, top_p, top_k)
     V = logits.shape[-1]
     if top_k or top_p < 1:
         logits, ids = logits.topk(min(top_k or V, V), -1)

@@ -71,7 +71,9 @@ def draw_kernel(
     mass = tl.exp(logit - tl.max(logit, 0))
     above = tl.cumsum(mass, 0) - mass
     noise = gumbel(absorb(request_state(request, step, row), ids))
-    score = tl.where((rank < K) & (above < tl.full((), TOP_P, tl.float64) * tl.sum(mass, 0)), logit + noise, -float("inf"))
+    score = tl.where(
+        (rank < K) & (above < tl.full((), TOP_P, tl.float64) * tl.sum(mass, 0)), logit + noise, -float("inf")
+    )
     winner = tl.argmax(score, 0)
     # An id of the vocabulary even where logits are NaN, so that the step after runs until the host sees that.
     drawn_id = tl.minimum(tl.sum(tl.where(rank == winner, ids, 0), 0), n_vocabulary - 1)

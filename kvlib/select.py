@@ -67,10 +67,11 @@ def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]
         inv_freq=due.inv_freq,
         request=due.request,
         step=due.step,
+        _rows=rows,
         _slots=slots,
-        _keys=cache.keys[:, rows, :, :n],
-        _values=cache.values[:, rows, :, :n],
-        _ring=cache.ring[:, rows],
+        _keys=cache.keys,
+        _values=cache.values,
+        _ring=cache.ring,
     )
     state = {name: tensor[:, rows, :, :n].gather(-1, slots) for name, tensor in cache.state.items()}
     return view, state, slots

@@ -111,6 +111,7 @@ def view_of(
         inv_freq=inv_freq(D) if frequencies is None else frequencies,
         request=row,
         step=row * seen,
+        _rows=torch.arange(R),
         _slots=order,
         _keys=keys,
         _values=keys if values is None else values,

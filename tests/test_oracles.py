@@ -47,7 +47,7 @@ def check_observing(case: Case, policy: Policy) -> None:
     one = torch.tensor([1])
     view = View(
         p["budget"], torch.arange(N).expand(1, 1, H, N), one * 0, one * p["budget"], D**-0.5, inv_freq(D), one, one * N,
-        torch.arange(N).expand(1, 1, H, N), keys[None, None], keys[None, None], cache.ring,
+        one * 0, torch.arange(N).expand(1, 1, H, N), keys[None, None], keys[None, None], cache.ring,
     )  # fmt: skip
     scores, _ = policy.score(view, {})
     assert_scores(scores[0, 0, :, : N - W], case["scores"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvlib.kernels.compact import compact
 from kvlib.kernels.compact_triton import compact_slots
 

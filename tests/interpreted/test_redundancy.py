@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvlib.kernels.redundancy import mean_cosine
 from kvlib.kernels.redundancy_triton import mean_cosine_by_tiles
 
@@ -23,5 +24,3 @@ def test_equal_to_the_reference_with_duplicates_in_other_tiles(shape, dtype, thr
     torch.testing.assert_close(mean_cosine_by_tiles(keys, threshold), expected, rtol=1e-5, atol=1e-6)
     strided = torch.stack([keys, torch.full_like(keys, torch.nan)], -1)[..., 0]
     torch.testing.assert_close(mean_cosine_by_tiles(strided, threshold), expected, rtol=1e-5, atol=1e-6)
-
-

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from kvlib.kernels import noise
 from kvlib.kernels.noise_triton import absorb, gumbel
 from kvlib.kernels.sampler import sample
