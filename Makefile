@@ -13,7 +13,7 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts compare test test-all lint tiny-model predictor clean
+.PHONY: help env charts compare test test-all lint bench-count tiny-model predictor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,10 @@ test-all: env ## run every test
 lint: env ## check style and formatting
 	@"$(PY)" -m ruff check .
 	@"$(PY)" -m ruff format --check .
+
+bench-count: env ## count what a decode step at R1-Qwen's shapes moves and what the kernels take, without a GPU
+	@"$(PY)" -m kvlib.kernels.resources
+	@"$(PY)" -m kvlib.count
 
 # Keeping freed memory makes glibc's allocator, and so training, about a quarter faster.
 tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour; TRAIN_SEED=8 for another

@@ -1,37 +1,76 @@
-"""Attention of one new query per row over the live slots of a static cache."""
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, live: Tensor, scaling: float) -> Tensor:
-    """Attend over live slots; query heads that share a KV head are handled together, keys are never repeated.
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    n_max: int,
+    mass: Tensor | None = None,
+) -> Tensor:
+    """Attend over the live slots of every row; query heads that share a KV head are handled together.
 
-    query `[B, HQ, D]`, keys and values `[B, H, N, D]`, live `[B, N]` bool -> `[B, HQ, D]`.
-    Dead slots weigh exactly 0, whatever finite values they hold.
+    query `[B, HQ, D]`, keys and values `[B, H, N, D]` (views of a larger cache are fine, the last axis contiguous)
+    -> `[B, HQ, D]` in the query's dtype. lengths `[B]` int64 on the device: slots 0 .. length - 1 are live, at
+    least one; n_max: an upper bound of them that the host knows. Dead slots weigh exactly 0, whatever they hold.
+
+    mass float32 `[B, H, N]`, if given: the probability each slot received, summed over its group's query heads,
+    is added to it in place.
     """
-    B, HQ, D = query.shape
-    H, N = keys.shape[1], keys.shape[2]
-    grouped = query.view(B, H, HQ // H, D)
-    mask = live[:, None, None, :].expand(B, 1, HQ // H, N)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.reshape(B, HQ, D)
+    if query.device.type != "cpu":
+        from kvlib.kernels.attention_triton import decode_attention as kernel
+
+        return kernel(query, keys, values, lengths, scaling, mass)
+    return decode_attention_reference(query, keys, values, lengths, scaling, n_max, mass)
 
 
-def decode_attention_with_mass(
-    query: Tensor, keys: Tensor, values: Tensor, live: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """As decode_attention, and the attention each slot received, summed over the group: `[B, H, N]`."""
+def decode_attention_reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    n_max: int,
+    mass: Tensor | None = None,
+) -> Tensor:
+    """decode_attention in plain torch: two batched products, in at least float32, faster on a CPU than torch's own."""
     B, HQ, D = query.shape
     H = keys.shape[1]
-    grouped = query.view(B, H, HQ // H, D)
-    probabilities = attention_probabilities(grouped, keys, live[:, None, None, :], scaling)
-    return (probabilities @ values).reshape(B, HQ, D), probabilities.sum(2)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    queries = query.reshape(B * H, HQ // H, D).to(wide) * scaling
+    keys, values = (x[:, :, :n_max].flatten(0, 1).to(wide) for x in (keys, values))
+    n_all = int(lengths.min())  # slots that are live in every row need no mask
+    ragged = n_all < n_max
+
+    if ragged:
+        dead = torch.arange(n_all, n_max, device=lengths.device) >= lengths[:, None]
+        bias = torch.zeros(dead.shape, dtype=wide, device=lengths.device).masked_fill_(dead, float("-inf"))[:, None]
+    else:
+        bias = None
+    out, probabilities = _attend(queries, keys, values, bias)
+    if ragged and out.isnan().any():  # 0 does not multiply away what a dead slot holds; rare, so found afterwards
+        dead = torch.arange(n_max, device=lengths.device) >= lengths[:, None]
+        dead = dead.repeat_interleave(H, 0)[..., None]
+        out, probabilities = _attend(queries, keys.masked_fill(dead, 0), values.masked_fill(dead, 0), bias)
+    if mass is not None:
+        mass[..., :n_max] += probabilities.view(B, H, HQ // H, n_max).sum(2)
+    return out.view(B, HQ, D).to(query.dtype)
 
 
-def attention_probabilities(query: Tensor, keys: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """softmax over the slots of scaling * q.k, in at least float32: `[..., Q, D]`, `[..., N, D]` -> `[..., Q, N]`."""
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and probabilities of `[B H, G, D]`, `[B H, N, D]`; bias `[B, 1, n]` adds to each row's last n logits."""
+    logits = torch.bmm(queries, keys.mT)
+    if bias is not None:
+        B, _, n = bias.shape
+        logits.view(B, -1, logits.shape[-1])[..., -n:] += bias
+    probabilities = logits.softmax(-1)
+    return torch.bmm(probabilities, values), probabilities
+
+
+def attention_probabilities(query, keys, visible, scaling):
     logits = (query @ keys.transpose(-1, -2)) * scaling
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(wide).masked_fill(~visible, float("-inf"))

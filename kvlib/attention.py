@@ -1,4 +1,4 @@
-"""The attention function of transformers models, and the three kinds of step it serves.
+"""The attention function of transformers models, and the two kinds of step it serves: prefill, and observed traces.
 
 A step is passed to the model twice, as `past_key_values` (transformers hands it every layer's new keys and
 values) and as `kv_step` (unknown keyword arguments reach the attention function). No hook, no patch.
@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from kvlib.cache import SlotCache
-from kvlib.kernels.attention import attention_probabilities, decode_attention, decode_attention_with_mass
+from kvlib.cache import MASS, SlotCache
+from kvlib.kernels.attention import attention_probabilities
 
 IMPLEMENTATION = "kvlib"
-MASS = "mass"
 
 
 def slot_attention(module, query, key, value, attention_mask, *, scaling, kv_step, **_):
@@ -66,39 +65,6 @@ class PrefillStep(Cache):
             probabilities = attention_probabilities(grouped, key[0, :, None], causal_mask(P, query.device), scaling)
             cache.state[MASS][layer_idx, self.row, :, :P] = probabilities.sum((1, 2))
         return causal_attention(query, key, value, scaling)
-
-
-class DecodeStep(Cache):
-    """One new token for every row, written to the row's next free slot.
-
-    positions `[B]`: the true position of each row's new token.
-    """
-
-    def __init__(self, cache: SlotCache, positions: Tensor):
-        super().__init__(layers=[])
-        self.cache, self.positions = cache, positions
-        self.rows = torch.arange(cache.shape.n_rows, device=positions.device)
-        self.live = torch.arange(cache.shape.n_slots, device=positions.device) <= cache.lengths[:, None]
-        cache.positions[:, self.rows, :, cache.lengths] = positions.to(torch.int32)[:, None, None]
-        for state in cache.state.values():
-            state[:, self.rows, :, cache.lengths] = 0.0
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        cache = self.cache
-        cache.keys[layer_idx, self.rows, :, cache.lengths] = key[:, :, 0]
-        cache.values[layer_idx, self.rows, :, cache.lengths] = value[:, :, 0]
-        return cache.keys[layer_idx], cache.values[layer_idx]
-
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        cache, query = self.cache, query[:, :, 0]
-        if cache.shape.n_queries:
-            cache.ring[layer_idx, self.rows, :, self.positions % cache.shape.n_queries] = query
-        if MASS in cache.state:
-            out, mass = decode_attention_with_mass(query, key, value, self.live, scaling)
-            cache.state[MASS][layer_idx] += mass
-        else:
-            out = decode_attention(query, key, value, self.live, scaling)
-        return out[:, None]
 
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]

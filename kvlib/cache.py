@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlib.kernels.compact import move_plan, move_slots
+from kvlib.kernels.compact import compact
+
+MASS = "mass"
+"""The state that sums the attention each slot has received."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,14 @@ class SlotCache:
         self.state = {name: torch.zeros(shape.slot_map, device=device) for name in shape.state_names}
         self.ring = torch.zeros(L, B, shape.n_query_heads, shape.n_queries, D, dtype=dtype, device=device)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.rows = torch.arange(B, device=device)
+        self.layer_keys, self.layer_values = self.keys.unbind(0), self.values.unbind(0)
+
+    def claim(self, positions: Tensor) -> None:
+        """Give each row's next free slot to the token at positions `[B]`, its state 0. The caller advances lengths."""
+        self.positions[:, self.rows, :, self.lengths] = positions.to(torch.int32)[:, None, None]
+        for state in self.state.values():
+            state[:, self.rows, :, self.lengths] = 0.0
 
     def nbytes(self) -> int:
         """Bytes really held; equals shape.nbytes."""
@@ -68,9 +79,7 @@ class SlotCache:
 
         All rows hold n live slots. Afterwards row r holds n_keep[r], at slots 0 .. n_keep[r] - 1.
         """
-        source, target = move_plan(mask, n_keep)
-        for tensor in (self.keys, self.values, self.positions, *self.state.values()):
-            move_slots(tensor, rows, source, target)
+        compact((self.keys, self.values, self.positions, *self.state.values()), rows, mask, n_keep)
         freed = torch.arange(self.shape.n_slots, device=mask.device) >= n_keep[:, None]
         self.positions[:, rows] = self.positions[:, rows].masked_fill(freed[None, :, None, :], -1)
         self.lengths[rows] = n_keep.to(self.lengths.dtype)

@@ -7,14 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.attention import DecodeStep, PrefillStep
+from kvlib.attention import PrefillStep
 from kvlib.cache import CacheShape, SlotCache
 from kvlib.errors import ConfigError
+from kvlib.graph import Graph
+from kvlib.layers import DecodeLayers
 from kvlib.meter import Meter
 from kvlib.policies import Policy
 from kvlib.sampling import Sampling
 from kvlib.select import Round, evict
 
+MOST_ROUND_GRAPHS = 8
+"""Numbers of live slots for which a round is captured; a policy whose rounds come at ever other sizes runs plainly."""
 FINISH_LAG = 8
 """Steps between two looks at the end-of-sequence flags; apart from rounds, the host waits for the device only then."""
 
@@ -61,7 +65,12 @@ def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape
 
 
 class Decoder:
-    """Rows that decode side by side. The host mirrors every length arithmetically and never asks the device for one."""
+    """Rows that decode side by side. The host mirrors every length arithmetically and never asks the device for one.
+
+    A step is two pieces of work on tensors that stay where they are, forward and sampling, and rounds between them;
+    on CUDA each is captured as a graph. What changes from step to step is on the device; the host writes to it only
+    when a row starts or stops. Prefill is plain: once per problem, of any length, it is a ten-thousandth of a run.
+    """
 
     def __init__(
         self,
@@ -97,7 +106,7 @@ class Decoder:
         self.meter = meter or Meter(self.device)
         n_slots = n_prompt_max + max_new_tokens if kv_budget is None else kv_budget + 1
         self.cache = SlotCache(cache_shape(model.config, policy, n_rows, n_slots), model.dtype, self.device)
-        self.scaling = self.cache.shape.head_dim**-0.5
+        self.layers = DecodeLayers(model)
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.answer_id = answer_id
 
@@ -105,7 +114,8 @@ class Decoder:
             return torch.zeros(n_rows, dtype=dtype, device=self.device)
 
         self.token, self.position, self.request = zeros(torch.int64), zeros(torch.int64), zeros(torch.int64)
-        self.done, self.answering = zeros(torch.bool), zeros(torch.bool)
+        self.first = zeros(torch.int64)
+        self.done, self.answering, self.live = zeros(torch.bool), zeros(torch.bool), zeros(torch.bool)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.output = torch.zeros(n_rows, max_new_tokens + 1, dtype=torch.int64, device=self.device)
         self.current: list[Request | None] = [None] * n_rows
@@ -116,7 +126,11 @@ class Decoder:
         self.rounds_at: list[list[int]] = [[] for _ in range(n_rows)]
         self.kept: list[list[tuple[int, list]]] = [[] for _ in range(n_rows)]
         self.limit = np.zeros(n_rows, dtype=np.int64)
+        self.was_live = np.zeros(n_rows, dtype=bool)
         self.inv_freq = model.base_model.rotary_emb.inv_freq
+        self.n_max, self.logits = 1, None
+        self.forward, self.sample = Graph(self._forward, self.device), Graph(self._sample, self.device)
+        self.rounds: dict[int, tuple[Round, Graph]] = {}
 
     @torch.inference_mode()
     def admit(self, row: int, request: Request) -> None:
@@ -127,12 +141,15 @@ class Decoder:
         with self.meter.phase("prefill"):
             ids = torch.tensor([request.prompt], device=self.device)
             step = PrefillStep(self.cache, row, P)
-            hidden = self._forward(ids, torch.arange(P, device=self.device)[None], step)[0]
+            positions = torch.arange(P, device=self.device)[None]
+            hidden = self.model.base_model(
+                input_ids=ids, position_ids=positions, past_key_values=step, use_cache=True, kv_step=step
+            ).last_hidden_state[0]
             self.answering[row] = False
             for name, score in self._creation_scores(hidden, ids[0], torch.zeros_like(ids[0], dtype=torch.bool)):
                 self.cache.state[name][:, row, :, :P] = score.transpose(1, 2)
             self.request[row], self.done[row] = request.noise, False
-            self.position[row] = P
+            self.position[row] = self.first[row] = P
             logits = self._logits(hidden[-1:])
             self.token[row] = self.sampling(
                 logits, self.request[row, None], torch.zeros_like(self.position[row, None])
@@ -149,37 +166,49 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> None:
         """Feed every row's last token, evict where a row is over its budget, sample the next token."""
-        live_rows = np.array([request is not None for request in self.current]) & (self.n_made < self.max_new_tokens)
+        live = np.array([request is not None for request in self.current]) & (self.n_made < self.max_new_tokens)
+        if (live != self.was_live).any():
+            self.live.copy_(torch.from_numpy(live))
+            self.was_live = live
+        self.n_max = int(self.length.max()) + 1
         with self.meter.phase("forward"):
-            step = DecodeStep(self.cache, self.position)
-            hidden = self._forward(self.token[:, None], self.position[:, None], step)[:, 0]
-            if self.answer_id is not None:
-                self.answering |= self.token == self.answer_id
-            for name, score in self._creation_scores(hidden, self.token, self.answering):
-                self.cache.state[name][:, step.rows, :, self.cache.lengths] = score.transpose(0, 1)
-            logits = self._logits(hidden)
+            self.logits = self.forward()
         with self.meter.phase("evict"):
-            advance = torch.from_numpy(live_rows).to(self.device)
-            self.cache.lengths += advance
-            self.length += live_rows
+            self.length += live
             if self.kv_budget is not None:
-                due = live_rows & (self.length > self.limit)
+                due = live & (self.length > self.limit)
                 for n_live in np.unique(self.length[due]):
                     self._evict(np.flatnonzero(due & (self.length == n_live)), int(n_live))
         with self.meter.phase("sample"):
-            made = self.position - torch.from_numpy(self.n_prompt).to(self.device) + 1
-            self.token = self.sampling(logits, self.request, made)
-            self.position += advance
-            self.output.scatter_(1, made[:, None], self.token[:, None])
-            self.done |= torch.isin(self.token, self.eos)
-        rows = np.flatnonzero(live_rows)
+            self.sample()
+        rows = np.flatnonzero(live)
         self.history[rows, self.n_made[rows]] = self.length[rows]
-        self.n_made += live_rows
+        self.n_made += live
+
+    def _forward(self) -> Tensor:
+        """Logits `[B, V]` after every row's last token, which takes the row's next slot."""
+        cache = self.cache
+        hidden = self.layers(self.token, self.position, cache, self.n_max)
+        if self.answer_id is not None:
+            self.answering |= self.token == self.answer_id
+        for name, score in self._creation_scores(hidden, self.token, self.answering):
+            cache.state[name][:, cache.rows, :, cache.lengths] = score.transpose(0, 1)
+        cache.lengths += self.live
+        return self._logits(hidden)
+
+    def _sample(self) -> None:
+        made = self.position - self.first + 1
+        self.token.copy_(self.sampling(self.logits, self.request, made))
+        self.position += self.live
+        self.output.scatter_(1, made[:, None], self.token[:, None])
+        self.done |= torch.isin(self.token, self.eos)
 
     def finished(self) -> list[tuple[int, Completion]]:
         """Rows that ended, as (row, Completion), now idle. Waits for the device."""
         if not self.finite.item():
-            raise FloatingPointError("the model's logits are not finite; use dtype bfloat16 or float32")
+            raise FloatingPointError(
+                "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
+            )
         done = self.done.cpu().numpy() | (self.n_made >= self.max_new_tokens)
         ended = [row for row in np.flatnonzero(done) if self.current[row] is not None]
         completions = [(row, self._completion(row)) for row in ended]
@@ -206,7 +235,11 @@ class Decoder:
         """A round on the rows `due`, each holding n_live slots."""
         P, seen = self.n_prompt[due].tolist(), (self.n_prompt[due] + self.n_made[due]).tolist()
         n_keep = self.n_keep(due, n_live)
-        evict(self.cache, self.policy, self.round(due, n_live, n_keep))
+        if self.device.type == "cuda":
+            for row, n in zip(due, n_keep, strict=True):
+                self._evict_row(row, n_live, n)
+        else:
+            self._evict_rows(self.round(due, n_live, n_keep))
         self.length[due] = n_keep
         for row, n_prompt, n_seen, n in zip(due.tolist(), P, seen, n_keep.tolist(), strict=True):
             self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, n_prompt, n))
@@ -215,6 +248,23 @@ class Decoder:
                 if self.trace:
                     positions = self.cache.positions[:, row, :, :n].sort(-1).values
                     self.kept[row].append((n_seen, positions.tolist()))
+
+    def _evict_rows(self, due: Round) -> None:
+        _, finite = evict(self.cache, self.policy, due)
+        self.finite &= finite
+
+    def _evict_row(self, row: int, n_live: int, n_keep: int) -> None:
+        """A round on one row: of one shape whichever rows are due, so that a graph serves them all."""
+        now = self.round(np.array([row]), n_live, np.array([n_keep]))
+        if n_live not in self.rounds:
+            if len(self.rounds) == MOST_ROUND_GRAPHS:
+                self._evict_rows(now)
+                return
+            self.rounds[n_live] = now, Graph(lambda: self._evict_rows(now), self.device)
+        due, graph = self.rounds[n_live]
+        for name in ("rows", "n_prompt", "n_keep", "request", "step"):
+            getattr(due, name).copy_(getattr(now, name))
+        graph()
 
     def n_keep(self, rows: np.ndarray, n_live: int) -> np.ndarray:
         """Slots that a round on these rows, each holding n_live, would leave now."""
@@ -232,18 +282,14 @@ class Decoder:
             n_keep=torch.from_numpy(n_keep).to(self.device),
             request=self.request[rows],
             step=torch.from_numpy(self.n_prompt[due] + self.n_made[due]).to(self.device),
-            scaling=self.scaling,
+            scaling=self.layers.scaling,
             inv_freq=self.inv_freq,
         )
 
-    def _forward(self, ids: Tensor, positions: Tensor, step: PrefillStep | DecodeStep) -> Tensor:
-        return self.model.base_model(
-            input_ids=ids, position_ids=positions, past_key_values=step, use_cache=True, kv_step=step
-        ).last_hidden_state
-
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden)
-        self.finite &= logits.isfinite().all()
+        # One pass: a sum is finite only where every term is.
+        self.finite &= logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
         return logits
 
     def _creation_scores(self, hidden: Tensor, token_ids: Tensor, answering: Tensor) -> list[tuple[str, Tensor]]:

@@ -213,7 +213,7 @@ class _Checks:
         decoder, due = self.due()
         view, state, _ = look(decoder.cache, due)
         _, expected = self.policy.score(view, state)
-        kept = evict(decoder.cache, self.policy, due)
+        kept, _ = evict(decoder.cache, self.policy, due)
         n = int(due.n_keep[0])
         positions, order = decoder.cache.positions[:, :, :, :n].sort(-1)
         if not torch.equal(positions.flatten(), view.positions[kept]):

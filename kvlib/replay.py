@@ -87,14 +87,14 @@ class TeacherForcing:
 
     def __init__(self, tokens: Tensor):
         self.tokens = tokens
-        self.predicted: list[Tensor] = []
-        self.logprob: list[Tensor] = []
+        self.predicted = torch.zeros_like(tokens)
+        self.logprob = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
 
     def __call__(self, logits: Tensor, request: Tensor, step: Tensor) -> Tensor:
         token = self.tokens[step]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        self.predicted.append(logits.argmax(-1))
-        self.logprob.append(wide.log_softmax(-1).gather(-1, token[:, None])[:, 0])
+        self.predicted[step] = logits.argmax(-1)
+        self.logprob[step] = wide.log_softmax(-1).gather(-1, token[:, None])[:, 0].double()
         return token
 
 
@@ -166,8 +166,8 @@ def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording:
     return Replay(
         recording,
         kv_budget,
-        torch.cat(forcing.predicted),
-        torch.cat(forcing.logprob),
+        forcing.predicted,
+        forcing.logprob,
         completion.kept,
         _fidelity_by_round(recording, completion.kept),
     )

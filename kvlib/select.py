@@ -29,15 +29,9 @@ def select(scores: Tensor, protected: Tensor, n_keep: Tensor) -> Tensor:
 
     Protected slots come first, then the highest scores; the newer of two equals wins.
     """
-    if scores.isnan().any():
-        raise FloatingPointError("a policy scored a slot NaN; the model's keys, values or queries are not finite")
-    ranked = torch.where(protected, torch.inf, scores)
-    newest_first = ranked.flip(-1)
-    order = newest_first.argsort(dim=-1, descending=True, stable=True)
     # Protected slots outrank a policy's own +inf.
-    order = order.gather(
-        -1, protected.flip(-1).gather(-1, order).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    )
+    ranked = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(protected, torch.inf)
+    order = ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
     chosen = torch.arange(scores.shape[-1], device=scores.device) < n_keep.view(1, -1, 1, 1)
     return torch.zeros_like(protected).scatter(-1, order, chosen.expand_as(order)).flip(-1)
 
@@ -73,17 +67,22 @@ def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]
         inv_freq=due.inv_freq,
         request=due.request,
         step=due.step,
+        _rows=rows,
         _slots=slots,
-        _keys=cache.keys[:, rows, :, :n],
-        _values=cache.values[:, rows, :, :n],
-        _ring=cache.ring[:, rows],
+        _keys=cache.keys,
+        _values=cache.values,
+        _ring=cache.ring,
     )
     state = {name: tensor[:, rows, :, :n].gather(-1, slots) for name, tensor in cache.state.items()}
     return view, state, slots
 
 
-def evict(cache: SlotCache, policy: Policy, due: Round) -> Tensor:
-    """Run one round. Returns the keep mask in position order, `[L or 1, R, H or 1, N]`."""
+def evict(cache: SlotCache, policy: Policy, due: Round) -> tuple[Tensor, Tensor]:
+    """Run one round, without waiting for the device.
+
+    Returns the keep mask in position order, `[L or 1, R, H or 1, N]`, and whether all scores were numbers, a bool on
+    the device: False means that the model's keys, values or queries are not finite, and the caller must raise.
+    """
     rows, n = due.rows, due.n_live
     view, state, slots = look(cache, due)
     scores, state = policy.score(view, state)
@@ -98,4 +97,4 @@ def evict(cache: SlotCache, policy: Policy, due: Round) -> Tensor:
         shift = torch.zeros_like(n_newer_evicted).scatter(-1, slots, n_newer_evicted)
         cache.keys[:, rows, :, :n] = rotate(cache.keys[:, rows, :, :n], shift, due.inv_freq)
     cache.keep(rows, torch.zeros_like(kept).scatter(-1, slots, kept), due.n_keep)
-    return kept
+    return kept, ~scores.isnan().any()

@@ -49,7 +49,9 @@ def measure(config: RunConfig, reasoner: Reasoner, batch_size: int, n_steps: int
     synchronise(config.device)
     ended = time.perf_counter()
     if not decoder.finite:
-        raise FloatingPointError(f"the model's logits are not finite in {config.cell_path}; use another dtype")
+        raise FloatingPointError(
+            f"the model's logits or a policy's scores are not finite in {config.cell_path}; use another dtype"
+        )
     ends = torch.isin(decoder.output, torch.tensor(reasoner.eos_ids, device=decoder.output.device)).int()
     useful = torch.where(ends.any(1), ends.argmax(1) + 1, n_steps).sum().item()
     return {

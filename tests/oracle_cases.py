@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvlib.attention import DecodeStep
 from kvlib.cache import CacheShape, SlotCache
 from kvlib.policies import Policy, View
 from kvlib.select import Round, evict, protection, select, share_scores
@@ -58,7 +57,8 @@ def run_round(cache: SlotCache, policy: Policy, n_keep: int, n_prompt: int = 0, 
         n_keep=one * n_keep, request=one, step=one * seen, scaling=cache.shape.head_dim**-0.5,
         inv_freq=inv_freq(cache.shape.head_dim),
     )  # fmt: skip
-    evict(cache, policy, due)
+    _, finite = evict(cache, policy, due)
+    assert finite
 
 
 def kept_positions(cache: SlotCache) -> list[list[int]]:
@@ -76,7 +76,7 @@ def assert_scores(ours: torch.Tensor, published: np.ndarray) -> None:
 
 
 def append(cache: SlotCache, position: int) -> None:
-    DecodeStep(cache, torch.tensor([position]))
+    cache.claim(torch.tensor([position]))
     cache.lengths += 1
 
 
@@ -111,6 +111,7 @@ def view_of(
         inv_freq=inv_freq(D) if frequencies is None else frequencies,
         request=row,
         step=row * seen,
+        _rows=torch.arange(R),
         _slots=order,
         _keys=keys,
         _values=keys if values is None else values,

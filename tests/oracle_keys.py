@@ -7,6 +7,7 @@ import torch
 from oracle_cases import Case, assert_scores, kept_by, view_of
 from torch import Tensor
 
+from kvlib.kernels.redundancy import redundancy
 from kvlib.policies.base import Policy, View
 from kvlib.policies.cur import CUR
 from kvlib.policies.expected import ExpectedAttention
@@ -14,7 +15,6 @@ from kvlib.policies.keydiff import KeyDiff
 from kvlib.policies.knorm import KNorm
 from kvlib.policies.lagkv import LagKV
 from kvlib.policies.observe import keep_window
-from kvlib.policies.rkv import redundancy
 from kvlib.policies.triattention import TriAttention, query_scores
 from kvlib.policies.trimkv import LOG_BETA, TrimKV
 from kvlib.policies.vase import VaSE, value_magnitude

@@ -158,6 +158,16 @@ def test_numbers_that_are_not_finite_are_an_error(qwen2):
         decode(broken, small_policy("full"), None, as_requests(prompts(1)), n_rows=1)
 
 
+def test_a_score_that_is_nan_is_an_error(qwen2):
+    @dataclass(frozen=True, kw_only=True)
+    class Broken(Window):
+        def score(self, view, state):
+            return view.positions.float().masked_fill(view.positions == 20, torch.nan), state
+
+    with pytest.raises(FloatingPointError, match="policy's scores are not finite"):
+        decode(qwen2, Broken(), BUDGET, as_requests(prompts(1)), n_rows=1)
+
+
 def test_a_policy_that_would_keep_more_than_the_budget_is_held_to_it(qwen2):
     @dataclass(frozen=True, kw_only=True)
     class Greedy(Window):

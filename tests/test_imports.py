@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels"},
-    {"errors", "noise", "rope", "meter", "cache", "sampling", "attention", "policies", "select"},
+    {"errors", "noise", "rope", "meter", "cache", "sampling", "attention", "layers", "graph"} | {"policies", "select"},
     {
         "files",
         "tensors",
@@ -21,6 +21,7 @@ LAYERS = [
         "datasets",
         "grade",
         "models",
+        "shapes",
         "generate",
         "predictor",
         "calibrate",
@@ -29,7 +30,7 @@ LAYERS = [
     }
     | {"paired", "compare_figures"},
     {"fitted"},
-    {"run", "timing", "show", "cell", "study", "bootstrap", "replay"},
+    {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
     {"compare", "invariants"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]

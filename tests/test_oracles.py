@@ -20,7 +20,10 @@ from oracle_cases import (
 from oracle_keys import CHECKS as KEYS
 
 import kvlib.policies
-from kvlib.attention import MASS, DecodeStep, PrefillStep
+from kvlib.attention import PrefillStep
+from kvlib.cache import MASS
+from kvlib.kernels.append import append as append_token
+from kvlib.kernels.attention import decode_attention
 from kvlib.policies import H2O, PRESETS, RKV, Policy, SnapKV, StreamingLLM, View, make_policy
 from kvlib.policies.dynts import IMPORTANCE
 
@@ -44,7 +47,7 @@ def check_observing(case: Case, policy: Policy) -> None:
     one = torch.tensor([1])
     view = View(
         p["budget"], torch.arange(N).expand(1, 1, H, N), one * 0, one * p["budget"], D**-0.5, inv_freq(D), one, one * N,
-        torch.arange(N).expand(1, 1, H, N), keys[None, None], keys[None, None], cache.ring,
+        one * 0, torch.arange(N).expand(1, 1, H, N), keys[None, None], keys[None, None], cache.ring,
     )  # fmt: skip
     scores, _ = policy.score(view, {})
     assert_scores(scores[0, 0, :, : N - W], case["scores"])
@@ -73,10 +76,20 @@ def check_h2o(case: Case) -> None:
     policy = H2O(n_recent=p["recent"], recent_ratio=0.0)
     cache = one_row_cache(policy, max(L, size) + 1, H, HQ, D)
 
-    def attend(step: PrefillStep | DecodeStep, tokens: slice) -> None:
-        k = keys[None, :, tokens]
+    def prefill() -> None:
+        step, k = PrefillStep(cache, 0, L), keys[None, :, :L]
         k_all, v_all = step.update(k, k, 0)
-        step.attend(0, queries[None, :, tokens], k_all, v_all, D**-0.5)
+        step.attend(0, queries[None, :, :L], k_all, v_all, D**-0.5)
+
+    def decode(position: int) -> None:
+        held, positions = (cache.keys[0], cache.values[0]), torch.tensor([position])
+        cache.claim(positions)
+        made = torch.cat([queries[:, position], keys[:, position], keys[:, position]]).flatten()[None]
+        unrotated = torch.ones(1, D, dtype=made.dtype), torch.zeros(1, D, dtype=made.dtype)
+        query = append_token(made, *unrotated, *held, cache.lengths, positions, n_query_heads=HQ)
+        cache.lengths += 1
+        n = int(cache.lengths[0])
+        decode_attention(query, *held, cache.lengths, D**-0.5, n, cache.state[MASS][0])
 
     def compare(t: int) -> None:
         n = int(cache.lengths[0])
@@ -91,11 +104,10 @@ def check_h2o(case: Case) -> None:
         assert positions.tolist() == [valid(row) for row in case["kept"][t]]
         assert_scores(cache.state[MASS][0, 0, :, :n].gather(-1, order).double(), case["mass_after"][t][:, :n])
 
-    attend(PrefillStep(cache, 0, L), slice(0, L))
+    prefill()
     compare(0)
     for t in range(T):
-        attend(DecodeStep(cache, torch.tensor([L + t])), slice(L + t, L + t + 1))
-        cache.lengths += 1
+        decode(L + t)
         compare(t + 1)
 
 

@@ -9,11 +9,11 @@ from conftest import as_requests, decode, prompts, small_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlib.attention import MASS
+from kvlib.cache import MASS
 from kvlib.errors import ConfigError
 from kvlib.generate import Decoder, Request
+from kvlib.kernels.redundancy import redundancy
 from kvlib.policies import PRESETS, DynTS, View, Window, make_policy
-from kvlib.policies.rkv import redundancy
 from kvlib.rope import rotate
 from kvlib.sampling import Sampling
 
@@ -36,20 +36,17 @@ def test_h2o_mass_of_a_full_run_is_the_eager_attention_column_sum(qwen2):
         torch.testing.assert_close(decoder.cache.state[MASS][layer, 0, :, :n].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@given(seed=st.integers(0, 2**31), n=st.integers(2, 40))
+@given(seed=st.integers(0, 2**31), n=st.integers(2, 40), at_once=st.sampled_from([1, 60, 700]))
 @settings(max_examples=40, deadline=None)
-def test_rkv_redundancy_by_tiles_equals_the_whole_matrix(seed, n):
-    from kvlib.policies import rkv
-
+def test_rkv_redundancy_in_parts_equals_the_published_matrix(seed, n, at_once):
     keys = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    whole = redundancy(keys, 0.5)
-    original = rkv.ROWS_AT_ONCE
-    try:
-        rkv.ROWS_AT_ONCE = 7
-        torch.testing.assert_close(redundancy(keys, 0.5), whole)
-    finally:
-        rkv.ROWS_AT_ONCE = original
-    torch.testing.assert_close(redundancy(keys[1:], 0.5), whole[1:], msg="a batch row is compared with itself only")
+    unit = torch.nn.functional.normalize(keys, dim=-1)
+    cosine = (unit @ unit.mT).masked_fill(torch.eye(n, dtype=torch.bool), 0.0)
+    spared = torch.where(cosine > 0.5, torch.arange(n), 0).amax(-1, keepdim=True)
+    expected = cosine.scatter(-1, spared, 0.0).mean(-2).softmax(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvlib.kernels.redundancy.AT_ONCE", at_once)
+        torch.testing.assert_close(redundancy(keys, 0.5), expected)
 
 
 def test_sound_dynts_never_evicts_the_prompt_and_the_published_one_does(qwen2):
@@ -143,7 +140,7 @@ def test_noise_of_a_round_differs_by_layer_head_position_and_round():
     def uniform(step: int) -> torch.Tensor:
         positions = torch.arange(6, dtype=torch.int32).expand(2, 1, 3, 6)
         one, empty = torch.tensor([5]), torch.zeros(0)
-        return View(9, positions, one, one, 1.0, empty, one, one * step, empty, empty, empty, empty).uniform()
+        return View(9, positions, one, one, 1.0, empty, one, one * step, one, empty, empty, empty, empty).uniform()
 
     assert uniform(7).unique().numel() == 2 * 3 * 6
     assert torch.equal(uniform(7), uniform(7))

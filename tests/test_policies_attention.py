@@ -10,9 +10,10 @@ import torch
 from conftest import as_requests, decode, prompts
 from oracle_cases import Case, kept_by, view_of
 
-from kvlib.attention import MASS
+from kvlib.cache import MASS
 from kvlib.errors import ConfigError
 from kvlib.generate import Decoder, Request
+from kvlib.kernels.redundancy import redundancy
 from kvlib.policies import H2O, RKV, Policy, SnapKV
 from kvlib.policies.caote import CAOTE
 from kvlib.policies.gkv import GKV
@@ -20,7 +21,6 @@ from kvlib.policies.hits import decoded
 from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction
 from kvlib.policies.observe import attention, observe
 from kvlib.policies.raas import STAMP, RaaS
-from kvlib.policies.rkv import redundancy
 from kvlib.policies.rpc import RPC
 from kvlib.policies.tova import TOVA
 from kvlib.sampling import Sampling
@@ -74,8 +74,8 @@ def test_a_row_is_scored_as_if_it_were_alone_and_its_state_is_not_touched(name):
     assert all(tensor.dtype == torch.float32 and tensor.shape == (2, 3, 2, 24) for tensor in after.values())
     for row in range(3):
         one = slice(row, row + 1)
-        parts = {key: getattr(view, key)[one] for key in ("n_prompt", "n_keep", "request", "step")}
-        parts |= {key: getattr(view, key)[:, one] for key in ("positions", "_slots", "_keys", "_values", "_ring")}
+        parts = {key: getattr(view, key)[one] for key in ("n_prompt", "n_keep", "request", "step", "_rows")}
+        parts |= {key: getattr(view, key)[:, one] for key in ("positions", "_slots")}
         alone, alone_after = policy.score(
             dataclasses.replace(view, **parts), {key: tensor[:, one] for key, tensor in state.items()}
         )

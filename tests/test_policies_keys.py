@@ -99,8 +99,7 @@ def row_of(view: View, row: int) -> View:
         view,
         positions=view.positions[:, one],
         _slots=view._slots.expand(1, view.n_prompt.numel(), 1, N)[:, one],
-        **{name: getattr(view, name)[one] for name in ("n_prompt", "n_keep", "request", "step")},
-        **{name: getattr(view, name)[:, one] for name in ("_keys", "_values", "_ring")},
+        **{name: getattr(view, name)[one] for name in ("n_prompt", "n_keep", "request", "step", "_rows")},
     )
 
 

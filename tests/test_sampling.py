@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
 )
 
 from kvlib import noise
+from kvlib.kernels.noise import uniform
 from kvlib.sampling import Sampling
 
 
@@ -50,11 +51,11 @@ def test_temperature_zero_is_greedy():
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 @settings(max_examples=50, deadline=None)
 def test_noise_is_inside_the_open_interval(a, b):
-    assert 0.0 < noise.uniform(torch.tensor([a]), b).item() < 1.0
+    assert 0.0 < uniform(torch.tensor([a]), b).item() < 1.0
 
 
 def test_noise_is_uniform_and_uncorrelated():
-    u = noise.uniform(torch.arange(400)[:, None], torch.arange(500)[None])
+    u = uniform(torch.arange(400)[:, None], torch.arange(500)[None])
     assert abs(u.mean().item() - 0.5) < 3e-3
     assert abs(u.var().item() - 1 / 12) < 1e-3
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):

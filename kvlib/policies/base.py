@@ -7,8 +7,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kvlib import noise
 from kvlib.errors import ConfigError
+from kvlib.kernels.noise import uniform
 
 Share = Literal["head", "layer", "head_across_layers", "model"]
 
@@ -136,30 +136,34 @@ class View:
     inv_freq: Tensor
     request: Tensor
     step: Tensor
+    _rows: Tensor = field(repr=False)
     _slots: Tensor = field(repr=False)
     _keys: Tensor = field(repr=False)
     _values: Tensor = field(repr=False)
     _ring: Tensor = field(repr=False)
+    """The whole cache's: rows `[R]`, slots `[L or 1, R, H or 1, N]` of each; only what a policy reads is copied."""
 
-    def _in_order(self, tensor: Tensor) -> Tensor:
-        L, R, H, _, D = tensor.shape
-        slots = self._slots.expand(L, R, H, -1)[..., None].expand(-1, -1, -1, -1, D)
-        return tensor.gather(3, slots)
+    def _take(self, tensor: Tensor, slots: Tensor) -> Tensor:
+        """`[L, B, H, S, D]` -> `[L, R, H, N, D]`, the slots `[L or 1, R, H or 1, N]` of the rows."""
+        L, B, H, S, D = tensor.shape
+        layer = torch.arange(L, device=tensor.device)[:, None, None, None]
+        head = torch.arange(H, device=tensor.device)[:, None]
+        index = ((layer * B + self._rows[:, None, None]) * H + head) * S + slots
+        return tensor.reshape(-1, D).index_select(0, index.flatten()).view(*index.shape, D)
 
     @cached_property
     def keys(self) -> Tensor:
-        return self._in_order(self._keys)
+        return self._take(self._keys, self._slots)
 
     @cached_property
     def values(self) -> Tensor:
-        return self._in_order(self._values)
+        return self._take(self._values, self._slots)
 
     @cached_property
     def queries(self) -> Tensor:
         W = self._ring.shape[3]
         seen = (self.step[:, None] + torch.arange(-W, 0, device=self.step.device)) % W
-        index = seen[None, :, None, :, None].expand(*self._ring.shape[:3], W, self._ring.shape[4])
-        return self._ring.gather(3, index)
+        return self._take(self._ring, seen[None, :, None])
 
     @property
     def group(self) -> int:
@@ -178,7 +182,7 @@ class View:
     def uniform(self) -> Tensor:
         """Noise in (0, 1) `[L or 1, R, H or 1, N]`, keyed by request, round, layer, head and position."""
         layers, _, heads, _ = self.positions.shape
-        return noise.uniform(
+        return uniform(
             self.request[None, :, None, None],
             self.step[None, :, None, None],
             torch.arange(layers, device=self.positions.device)[:, None, None, None],

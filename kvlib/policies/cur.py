@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvlib import noise
+from kvlib.kernels.noise import uniform
 from kvlib.policies.base import Policy, View
 
 Leverage = Literal["kv_product", "kv_avg", "key", "value"]
@@ -18,7 +18,7 @@ def gaussian_projection(view: View) -> Tensor:
     """`[L, R, H, D, 20]` of variance 1 / 20, keyed by request, round, layer and head."""
     L, _, H, _, D = view.keys.shape
     device = view.keys.device
-    uniform = noise.uniform(
+    drawn = uniform(
         view.request[None, :, None, None, None],
         view.step[None, :, None, None, None],
         torch.arange(L, device=device)[:, None, None, None, None],
@@ -26,7 +26,7 @@ def gaussian_projection(view: View) -> Tensor:
         torch.arange(D, device=device)[:, None],
         torch.arange(N_COLUMNS, device=device),
     )
-    return torch.special.ndtri(uniform) / N_COLUMNS**0.5
+    return torch.special.ndtri(drawn) / N_COLUMNS**0.5
 
 
 def share_of_window(x: Tensor, size: int) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvlib.kernels.redundancy import redundancy
 from kvlib.policies.base import Policy, View
 from kvlib.policies.observe import attention, keep_window, observe, pool
-from kvlib.policies.rkv import redundancy
 
 SCORE = "gkv_score"
 SCORED = "gkv_scored"

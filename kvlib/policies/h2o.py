@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlib.attention import MASS
+from kvlib.cache import MASS
 from kvlib.policies.base import Policy
 
 

@@ -1,13 +1,21 @@
 """SepLLM: separators stand for the text before them (arXiv 2412.12094)."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kvlib.policies.base import Policy, Share
 
 SEPARATOR = "separator"
+
+
+@cache
+def on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The ids as a tensor, sent once."""
+    return torch.tensor(ids, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,9 @@ class SepLLM(Policy):
         self.require(self.share == "model", f"share is {self.share!r}; separators are the same everywhere, use 'model'")
 
     def creation_score(self, hidden, token_ids, answering):
-        return {SEPARATOR: torch.isin(token_ids, torch.tensor(self.separators, device=token_ids.device)).float()}
+        # torch.isin sorts larger sets, and then waits for the device.
+        is_separator = (token_ids[:, None] == on_device(self.separators, token_ids.device)).any(-1)
+        return {SEPARATOR: is_separator.float()}
 
     def score(self, view, state):
         return state[SEPARATOR], state

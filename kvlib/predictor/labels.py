@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvlib import noise
 from kvlib.attention import observe_trace
 from kvlib.files import write_atomically
+from kvlib.kernels.noise import uniform
 from kvlib.record import fingerprint
 
 ANSWER_ROWS = 256
@@ -100,7 +101,7 @@ def drawn(labelled: Labelled, n: int | None, index: int) -> Labelled:
     T = len(labelled[1])
     if n is None or n >= T:
         return labelled
-    chosen = noise.uniform(noise.key("label", index), torch.arange(T)).topk(n).indices.sort().values
+    chosen = uniform(noise.key("label", index), torch.arange(T)).topk(n).indices.sort().values
     return tuple(part[chosen.to(part.device)] for part in labelled)
 
 

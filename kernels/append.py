@@ -1,0 +1,69 @@
+"""One new token per row: head norm and RoPE, its key and value into the cache, its query out."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    *,
+    n_query_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    ring: Tensor | None = None,
+) -> Tensor:
+    """Rotate the new query and key, write key and value to row b's slot; the rotated query `[B, HQ, D]`.
+
+    qkv `[B, (HQ + 2H) D]` contiguous, bias included. cos, sin `[B, D]` in its dtype or float32, with the halves
+    repeated as in transformers (`rotate_half`). keys, values `[B, H, N, D]`: one layer of the cache, written at
+    slots `[B]` int64. q_norm, k_norm `[D]`: Qwen3's RMSNorm of each head before the rotation, both or neither.
+    ring `[B, HQ, W, D]`, if given: the rotated query is stored there at positions `[B]` mod W.
+    """
+    if qkv.device.type != "cpu":
+        from kvlib.kernels.append_triton import append as kernel
+
+        return kernel(qkv, cos, sin, keys, values, slots, positions, n_query_heads, q_norm, k_norm, eps, ring)
+    return append_reference(
+        qkv, cos, sin, keys, values, slots, positions, n_query_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, ring=ring
+    )
+
+
+def append_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    n_query_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    ring: Tensor | None,
+) -> Tensor:
+    """append in plain torch; what transformers' apply_rotary_pos_emb computes."""
+    B, H, _, D = keys.shape
+    HQ = n_query_heads
+    rows = torch.arange(B, device=qkv.device)
+    heads = qkv.view(B, HQ + 2 * H, D)
+    rotated = heads[:, : HQ + H]
+    if q_norm is not None:
+        query, key = F.rms_norm(heads[:, :HQ], (D,), q_norm, eps), F.rms_norm(heads[:, HQ : HQ + H], (D,), k_norm, eps)
+        rotated = torch.cat((query, key), 1)
+    half = torch.cat((-rotated[..., D // 2 :], rotated[..., : D // 2]), -1)
+    rotated = (rotated * cos[:, None] + half * sin[:, None]).to(qkv.dtype)
+    query, key = rotated.split((HQ, H), 1)
+    keys[rows, :, slots] = key
+    values[rows, :, slots] = heads[:, HQ + H :]
+    if ring is not None:
+        ring[rows, :, positions % ring.shape[2]] = query
+    return query
