@@ -17,6 +17,7 @@ import yaml
 
 from kvlib.errors import ConfigError
 
+PROMPTS = ["bare", "boxed"]
 DTYPES = ["float32", "float64", "bfloat16"]
 
 # name: types, the condition in words, the condition
@@ -37,6 +38,7 @@ RULES = {
     "dtype": ((str,), f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
     "device": ((str,), "cpu, cuda or cuda:N", lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x)),
     "threads": ((int,), "a positive integer", lambda x: x > 0),
+    "prompt": ((str,), f"one of {', '.join(PROMPTS)}", lambda x: x in PROMPTS),
 }
 TIMING_KEYS = ["batch_size", "n_steps", "repeats"]
 
@@ -47,6 +49,7 @@ class RunConfig:
 
     kv_budget is in slots per KV head and layer, None exactly when policy is "full". policy_options holds
     the policy's hyper-parameters and n_sink, n_recent, protect_prompt, buffer. n_problems None means all.
+    prompt, of a benchmark: "bare" is the question alone, as published; "boxed" asks for the answer in \\boxed{}.
     Raises ConfigError if a value is ill-typed or out of range; numbers are never guessed from strings.
     """
 
@@ -66,6 +69,7 @@ class RunConfig:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
+    prompt: str = "bare"
 
     def __post_init__(self):
         for name in RULES:
@@ -85,8 +89,12 @@ class RunConfig:
         return cls(**parameters)
 
     def parameters(self) -> dict:
-        """The fields as a dict of literals, ready for JSON, papermill or from_parameters."""
-        return dataclasses.asdict(self)
+        """The fields as a dict of literals, ready for JSON, papermill or from_parameters.
+
+        prompt is left out where it is "bare": it came later, and cells measured before keep their fingerprint.
+        """
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("prompt", "bare")}
 
     @property
     def cell_path(self) -> str:

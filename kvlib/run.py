@@ -11,16 +11,21 @@ import torch
 
 from kvlib import noise
 from kvlib.config import RunConfig
-from kvlib.datasets import Problem, check_dataset, content_sha256, load_problems
+from kvlib.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
 from kvlib.errors import ConfigError
 from kvlib.fitted import check_fitted, fit
 from kvlib.generate import Completion, Decoder, Request, generate
-from kvlib.grade import grade, pass_at_1
+from kvlib.grade import pass_at_1, verdicts
 from kvlib.meter import Meter
 from kvlib.models import Reasoner, check_model, load_reasoner, weights_sha256
 from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.sampling import Sampling
+
+INSTRUCTIONS = {
+    "math": "Please reason step by step, and put your final answer within \\boxed{}.",
+    "choice": "Please reason step by step, and put the letter of your answer within \\boxed{}.",
+}
 
 
 def check(config: RunConfig, policy: Policy | None = None) -> None:
@@ -82,12 +87,24 @@ def policy_source(policy: Policy) -> dict:
 
 
 def requests_of(config: RunConfig, problems: list[Problem], reasoner: Reasoner) -> list[Request]:
-    """One request per problem and sample, in order; its noise depends on seed, problem and sample only."""
+    """One request per problem and sample, in order; its noise depends on seed, problem and sample only.
+
+    A benchmark is asked through the chat template. Raises ConfigError for a prompt that a problem's kind has not.
+    """
     return [
-        Request(f"{problem.id}/{sample}", reasoner.encode(problem.question), noise.key(config.seed, problem.id, sample))
+        Request(f"{problem.id}/{sample}", prompt, noise.key(config.seed, problem.id, sample))
         for problem in problems
+        for prompt in [prompt_of(problem, config.prompt, reasoner)]
         for sample in range(config.n_samples)
     ]
+
+
+def prompt_of(problem: Problem, prompt: str, reasoner: Reasoner) -> tuple[int, ...]:
+    if problem.kind != "chain":
+        return reasoner.encode_problem(problem.question, INSTRUCTIONS[problem.kind] if prompt == "boxed" else "")
+    if prompt != "bare":
+        raise ConfigError(f"prompt is {prompt!r} and {problem.id} is a chain, which has no box; set prompt to 'bare'")
+    return reasoner.encode(problem.question)
 
 
 def build_decoder(
@@ -112,14 +129,12 @@ def build_decoder(
 def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -> dict:
     """One line of samples.jsonl: output, verdict and what the cache held."""
     output = reasoner.decode(completion.tokens)
-    answer, correct = grade(problem, output)
     return {
         "id": completion.request.id,
         "problem": problem.id,
         "sample": int(completion.request.id.rsplit("/", 1)[1]),
         "output": output,
-        "answer": answer,
-        "correct": correct,
+        **verdicts(problem, output, completion.stop == "length"),
         "n_prompt": len(completion.request.prompt),
         "n_tokens": len(completion.tokens),
         "stop": completion.stop,
@@ -130,7 +145,10 @@ def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -
 
 
 def results_of(samples: list[dict]) -> dict:
-    """Counts of a finished cell, and Pass@1 with its 95 % interval (in [0, 1])."""
+    """Counts of a finished cell, and Pass@1 with its 95 % interval (in [0, 1]).
+
+    Of a benchmark, n_correct, n_unanswered and pass_* are by the published rules and strict_* by the strict ones.
+    """
     rate, low, high = pass_at_1((s["problem"], s["correct"]) for s in samples)
     n_tokens = sum(s["n_tokens"] for s in samples)
     return {
@@ -146,6 +164,19 @@ def results_of(samples: list[dict]) -> dict:
         "pass_at_1": rate,
         "pass_low": low,
         "pass_high": high,
+        **(strict_results_of(samples) if "strict_correct" in samples[0] else {}),
+    }
+
+
+def strict_results_of(samples: list[dict]) -> dict:
+    rate, low, high = pass_at_1((s["problem"], s["strict_correct"]) for s in samples)
+    return {
+        "strict_n_correct": sum(s["strict_correct"] for s in samples),
+        "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
+        "strict_pass_at_1": rate,
+        "strict_pass_low": low,
+        "strict_pass_high": high,
+        "n_undecided": sum(bool(s["undecided"]) for s in samples),
     }
 
 
@@ -194,6 +225,7 @@ def run(
                 "fingerprint": mark,
                 "config": config.parameters(),
                 "provenance": {"finished": provenance(), "started": log.header["provenance"]},
+                "dataset": dataset_source(config.dataset),
                 "results": results_of(samples),
                 "cost": {
                     "kv_bytes": decoder.cache.nbytes(),

@@ -28,13 +28,13 @@ LAYERS = [
         "gate",
         "panels",
     }
-    | {"paired", "compare_figures"},
+    | {"paired", "compare_figures", "answers", "equality", "mathverify", "tables"},
     {"fitted"},
     {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
     {"compare", "invariants"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]
-TORCH_FREE += ["paired", "compare_figures"]
+TORCH_FREE += ["paired", "compare_figures", "answers", "equality", "tables"]
 
 
 def imported_rooms(path: Path) -> set[str]:
