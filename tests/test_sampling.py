@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
 )
 
 from kvlib import noise
-from kvlib.kernels.noise import uniform
+from kvlib.kernels.noise import gumbel, uniform
 from kvlib.sampling import Sampling
 
 
@@ -32,6 +32,30 @@ def test_draws_follow_transformers_warpers(temperature, top_p, top_k):
     frequency = draws.bincount(minlength=40) / n
     assert set(draws.tolist()) <= set(expected.nonzero().flatten().tolist())
     assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-3).all()
+
+
+def in_float64(sampling: Sampling, logits, request, step):
+    """The definition, with float64 for every id."""
+    logits, V = logits.double() / sampling.temperature, logits.shape[-1]
+    ids = torch.arange(V).expand_as(logits)
+    if sampling.top_k or sampling.top_p < 1:
+        logits, ids = logits.topk(min(sampling.top_k or V, V), -1)
+    if sampling.top_p < 1:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities.cumsum(-1) - probabilities >= sampling.top_p, -torch.inf)
+    winner = (logits + gumbel(request[:, None], step[:, None], ids)).argmax(-1, keepdim=True)
+    return ids.gather(-1, winner)[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [(0.6, 0.95, 20), (0.6, 0.95, 0), (1.3, 1.0, 3), (0.6, 1.0, 0), (3.0, 1.0, 0)])
+def test_draws_are_those_of_float64_token_for_token_ties_included(settings, dtype):
+    draw, n = torch.Generator().manual_seed(7), 400
+    logits = (torch.randn(n, 700, generator=draw) * 3).to(dtype)
+    logits[n // 2 :] = (logits[n // 2 :] * 2).round() / 2  # many equals
+    request, step = torch.randint(0, 2**32, (n,), generator=draw), torch.arange(n)
+    expected = in_float64(Sampling(*settings), logits, request, step)
+    assert torch.equal(Sampling(*settings)(logits, request, step), expected)
 
 
 def test_a_draw_depends_on_its_key_only():
