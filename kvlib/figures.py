@@ -278,10 +278,11 @@ def measured_figure(
 
             drawn = [(x, here[b]) for x, b in zip(places, budgets, strict=True) if b in here]
             aside = 0.21 * step if beside else 0  # each of the two bars, from the middle
+            bar_width = 0.4 * step if beside else BAR_WIDTH * step
             bars = ax.bar(
                 [x - aside for x, _ in drawn],
                 [row.pass_at_1 for _, row in drawn],
-                0.4 * step if beside else BAR_WIDTH * step,
+                bar_width,
                 color=BLUE,
                 label="Pass@1 (left)",
             )
@@ -297,7 +298,7 @@ def measured_figure(
                 hatched, dashed = _draw_published(ax, right, places, theirs, aside, step)
             for x, budget in zip(places, budgets, strict=True):
                 if (dataset, budget) in missing:
-                    _draw_missing(ax, x, step)
+                    _draw_missing(ax, x - aside, bar_width)
             line = _draw_throughput(right, places, [here.get(b) for b in budgets])
             if wants_full:
                 _draw_full_cache(ax, here.get(None), (places[-1] + 0.45 * step + end) / 2, step)
@@ -657,8 +658,8 @@ def _draw_published(ax, right, places, rows, aside, step):
     return hatched, dashed
 
 
-def _draw_missing(ax, x, step, text="missing"):
-    half = BAR_WIDTH * step / 2
+def _draw_missing(ax, x, bar_width, text="missing"):
+    half = bar_width / 2
     ax.axvspan(x - half, x + half, facecolor="#F6F6F6", edgecolor=GREY, hatch="////", linewidth=0, gid="missing")
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     ax.text(x, 50, text, rotation=90, ha="center", va="center", size=9.5, color=INK, bbox=paper)
@@ -667,7 +668,7 @@ def _draw_missing(ax, x, step, text="missing"):
 def _draw_full_cache(ax, row, x, step):
     """Dashed level across the panel, named in the free slot right of the last bar."""
     if row is None:
-        _draw_missing(ax, x, step, "full cache missing")
+        _draw_missing(ax, x, BAR_WIDTH * step, "full cache missing")
         return
     level = row.pass_at_1
     ax.axhline(level, color=INK, linewidth=1.3, linestyle=(0, (4, 2.5)), label="full cache")

@@ -183,8 +183,8 @@ def what_n_tells(cells: pd.DataFrame) -> list[str]:
             f"{', '.join(group['dataset'].unique())}: n = {n} problems, {samples} each. The 95 % interval of a bar "
             f"near 50 % is about ±{high:.0f} points{alone}. Two budgets can be told apart only if at least {fewest} "
             f"problems change, and {fewest} suffice only if they all change the same way: {100 * fewest / n:.0f} "
-            f"points if each was wrong and is right. Beside a bar from elsewhere, such as a published one, a difference of "
-            f"{found} points is found four times in five; less is mostly missed."
+            "points if each was wrong and is right. Beside a bar from elsewhere, such as a published one, a difference "
+            f"of {found} points is found four times in five; less is mostly missed."
         )
     return sentences
 
