@@ -387,7 +387,7 @@ def pairs_table(pairs):
             ],
             "Problems won": pairs["wins"].map(str),
             "Problems lost": pairs["losses"].map(str),
-            "p": pairs["p"].map("{:.4f}".format),
+            "p": [f"{p:.4f}" if p >= 0.0001 else "< 0.0001" for p in pairs["p"]],
             "Differ (5 %, Holm)": pairs["differs"].map({True: "yes", False: "no"}),
         }
     ).reset_index(drop=True)

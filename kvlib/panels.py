@@ -155,7 +155,7 @@ def measured_verdicts(
 
 def published_beside(cells: pd.DataFrame, references: list[pd.DataFrame]) -> pd.DataFrame | None:
     """The published values that may stand beside these cells: of the same model, graded by the published rules."""
-    for reference in references:
+    for reference in references if len(cells) else []:
         same = cells["model"].eq(reference["model"].iloc[0]).all() and cells["grader"].eq(PUBLISHED_RULES).all()
         rows = reference[reference["dataset"].isin(cells["dataset"]) & reference["kv_budget"].isin(cells["kv_budget"])]
         if same and len(rows):

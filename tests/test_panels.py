@@ -100,6 +100,7 @@ def test_published_values_are_found_for_the_same_model_and_grader_only():
     found = published_beside(cells.assign(grader="published rules"), references)
     assert set(found["model"]) == {"R1-Llama"} and len(found) == 4
     assert published_beside(cells.assign(grader="strict rules"), references) is None
+    assert published_beside(pd.DataFrame(), references) is None
     assert published_beside(cells.assign(grader="published rules", model="SmolLM2-135M"), references) is None
 
 
