@@ -13,7 +13,7 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts compare test test-all lint bench-count tiny-model predictor clean
+.PHONY: help env charts compare test test-all test-ui lint bench-count tiny-model predictor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ test: env ## run the tests, all but the slow ones
 
 test-all: env ## run every test
 	@"$(PY)" -m pytest -m "slow or not slow"
+
+test-ui: env ## run two notebooks in JupyterLab in a headless Chromium; screenshots in figures/ui
+	@"$(PY)" -m pytest -m "slow or not slow" -rs tests/ui
 
 lint: env ## check style and formatting
 	@"$(PY)" -m ruff check .

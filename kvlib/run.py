@@ -180,6 +180,17 @@ def strict_results_of(samples: list[dict]) -> dict:
     }
 
 
+def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
+    """By verdict ("correct", ...) and problem, a 1 or 0 per sample: what pairwise comparison needs, without a text."""
+    found = {}
+    for sample in samples:
+        for name in ("correct", "strict_correct"):
+            if name in sample:
+                by_problem = found.setdefault(name, {})
+                by_problem[sample["problem"]] = by_problem.get(sample["problem"], "") + str(int(sample[name]))
+    return found
+
+
 def run(
     config: RunConfig,
     folder: Path | str,
@@ -227,6 +238,7 @@ def run(
                 "provenance": {"finished": provenance(), "started": log.header["provenance"]},
                 "dataset": dataset_source(config.dataset),
                 "results": results_of(samples),
+                "verdicts": verdicts_of(samples),
                 "cost": {
                     "kv_bytes": decoder.cache.nbytes(),
                     "slots_per_row": decoder.cache.shape.n_slots,

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kvlib import figures
+from kvlib.paired import budget_differences
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 BUDGETS = [48, 64, 80, 96, 112, 128]
@@ -154,6 +155,7 @@ def test_published_and_measured_each_say_which_they_are(published, measured):
     assert "about ±30" in published_text
     assert "Measured here: Tiny-0.8M" in measured_text and "Published" not in measured_text
     assert figures.TINY_CAVEAT in measured_text
+    assert "Graded by" not in measured_text
     for fact in ["a test CPU", "Wilson", "95 %", "DynTS", "batch size 20", "lowest to highest repeat"]:
         assert fact in measured_text
 
@@ -165,12 +167,29 @@ def test_a_published_value_that_is_missing_or_off_its_axis_is_refused(value, pub
         figures.published_figure(published)
 
 
-def test_the_llama_numbers_load_and_their_unread_throughput_is_never_drawn():
+def test_of_the_llama_figure_what_is_known_is_drawn_and_the_rest_named():
     llama = figures.load_published(PUBLISHED / "r1-llama.csv")
-    assert llama["throughput_tps"].isna().all()
-    assert set(figures.published_table(llama).iloc[:, -1]) == {"not readable"}
-    with pytest.raises(ValueError, match="throughput_tps of R1-Llama, AIME24"):
+    fig = figures.published_figure(llama)
+    *datasets, (mean, mean_right) = panels(fig)
+    assert [left.get_title() for left, _ in datasets] == [
+        f"R1-Llama | {name}" for name in ("AIME24", "AIME25", "AMC23", "GPQA-D")
+    ]
+    assert all(len(bars(left)) == 6 and not right.lines for left, right in datasets)
+    assert mean.get_title() == "R1-Llama | Mean"
+    assert list(mean_right.lines[0].get_ydata()) == [580, 525, 490, 470, 450, 420]
+    assert "throughput on AIME24, AIME25, AMC23, GPQA-D could not be read" in all_text(fig)
+    assert set(figures.published_table(llama).iloc[:24, -1]) == {"not readable"}
+    assert overlapping(fig) == [] and outside(fig) == []
+    llama.loc[25, "throughput_tps"] = float("nan")  # a hole in a line is a fault
+    with pytest.raises(ValueError, match="throughput_tps of R1-Llama, Mean, KV budget 3000"):
         figures.published_figure(llama)
+
+
+def test_the_published_mean_is_the_mean_of_the_four():
+    llama = figures.load_published(PUBLISHED / "r1-llama.csv")
+    means = llama[llama["dataset"] != "Mean"].groupby("kv_budget")["pass_at_1"].mean()
+    printed = llama[llama["dataset"] == "Mean"].set_index("kv_budget")["pass_at_1"]
+    assert (means - printed).abs().max() < 0.11
 
 
 @pytest.mark.parametrize(
@@ -398,3 +417,116 @@ def test_figures_needs_neither_torch_nor_pyplot():
     code = "import sys, kvlib.figures; print([m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.stdout.strip() == "[]", run.stderr
+
+
+SYNTHETIC = "SYNTHETIC: made-up numbers at R1-Qwen's sizes; nothing was measured"
+SIZES = {"AIME24": 30, "AIME25": 30, "AMC23": 40, "GPQA-D": 198}
+
+
+@pytest.fixture(scope="module")
+def r1_verdicts():
+    """Made-up verdicts at R1-Qwen's sizes: 5 samples a problem, Pass@1 rising by about 2 points a budget."""
+    rng = np.random.default_rng(1)
+    frames = []
+    for dataset, n in SIZES.items():
+        skill = rng.normal(0, 1.7, n)
+        for step, budget in enumerate(range(2500, 5001, 500)):
+            chance = 1 / (1 + np.exp(-(skill + 0.12 * step)))
+            right = rng.random((n, 5)) < chance[:, None]
+            index = [(f"{dataset}/{i}", k) for i in range(n) for k in range(5)]
+            frame = pd.DataFrame(index, columns=["problem", "sample"])
+            frames.append(frame.assign(dataset=dataset, kv_budget=float(budget), correct=right.ravel()))
+    return pd.concat(frames, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def r1_cells(r1_verdicts):
+    cells = r1_verdicts.groupby(["dataset", "kv_budget"], sort=False)["correct"].mean().mul(100).reset_index()
+    rate, speed = cells["correct"], 3600 - cells["kv_budget"] / 5
+    return cells.assign(
+        model="R1-Qwen",
+        policy="DynTS as published",
+        kv_budget=cells["kv_budget"].astype(int),
+        pass_at_1=rate,
+        pass_low=rate - 9,
+        pass_high=rate + 9,
+        n_problems=cells["dataset"].map(SIZES),
+        n_samples=5,
+        throughput=speed,
+        throughput_low=speed - 50,
+        throughput_high=speed + 40,
+        throughput_definition=DEFINITION,
+        batch_size=20,
+        device="no machine",
+        grader=figures.PUBLISHED_RULES,
+    )
+
+
+def beside(cells, published, **options):
+    expected = [(dataset, budget) for dataset in SIZES for budget in range(2500, 5001, 500)]
+    return figures.measured_figure(cells, expected, published=published, mark=SYNTHETIC, caveat="", **options)
+
+
+def test_published_values_stand_hatched_beside_the_measured_ones_and_each_is_named(r1_cells, published):
+    fig = beside(r1_cells, published)
+    for dataset, (left, right) in zip(SIZES, panels(fig), strict=True):
+        solid, hatched = (c for c in left.containers if isinstance(c, matplotlib.container.BarContainer))
+        theirs = published[published["dataset"] == dataset]
+        assert [b.get_height() for b in solid] == r1_cells[r1_cells["dataset"] == dataset]["pass_at_1"].tolist()
+        assert [b.get_height() for b in hatched] == theirs["pass_at_1"].tolist()
+        assert all(b.get_hatch() for b in hatched) and not any(b.get_hatch() for b in solid)
+        for a, b in zip(solid, hatched, strict=True):
+            assert a.get_x() + a.get_width() < b.get_x()
+        dashed, ours = right.lines
+        assert ours.get_linestyle() == "-" and dashed.get_linestyle() == "--"
+        assert list(dashed.get_ydata()) == theirs["throughput_tps"].tolist()
+    text = all_text(fig)
+    for said in [SYNTHETIC, "Measured here: R1-Qwen", "beside the published values", figures.BESIDE_NOTE,
+                 "Graded by the published rules"]:  # fmt: skip
+        assert said in text
+    (legend,) = [ax.get_legend() for ax in fig.axes if ax.get_legend()]
+    labels = [t.get_text() for t in legend.get_texts()]
+    assert labels == ["Pass@1 (left)", "published", "Throughput (right)", "published"]
+    assert outside(fig) == []
+
+
+def test_only_the_same_model_and_the_published_rules_stand_beside_published_bars(r1_cells, published):
+    with pytest.raises(ValueError, match="graded by the strict rules: only verdicts by the published rules"):
+        beside(r1_cells.assign(grader="strict rules"), published)
+    with pytest.raises(ValueError, match="graded by the exact checker"):
+        beside(r1_cells.drop(columns="grader"), published)
+    with pytest.raises(ValueError, match="published values of R1-Qwen do not belong beside SmolLM2"):
+        beside(r1_cells.assign(model="SmolLM2"), published)
+
+
+def test_a_missing_cell_beside_published_values_is_refused_or_marked(r1_cells, published):
+    with pytest.raises(figures.IncompleteError, match="AIME24 at KV budget 4000"):
+        beside(r1_cells.drop(3), published)
+    fig = beside(r1_cells.drop(3), published, allow_incomplete=True)
+    assert "INCOMPLETE: 1 of 24 cells missing" in all_text(fig)
+    left, _ = panels(fig)[0]
+    ours, theirs = (c for c in left.containers if isinstance(c, matplotlib.container.BarContainer))
+    assert len(ours) == 5 and len(theirs) == 6
+    (mark,) = [p for p in left.patches if p.get_gid() == "missing"]
+    assert mark.get_x() + mark.get_width() < theirs[3].get_x()
+
+
+def test_every_pair_of_budgets_is_in_the_triangle_and_only_real_differences_stand_out(r1_verdicts):
+    pairs = budget_differences(r1_verdicts, n_boot=500)
+    fig = figures.pairs_figure(pairs, "R1-Qwen", mark=SYNTHETIC, caveat="")
+    assert len(fig.axes) == 4 and SYNTHETIC in all_text(fig)
+    for ax, (dataset, rows) in zip(fig.axes, pairs.groupby("dataset", sort=False), strict=True):
+        assert (
+            ax.get_title() == f"R1-Qwen | {dataset} (n = {SIZES[dataset]}): {rows['differs'].sum()} of 15 pairs differ"
+        )
+        bold = [t.get_text() for t in ax.texts if t.get_weight() == "bold"]
+        assert bold == [f"{d:+.1f}".replace("-", "−") for d in rows[rows["differs"]]["difference"]]
+        assert len(ax.texts) == 30
+        coloured = [p for p in ax.patches if to_hex(p.get_facecolor()) != "#f0f0f0"]
+        assert len(coloured) == rows["differs"].sum()
+    assert 0 < pairs["differs"].sum() < len(pairs)  # else the test above shows nothing
+    assert overlapping(fig) == [] and outside(fig) == []
+    table = figures.pairs_table(pairs)
+    assert len(table) == 60 and set(table.iloc[:, -1]) == {"yes", "no"}
+    with pytest.raises(ValueError, match="no two KV budgets"):
+        figures.pairs_figure(budget_differences(r1_verdicts[r1_verdicts["kv_budget"] == 2500]), "R1-Qwen")

@@ -1,11 +1,15 @@
 """Paired differences: exact where they can be, and with intervals that cover and that pairing narrows."""
 
+import itertools
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvlib import paired
 from kvlib.errors import ConfigError
 from kvlib.paired import differences_to, paired_difference, pooled_difference
 
@@ -135,3 +139,49 @@ def test_a_hole_in_the_grid_and_an_empty_budget_are_refused():
         pooled_difference(frame.iloc[4:], frame.iloc[4:])
     with pytest.raises(ConfigError, match="give the KV budget it stands beside"):
         pooled_difference(frame.assign(kv_budget=None), frame)
+
+
+def test_sign_flip_p_is_exact():
+    assert paired.sign_flip_p(np.array([1, 1, 1, 1, 1])) == 2 / 32
+    assert paired.sign_flip_p(np.array([1, 1, 1, 1, 1, 1, 0, 0])) == 2 / 64
+    assert paired.sign_flip_p(np.array([0, 0])) == 1 == paired.sign_flip_p(np.array([1, -1]))
+    differences = np.array([3, -1, 2, 5, 0, -2, 4, 1])
+    signs = np.array(list(itertools.product([-1, 1], repeat=8)))
+    sums = np.abs((signs * np.abs(differences)).sum(1))
+    assert paired.sign_flip_p(differences) == pytest.approx((sums >= abs(differences.sum())).mean())
+
+
+def test_holm_steps_down_and_stops():
+    assert paired.holm(np.array([0.04, 0.001, 0.02, 0.5])).tolist() == [False, True, False, False]
+    assert paired.holm(np.array([0.03, 0.01, 0.02])).tolist() == [True, True, True]
+
+
+def verdicts_of(marks: dict) -> pd.DataFrame:
+    """{budget: one string of samples per problem}"""
+    rows = [
+        ("D", budget, problem, sample, mark == "1")
+        for budget, problems in marks.items()
+        for problem, samples in enumerate(problems)
+        for sample, mark in enumerate(samples)
+    ]
+    return pd.DataFrame(rows, columns=paired.COLUMNS)
+
+
+def test_budgets_are_compared_problem_by_problem():
+    marks = {64.0: ["00"] * 12 + ["10"], 96.0: ["11"] * 9 + ["00"] * 4, math.inf: ["11"] * 12 + ["11"]}
+    pairs = paired.budget_differences(verdicts_of(marks)).set_index(["fewer", "more"])
+    assert list(pairs.index) == [(64, 96), (64, math.inf), (96, math.inf)]
+    first = pairs.loc[64, 96]
+    assert first["difference"] == pytest.approx(100 * 8.5 / 13)
+    assert (first["wins"], first["losses"], first["n_problems"]) == (9, 1, 13)
+    assert first["low"] < first["difference"] < first["high"]
+    assert pairs["differs"].tolist() == [True, True, False]  # 4 of 13 changed, all one way: chance does that too
+    # The interval of the bootstrap alone would have called it real.
+    assert pairs.loc[96, math.inf]["low"] > 0
+
+
+def test_budgets_on_other_samples_are_not_compared():
+    with pytest.raises(ConfigError, match="the budgets of D hold different samples"):
+        paired.budget_differences(verdicts_of({64.0: ["1", "0"], 96.0: ["1"]}))
+    with pytest.raises(ConfigError, match="lack column"):
+        paired.budget_differences(verdicts_of({64.0: ["1"]}).drop(columns="sample"))

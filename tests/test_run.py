@@ -49,6 +49,10 @@ def test_a_record_counts_what_its_samples_say(undisturbed):
     assert results["n_tokens"] == sum(s["n_tokens"] for s in samples)
     assert results["peak_slots"] == max(s["peak_slots"] for s in samples) <= 128
     assert results["n_rounds"] > 0
+    told = {
+        f"{p}/{i}": mark == "1" for p, marks in record["verdicts"]["correct"].items() for i, mark in enumerate(marks)
+    }
+    assert told == {s["id"]: s["correct"] for s in samples}
     assert record["cost"]["kv_bytes"] == 4 * (2 * 4 * 6 * 2 * 129 * 32) + 4 * 2 * 6 * 129
 
 
@@ -100,6 +104,7 @@ def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
     config = RunConfig(dataset="chain-a", n_problems=3, n_samples=3, batch_size=9, policy="full", max_new_tokens=400)
     record = run(config, tmp_path)
     assert (record["results"]["n_problems"], record["results"]["n_samples"]) == (3, 9)
+    assert [len(marks) for marks in record["verdicts"]["correct"].values()] == [3, 3, 3]
     samples = samples_of(tmp_path)
     assert len({samples[f"chain-a/0/{i}"]["output"] for i in range(3)}) > 1
 
