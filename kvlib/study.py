@@ -20,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kvlib
-from kvlib.cell import NotebookError, check_parameters, execute_notebook
+from kvlib.cell import TIED, NotebookError, check_parameters, execute_notebook
 from kvlib.config import Grid, RunConfig, load_grid
-from kvlib.errors import ConfigError
+from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
+from kvlib.lease import visible_gpus
 from kvlib.record import (  # fmt: skip
     LockedError,
     RecordError,
@@ -37,9 +38,6 @@ from kvlib.record import (  # fmt: skip
 
 SNAKEFILE = Path(kvlib.__file__).parent.parent / "Snakefile"
 DRAWN = (".png", ".svg", ".csv")
-# A program that ends with the process that started it, whatever ends that.
-TIED = "import runpy, sys; from kvlib.cell import die_with_parent; die_with_parent(); "
-TIED += "sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 
 
 class StudyError(RuntimeError):
@@ -67,7 +65,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise; default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, 1 on a GPU")
+    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, or the GPUs")
     parser.add_argument("--results", type=Path, help="publish: where to; default: results/<study>")
     given = parser.parse_args()
 
@@ -103,7 +101,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return failed(75, f"{error}.\nWait for that study to end, or stop it, then run this again")
     except ConfigError as error:
         return failed(2, error)
-    except (StudyError, RecordError, NotebookError) as error:
+    except (StudyError, RecordError, NotebookError, GpuMemoryError) as error:
         return failed(1, error)
     except KeyboardInterrupt:
         return failed(130, "\ninterrupted; every finished sample is kept, the same command continues")
@@ -168,8 +166,10 @@ def snakemake_arguments(study: Study, folders: list[Path], jobs: int | None) -> 
     """Run exactly these cells, whatever is there of them: their records are missing, damaged or outdated."""
     threads = max(config.threads for config in study.cells.values())
     if jobs is None:
-        on_gpu = any(config.device.startswith("cuda") for config in study.cells.values())
-        jobs = 1 if on_gpu else max(1, cores() // threads)
+        devices = {config.device for config in study.cells.values()}
+        jobs = max(1, cores() // threads) if devices == {"cpu"} else 1
+        if devices == {"cuda"}:
+            jobs = max(1, len(visible_gpus()))
     targets = [str(folder.relative_to(study.folder) / "record.json") for folder in folders]
     where = ["--snakefile", str(SNAKEFILE), "--directory", str(study.folder)]
     how = "--force --keep-going --retries 1 --nolock --rerun-incomplete --scheduler greedy --nocolor"
@@ -327,7 +327,7 @@ def command(study: Study) -> str:
 @contextlib.contextmanager
 def tied(module: str, *arguments, output):
     """A Python module as a process of its own session that ends when this block or this process does."""
-    command = [sys.executable, "-c", TIED, module, *map(str, arguments)]
+    command = [sys.executable, "-c", TIED, str(os.getpid()), module, *map(str, arguments)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     try:
         yield process

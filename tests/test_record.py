@@ -244,6 +244,8 @@ def test_provenance_is_complete_and_plain(tmp_path):
         "os",
         "cpu",
         "cores",
+        "cuda_visible_devices",
+        "slurm_job",
         "utc",
         "command",
     }
