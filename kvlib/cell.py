@@ -212,8 +212,8 @@ def execute_notebook(
             code = NO_MEMORY if error.ename == GpuMemoryError.__name__ else NOTEBOOK_ERROR
             raise NotebookError(code, f"{what} (see {output})") from error
         except CellTimeoutError as error:  # an OSError too
-            raise NotebookError(TIMED_OUT, f"{notebook.name} was stopped at its time limit of {time_limit} s; finished "
-                                f"samples are kept and the same command continues (see {output})") from error  # fmt: skip
+            why = f"{output} was stopped at its time limit of {time_limit} s; run again to continue from its samples"
+            raise NotebookError(TIMED_OUT, why) from error
         except DeadKernelError as error:
             raise NotebookError(KERNEL_DIED, f"the kernel of {output} died: killed, or out of memory") from error
         except OSError as error:
