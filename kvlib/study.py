@@ -24,7 +24,6 @@ from kvlib.cell import TIED, NotebookError, check_parameters, execute_notebook
 from kvlib.config import Grid, RunConfig, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
-from kvlib.lease import visible_gpus
 from kvlib.record import (  # fmt: skip
     LockedError,
     RecordError,
@@ -65,7 +64,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise; default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, or the GPUs")
+    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, 1 on a GPU")
     parser.add_argument("--results", type=Path, help="publish: where to; default: results/<study>")
     given = parser.parse_args()
 
@@ -166,10 +165,8 @@ def snakemake_arguments(study: Study, folders: list[Path], jobs: int | None) -> 
     """Run exactly these cells, whatever is there of them: their records are missing, damaged or outdated."""
     threads = max(config.threads for config in study.cells.values())
     if jobs is None:
-        devices = {config.device for config in study.cells.values()}
-        jobs = max(1, cores() // threads) if devices == {"cpu"} else 1
-        if devices == {"cuda"}:
-            jobs = max(1, len(visible_gpus()))
+        on_gpu = any(config.device.startswith("cuda") for config in study.cells.values())
+        jobs = 1 if on_gpu else max(1, cores() // threads)
     targets = [str(folder.relative_to(study.folder) / "record.json") for folder in folders]
     where = ["--snakefile", str(SNAKEFILE), "--directory", str(study.folder)]
     how = "--force --keep-going --retries 1 --nolock --rerun-incomplete --scheduler greedy --nocolor"

@@ -26,7 +26,7 @@ def kernel_of(folder) -> int:
     return int(next(iter(record.load_samples(folder / "samples.jsonl")[1].values()))["output"])
 
 
-@pytest.mark.parametrize("how", ["hung", "stopped"])
+@pytest.mark.parametrize("how", ["hung", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_hung_kernel_is_stopped_at_the_time_limit_and_marked(tmp_path, how):
     done = finish([*command(tmp_path, dataset=how), "--time-limit", "4"])
     assert done.returncode == 124
@@ -46,11 +46,11 @@ def test_a_kernel_that_cannot_start_is_a_sentence(tmp_path):
     assert cell.read_failure(tmp_path / "cell")["code"] == 138
 
 
-def test_a_home_that_cannot_be_written_is_a_sentence_or_no_matter(tmp_path):
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_does_not_matter(tmp_path):
     (tmp_path / "home").write_text("")  # a file, so that root fails too
-    done = finish(command(tmp_path / "cell"), HOME=str(tmp_path / "home"))
-    assert done.returncode == 1 and "Traceback" not in done.stderr.splitlines()[-1]
-    assert "home" in done.stderr.splitlines()[-1]
+    assert finish(command(tmp_path / "cell"), HOME=str(tmp_path / "home")).returncode == 0
+    assert record.read_record(tmp_path / "cell")
 
 
 def test_a_process_whose_parent_died_before_it_looked_ends(tmp_path):
@@ -61,6 +61,7 @@ def test_a_process_whose_parent_died_before_it_looked_ends(tmp_path):
     assert finish(slept).returncode == 143
 
 
+@pytest.mark.slow
 def test_no_room_on_the_gpu_has_its_own_code_and_is_not_tried_twice_by_one_engine(home):
     edit(home, "[chain-a]", "[full-gpu, chain-a]")
     edit(home, "full_cache: true", "")
@@ -75,6 +76,7 @@ def test_no_room_on_the_gpu_has_its_own_code_and_is_not_tried_twice_by_one_engin
     assert (failed / "tries").read_text() == "xx"
 
 
+@pytest.mark.slow
 def test_a_cell_on_a_full_disk_says_so_and_continues_when_there_is_room(small_disk):
     folder = small_disk / "cell"
     words = command(folder, n_problems=300)
@@ -91,6 +93,7 @@ def test_a_cell_on_a_full_disk_says_so_and_continues_when_there_is_room(small_di
     assert len(found) == 300 and found.count(found[0]) == kept
 
 
+@pytest.mark.slow
 def test_a_terminated_cell_ends_at_once_with_its_kernel(tmp_path):
     process = subprocess.Popen(command(tmp_path, dataset="hung"), env=environment())
     wait_until(lambda: lines(tmp_path) == 2)
@@ -99,6 +102,7 @@ def test_a_terminated_cell_ends_at_once_with_its_kernel(tmp_path):
     wait_until(lambda: not alive(kernel_of(tmp_path)), 10)
 
 
+@pytest.mark.slow
 def test_two_engines_on_one_folder_decode_each_sample_once(home):
     edit(home, "n_problems: 2", "n_problems: 12")
     words = [sys.executable, "-m", "snakemake", "--snakefile", SNAKEFILE, "--cores", "2", "--nolock", "--nocolor"]
@@ -115,12 +119,14 @@ def test_two_engines_on_one_folder_decode_each_sample_once(home):
 
 
 def test_a_small_storm_of_kills_loses_nothing(home):
+    """The storm with the tiny model and many more kills is `make test-faults`."""
     edit(home, "n_problems: 2", "n_problems: 20")
+    edit(home, "full_cache: true", "")
     edit(home, "timing:", "# timing:")
-    storm = Storm(home, environment(STUB_SLEEP="0.05"), kills=6, pause=(0.2, 2.0), seed=1)
+    storm = Storm(home, environment(STUB_SLEEP="0.05"), kills=5, pause=(0.2, 2.0), seed=3)
     storm.run(0)
     storm.judge(sorted((home / "runs/small/chain-a").glob("*/*/s0")), [f"{number}/0" for number in range(20)])
     storm.count_orphans()
     tally = storm.tally
-    assert (tally.cells, tally.samples) == (2, 40)
+    assert (tally.kills.total(), tally.cells, tally.samples) == (5, 1, 20)
     assert (tally.lost, tally.doubled, tally.damaged, tally.rotated, tally.orphans) == (0, 0, 0, 0, 0), tally
