@@ -1,7 +1,7 @@
 # The cells of one grid; `make charts` calls it through kvlib.study. On a Slurm cluster:
 #   snakemake --executor slurm --jobs 20 --retries 2 --rerun-incomplete --keep-going --config seed=0
-# grid=, runs=, seed= and time_limit= (seconds a cell's kernel may take; none) after --config change the defaults;
-# paths are relative to this file. On a machine with several GPUs each cell leases one (kvlib.lease).
+# grid=, runs= and seed= after --config change the defaults; paths are relative to this file. On a machine with
+# several GPUs each cell leases one (kvlib.lease); KVLIB_TIME_LIMIT=3600 stops a kernel after an hour.
 # The cell command, not Snakemake, decides what is done: it skips, resumes and locks. Samples are no
 # declared output, because Snakemake deletes those; retries stand on the command line, because a rule's
 # own would multiply with the cluster's.
@@ -41,9 +41,8 @@ rule cell:
         code=lambda wildcards: notebook_sha256(NOTEBOOK),
         folder=lambda wildcards: str(RUNS / wildcards.cell),
         config=lambda wildcards: json.dumps(CELLS[wildcards.cell].parameters()),
-        limit=f"--time-limit {config['time_limit']}" if "time_limit" in config else "",
     # exec, so that the cell command is Snakemake's own child and dies with it
     shell:
         "exec {params.python:q} -m kvlib.cell --notebook {params.notebook:q} --folder {params.folder:q}"
-        " --config {params.config:q} --parent $PPID --attempt {resources.attempt} {params.limit}"
+        " --config {params.config:q} --parent $PPID --attempt {resources.attempt}"
         " > {params.folder:q}/run.log 2>&1"

@@ -158,6 +158,8 @@ class Storm:
                 return
             self.left -= 1
             self.tally.kills[kind] += 1
+            with open(self.home / "kills.log", "a") as log:
+                log.write(f"{time.strftime('%H:%M:%S')} {kind} {victim.pid}\n")
 
     def judge(self, folders: list[Path], expected: list[str]) -> None:
         """Count what is on disk in these cells; `expected`: the sample ids of one cell less their dataset."""

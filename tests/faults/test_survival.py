@@ -28,7 +28,7 @@ def kernel_of(folder) -> int:
 
 @pytest.mark.parametrize("how", ["hung", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_hung_kernel_is_stopped_at_the_time_limit_and_marked(tmp_path, how):
-    done = finish([*command(tmp_path, dataset=how), "--time-limit", "4"])
+    done = finish(command(tmp_path, dataset=how), KVLIB_TIME_LIMIT="4")
     assert done.returncode == 124
     assert "stopped at its time limit of 4 s" in done.stderr.splitlines()[-1]
     failure = cell.read_failure(tmp_path)
