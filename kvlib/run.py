@@ -112,10 +112,8 @@ def build_decoder(
     config: RunConfig, reasoner: Reasoner, requests: list[Request], policy: Policy | None = None, **options
 ) -> Decoder:
     """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
-    policy = fit(policy or make_policy(config.policy, **config.policy_options), config.model, reasoner)
-    if config.kv_budget is not None:
-        for request in sorted(requests, key=lambda request: -len(request.prompt)):
-            policy.check(config.kv_budget, len(request.prompt), request.id)
+    policy = policy or make_policy(config.policy, **config.policy_options)
+    check_lengths(policy, config.kv_budget, requests)
     settings = {
         "n_rows": config.batch_size,
         "n_prompt_max": max(len(request.prompt) for request in requests),
@@ -124,7 +122,15 @@ def build_decoder(
         "eos_ids": reasoner.eos_ids,
         "answer_id": reasoner.answer_id,
     }
+    policy = fit(policy, config.model, reasoner)
     return Decoder(reasoner.model, policy, config.kv_budget, **{**settings, **options})
+
+
+def check_lengths(policy: Policy, kv_budget: int | None, requests: list[Request]) -> None:
+    """Raise ConfigError naming the longest prompt if it does not fit into the budget."""
+    if kv_budget is not None:
+        for request in sorted(requests, key=lambda request: -len(request.prompt)):
+            policy.check(kv_budget, len(request.prompt), request.id)
 
 
 def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -> dict:
@@ -205,6 +211,8 @@ def run(
     problems = load_problems(config.dataset, config.n_problems)
     by_id = {problem.id: problem for problem in problems}
     requests = requests_of(config, problems, reasoner)
+    # Before older samples are moved aside.
+    check_lengths(policy or make_policy(config.policy, **config.policy_options), config.kv_budget, requests)
     meter = Meter(config.device)
     mark = run_fingerprint(config, notebook_sha256, policy)
     header = {"fingerprint": mark, "config": config.parameters(), "provenance": provenance()}
