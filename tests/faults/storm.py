@@ -122,7 +122,7 @@ class Storm:
 
     def wait(self, engine: subprocess.Popen) -> None:
         """At times until a sample is written, so that kills fall into decoding too."""
-        known, end = self.written(), time.monotonic() + 30
+        known, end = self.written(), time.monotonic() + 3 * self.pause[1]
         if self.random.random() < 0.3:
             while self.written() == known and engine.poll() is None and time.monotonic() < end:
                 time.sleep(0.02)
