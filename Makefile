@@ -13,7 +13,7 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts compare test test-all test-ui lint bench-count tiny-model predictor clean
+.PHONY: help env charts compare test test-all test-ui test-faults test-slurm lint bench-count tiny-model predictor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,13 @@ test-all: env ## run every test
 
 test-ui: env ## run two notebooks in JupyterLab in a headless Chromium; screenshots in figures/ui
 	@"$(PY)" -m pytest -m "slow or not slow" -rs tests/ui
+
+test-faults: env ## survival in full: a hundred kills over a running grid, and every other fault; half an hour
+	@"$(PY)" -m pytest -m "slow or not slow" tests/faults tests/test_lease.py tests/test_cell.py tests/test_record.py
+	@"$(PY)" tests/faults/storm.py --kills 100
+
+test-slurm: env ## the grid on a real one-node Slurm with two fake GPUs, a cell cancelled half-way; skips without Slurm
+	@"$(PY)" tests/slurm/run.py
 
 lint: env ## check style and formatting
 	@"$(PY)" -m ruff check .

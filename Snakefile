@@ -1,6 +1,7 @@
 # The cells of one grid; `make charts` calls it through kvlib.study. On a Slurm cluster:
 #   snakemake --executor slurm --jobs 20 --retries 2 --rerun-incomplete --keep-going --config seed=0
-# grid=, runs= and seed= after --config change the defaults; paths are relative to this file.
+# grid=, runs= and seed= after --config change the defaults; paths are relative to this file. On a machine with
+# several GPUs each cell leases one (kvlib.lease); KVLIB_TIME_LIMIT=3600 stops a kernel after an hour.
 # The cell command, not Snakemake, decides what is done: it skips, resumes and locks. Samples are no
 # declared output, because Snakemake deletes those; retries stand on the command line, because a rule's
 # own would multiply with the cluster's.
@@ -31,7 +32,9 @@ rule cell:
     output: update("{cell}/record.json")
     threads: lambda wildcards: CELLS[wildcards.cell].threads
     resources:
-        gpu=lambda wildcards: int(CELLS[wildcards.cell].device.startswith("cuda"))
+        gpu=lambda wildcards: int(CELLS[wildcards.cell].device.startswith("cuda")),
+        mem_mb=lambda wildcards: 32000 if CELLS[wildcards.cell].device.startswith("cuda") else 3000,
+        attempt=lambda wildcards, attempt: attempt,
     params:  # functions, because braces in a plain string would be wildcards
         python=lambda wildcards: sys.executable,
         notebook=lambda wildcards: str(NOTEBOOK),
@@ -41,4 +44,5 @@ rule cell:
     # exec, so that the cell command is Snakemake's own child and dies with it
     shell:
         "exec {params.python:q} -m kvlib.cell --notebook {params.notebook:q} --folder {params.folder:q}"
-        " --config {params.config:q} > {params.folder:q}/run.log 2>&1"
+        " --config {params.config:q} --parent $PPID --attempt {resources.attempt}"
+        " > {params.folder:q}/run.log 2>&1"

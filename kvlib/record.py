@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from kvlib.files import sync_folder, write_atomically
 RESULT_VERSION = 1  # raise it when the code's results change for the same config
 SAMPLES_SCHEMA = "kvlib.samples/1"
 RECORD_SCHEMA = "kvlib.record/1"
+AGAIN = "Run the study again: the cell is rebuilt from its samples"
 SAMPLE_KEYS = {"id", "problem", "sample", "output", "answer", "correct", "n_prompt", "n_tokens", "stop"}
 
 
@@ -149,12 +151,13 @@ def set_torn_tail_aside(path: Path, end: int) -> None:
             os.fsync(file.fileno())
 
 
-def rotate(folder: Path) -> None:
-    """Move samples.jsonl and record.json to the next free samples.N.jsonl and record.N.json."""
+def rotate(folder: Path, names: Iterable[str] = ("record.json", "samples.jsonl")) -> None:
+    """Move these files to the next free record.N.json and samples.N.jsonl, the record first: it must not outlive
+    its samples."""
     number = 1
     while any(folder.glob(f"*.{number}.json*")):
         number += 1
-    for name in ("record.json", "samples.jsonl"):  # the record first: it must not outlive its samples
+    for name in names:
         path = folder / name
         if path.exists():
             path.rename(path.with_suffix(f".{number}{path.suffix}"))
@@ -175,11 +178,17 @@ def publish(folder, record: dict) -> dict:
         raise RecordError(f"the record for {folder} is not plain JSON ({error})") from error
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "record.json"
+        if path.exists():
+            try:
+                parse_record(path, path.read_bytes())
+            except RecordError:
+                rotate(folder, ["record.json"])  # damaged or edited: kept, but no longer in the way
         body["schema"] = RECORD_SCHEMA
         body["samples_sha256"] = sha256(samples.read_bytes()) if samples.exists() else None
         body["sha256"] = body_sha256(body)
         text = json.dumps(body, indent=1, sort_keys=True) + "\n"
-        write_atomically(folder / "record.json", text.encode())
+        write_atomically(path, text.encode())
     return body
 
 
@@ -189,24 +198,28 @@ def read_record(folder) -> dict:
     Raises RecordError if there is none, or if it or its samples were damaged or edited.
     """
     path = Path(folder) / "record.json"
-    again = "Run the study again: the cell is rebuilt from its samples"
     with explained(Path(folder)):
         if not path.exists():
             raise RecordError(f"no record at {path}: the cell has not finished. Run the study (again)")
         content = path.read_bytes()
         samples = path.with_name("samples.jsonl")
         samples_sha256 = sha256(samples.read_bytes()) if samples.exists() else None
+    record = parse_record(path, content)
+    if samples_sha256 not in (None, record["samples_sha256"]):
+        raise RecordError(f"{samples} is not the file that {path} was made from. {AGAIN}")
+    return record
+
+
+def parse_record(path: Path, content: bytes) -> dict:
     try:
         record = json.loads(content)
         schema, stored = record["schema"], record["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path} is damaged: not a record. {again}") from error
+        raise RecordError(f"{path} is damaged: not a record. {AGAIN}") from error
     if schema != RECORD_SCHEMA:
-        raise RecordError(f"{path} has the schema {schema!r}, this kvlib reads {RECORD_SCHEMA}. {again}")
+        raise RecordError(f"{path} has the schema {schema!r}, this kvlib reads {RECORD_SCHEMA}. {AGAIN}")
     if stored != body_sha256(record):
-        raise RecordError(f"{path} was damaged or edited: its checksum does not match. {again}")
-    if samples_sha256 not in (None, record["samples_sha256"]):
-        raise RecordError(f"{samples} is not the file that {path} was made from. {again}")
+        raise RecordError(f"{path} was damaged or edited: its checksum does not match. {AGAIN}")
     return record
 
 
@@ -285,6 +298,8 @@ def provenance() -> dict:
         "os": platform.platform(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "utc": utc_now(),
         "command": os.environ.get("KVLIB_COMMAND", interactive),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import inspect
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from kvlib import noise
 from kvlib.config import RunConfig
 from kvlib.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
-from kvlib.errors import ConfigError
+from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.fitted import check_fitted, fit
 from kvlib.generate import Completion, Decoder, Request, generate
 from kvlib.grade import pass_at_1, verdicts
@@ -111,10 +112,8 @@ def build_decoder(
     config: RunConfig, reasoner: Reasoner, requests: list[Request], policy: Policy | None = None, **options
 ) -> Decoder:
     """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
-    policy = fit(policy or make_policy(config.policy, **config.policy_options), config.model, reasoner)
-    if config.kv_budget is not None:
-        for request in sorted(requests, key=lambda request: -len(request.prompt)):
-            policy.check(config.kv_budget, len(request.prompt), request.id)
+    policy = policy or make_policy(config.policy, **config.policy_options)
+    check_lengths(policy, config.kv_budget, requests)
     settings = {
         "n_rows": config.batch_size,
         "n_prompt_max": max(len(request.prompt) for request in requests),
@@ -123,7 +122,15 @@ def build_decoder(
         "eos_ids": reasoner.eos_ids,
         "answer_id": reasoner.answer_id,
     }
+    policy = fit(policy, config.model, reasoner)
     return Decoder(reasoner.model, policy, config.kv_budget, **{**settings, **options})
+
+
+def check_lengths(policy: Policy, kv_budget: int | None, requests: list[Request]) -> None:
+    """Raise ConfigError naming the longest prompt if it does not fit into the budget."""
+    if kv_budget is not None:
+        for request in sorted(requests, key=lambda request: -len(request.prompt)):
+            policy.check(kv_budget, len(request.prompt), request.id)
 
 
 def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -> dict:
@@ -208,27 +215,35 @@ def run(
     """
     check(config, policy)
     torch.set_num_threads(config.threads)
-    reasoner = load_reasoner(config.model, config.dtype, config.device)
+    try:
+        reasoner = load_reasoner(config.model, config.dtype, config.device)
+    except torch.OutOfMemoryError as error:
+        raise GpuMemoryError(f"the GPU has no room for {config.model}: free it, or use a larger one") from error
     problems = load_problems(config.dataset, config.n_problems)
     by_id = {problem.id: problem for problem in problems}
     requests = requests_of(config, problems, reasoner)
+    # Before older samples are moved aside.
+    check_lengths(policy or make_policy(config.policy, **config.policy_options), config.kv_budget, requests)
     meter = Meter(config.device)
-    decoder = build_decoder(config, reasoner, requests, policy, meter=meter)
     mark = run_fingerprint(config, notebook_sha256, policy)
     header = {"fingerprint": mark, "config": config.parameters(), "provenance": provenance()}
     started = time.monotonic()
     with SampleLog(folder, header) as log:
         n_before = len(log.done)
-        queues = [
-            [request for request in requests[row :: config.batch_size] if request.id not in log.done]
-            for row in range(config.batch_size)
-        ]
-        for completion in generate(decoder, queues):
-            problem = by_id[completion.request.id.rsplit("/", 1)[0]]
-            log.append(sample_entry(completion, problem, reasoner))
-            if progress:
-                progress(len(log.done), len(requests))
+
+        def decoded(n_rows: int) -> Decoder:
+            decoder = build_decoder(config, reasoner, requests, policy, meter=meter, n_rows=n_rows)
+            queues = [[r for r in requests[row::n_rows] if r.id not in log.done] for row in range(n_rows)]
+            for completion in generate(decoder, queues):
+                problem = by_id[completion.request.id.rsplit("/", 1)[0]]
+                log.append({**sample_entry(completion, problem, reasoner), "n_rows": n_rows})
+                if progress:
+                    progress(len(log.done), len(requests))
+            return decoder
+
+        decoder = halved_once(config, log.done, decoded)
         samples = [log.done[request.id] for request in requests]
+        n_rows = len(decoder.current)
         return publish(
             folder,
             {
@@ -242,9 +257,36 @@ def run(
                 "cost": {
                     "kv_bytes": decoder.cache.nbytes(),
                     "slots_per_row": decoder.cache.shape.n_slots,
+                    "n_rows": n_rows,
+                    "batch_halved": n_rows < config.batch_size,
                     "seconds": time.monotonic() - started,
                     "phase_seconds": meter.seconds(),
                     "resumed_samples": n_before,
                 },
             },
         )
+
+
+def halved_once(config: RunConfig, done: dict[str, dict], decoded: Callable[[int], Decoder]) -> Decoder:
+    """decoded(config.batch_size), or, once the GPU runs out of memory, with half the rows: for the rest of the cell.
+
+    done: samples by id; those of an earlier attempt that was halved say so in n_rows. Costs of a halved cell are not
+    comparable with others, and its samples round differently: its record says cost.batch_halved. Raises
+    GpuMemoryError if there is no room for half the rows either.
+    """
+    half = max(1, config.batch_size // 2)
+    if any(sample.get("n_rows") == half for sample in done.values()):
+        sizes = [half]
+    else:
+        sizes = list(dict.fromkeys([config.batch_size, half]))
+    for n_rows in sizes:
+        try:
+            return decoded(n_rows)
+        except torch.OutOfMemoryError as error:
+            print(f"out of GPU memory at {n_rows} rows: {str(error).splitlines()[0]}", flush=True)
+        # Only now is the failed decoder free: the error's traceback held it.
+        gc.collect()
+        torch.cuda.empty_cache()
+    tried = " nor at ".join(map(str, sizes))
+    raise GpuMemoryError(f"the GPU has no room for {config.cell_path} at batch_size {tried}: lower batch_size, or free "
+                         f"the GPU; the {len(done)} finished samples are kept")  # fmt: skip

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kvlib
-from kvlib.cell import NotebookError, check_parameters, execute_notebook
+from kvlib.cell import TIED, NotebookError, check_parameters, execute_notebook
 from kvlib.config import Grid, RunConfig, load_grid
-from kvlib.errors import ConfigError
+from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
 from kvlib.record import (  # fmt: skip
     LockedError,
@@ -37,9 +37,6 @@ from kvlib.record import (  # fmt: skip
 
 SNAKEFILE = Path(kvlib.__file__).parent.parent / "Snakefile"
 DRAWN = (".png", ".svg", ".csv")
-# A program that ends with the process that started it, whatever ends that.
-TIED = "import runpy, sys; from kvlib.cell import die_with_parent; die_with_parent(); "
-TIED += "sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 
 
 class StudyError(RuntimeError):
@@ -103,7 +100,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return failed(75, f"{error}.\nWait for that study to end, or stop it, then run this again")
     except ConfigError as error:
         return failed(2, error)
-    except (StudyError, RecordError, NotebookError) as error:
+    except (StudyError, RecordError, NotebookError, GpuMemoryError) as error:
         return failed(1, error)
     except KeyboardInterrupt:
         return failed(130, "\ninterrupted; every finished sample is kept, the same command continues")
@@ -327,7 +324,7 @@ def command(study: Study) -> str:
 @contextlib.contextmanager
 def tied(module: str, *arguments, output):
     """A Python module as a process of its own session that ends when this block or this process does."""
-    command = [sys.executable, "-c", TIED, module, *map(str, arguments)]
+    command = [sys.executable, "-c", TIED, str(os.getpid()), module, *map(str, arguments)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     try:
         yield process

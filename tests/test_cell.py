@@ -100,7 +100,7 @@ def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, text, monk
     monkeypatch.setattr(
         sys, "argv", ["cell", "--notebook", str(NOTEBOOK), "--folder", str(tmp_path / "c"), "--config", text]
     )
-    monkeypatch.setattr(cell, "die_with_parent", lambda: None)
+    monkeypatch.setattr(cell, "die_with_parent", lambda _: None)
     monkeypatch.setitem(sys.modules, "kvlib.run", type(sys)("kvlib.run"))
     sys.modules["kvlib.run"].check = sys.modules["kvlib.run"].run_fingerprint = None
     assert cell.main() == 2

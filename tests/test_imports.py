@@ -13,6 +13,7 @@ LAYERS = [
     {"errors", "noise", "rope", "meter", "cache", "sampling", "attention", "layers", "graph"} | {"policies", "select"},
     {
         "files",
+        "lease",
         "tensors",
         "config",
         "record",
@@ -33,7 +34,7 @@ LAYERS = [
     {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
     {"compare", "invariants"},
 ]
-TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]
+TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks", "lease"]
 TORCH_FREE += ["paired", "compare_figures", "answers", "equality", "tables"]
 
 

@@ -46,27 +46,6 @@ def test_the_header_keeps_the_provenance_of_generation(tmp_path):
         assert log.header["provenance"] == {"python": "3"}
 
 
-def test_a_line_torn_at_any_byte_costs_that_sample_only(tmp_path):
-    path = fill(tmp_path, range(3))
-    whole = path.read_bytes()
-    last = whole[:-1].rindex(b"\n") + 1
-    for cut in range(last, len(whole)):
-        path.write_bytes(whole[:cut])
-        with SampleLog(tmp_path, HEADER) as log:
-            assert list(log.done) == ["chain-a/0/0", "chain-a/1/0"], cut
-            log.append(sample(2))
-        assert path.read_bytes() == whole
-
-
-def test_a_header_torn_at_any_byte_starts_afresh(tmp_path):
-    path = fill(tmp_path, [])
-    whole = path.read_bytes()
-    for cut in range(0, len(whole), 7):
-        path.write_bytes(whole[:cut])
-        assert done(tmp_path) == {}
-        assert path.read_bytes() == whole
-
-
 def test_any_flipped_byte_in_a_middle_line_is_found(tmp_path):
     path = fill(tmp_path, range(2))
     whole = path.read_bytes()
@@ -244,6 +223,8 @@ def test_provenance_is_complete_and_plain(tmp_path):
         "os",
         "cpu",
         "cores",
+        "cuda_visible_devices",
+        "slurm_job",
         "utc",
         "command",
     }

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvlib import run as running
 from kvlib.config import RunConfig, load_grid
-from kvlib.errors import ConfigError
+from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.models import TINY, load_reasoner
 from kvlib.panels import measured_cells
 from kvlib.policies import Policy
 from kvlib.predictor import FILE, load_predictor
-from kvlib.record import RecordError, SampleLog, read_record
+from kvlib.record import RecordError, SampleLog, load_records, read_record
 from kvlib.run import check, run, run_fingerprint
 from kvlib.timing import time_dataset
 
@@ -85,6 +86,75 @@ def test_a_changed_config_moves_the_old_samples_aside(undisturbed, tmp_path):
     run(RunConfig(**{**SMALL, "n_problems": 6}, **DYNTS), tmp_path / "cell")
     assert any(path.read_bytes() == before for path in (tmp_path / "cell").glob("samples*.jsonl"))
     assert len(samples_of(tmp_path / "cell")) == 6
+
+
+FEW = {"n_problems": 10, "batch_size": 4, "max_new_tokens": 24}
+
+
+def small_gpu(monkeypatch, most_rows: int, after: int = 0, stop_after: int = 99):
+    """A GPU whose memory ends with more than so many rows, once `after` samples are made."""
+    real, n_made = running.generate, 0
+
+    def generate(decoder, queues):
+        nonlocal n_made
+        for completion in real(decoder, queues):
+            if n_made >= after and len(decoder.current) > most_rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            if n_made == stop_after:
+                raise KeyboardInterrupt
+            n_made += 1
+            yield completion
+
+    monkeypatch.setattr(running, "generate", generate)
+
+
+def rows_of(folder) -> list[int]:
+    return [sample["n_rows"] for sample in samples_of(folder).values()]
+
+
+def test_out_of_gpu_memory_halves_the_batch_once_and_flags_the_record(tmp_path, monkeypatch):
+    config = RunConfig(**{**DYNTS, **FEW})
+    small_gpu(monkeypatch, most_rows=2, after=3)
+    record = run(config, tmp_path / "halved")
+    assert rows_of(tmp_path / "halved") == [4] * 3 + [2] * 7
+    assert (record["cost"]["batch_halved"], record["cost"]["n_rows"], record["config"]["batch_size"]) == (True, 2, 4)
+    assert record["results"]["n_samples"] == 10
+    monkeypatch.undo()
+    assert run(config, tmp_path / "whole")["cost"]["batch_halved"] is False
+    frame = load_records(tmp_path)
+    assert list(frame["batch_halved"]) == [True, False] and list(frame["batch_size"]) == [4, 4]
+
+
+def test_a_halved_cell_stays_halved_when_it_is_continued(tmp_path, monkeypatch):
+    config = RunConfig(**{**DYNTS, **FEW})
+    small_gpu(monkeypatch, most_rows=2, after=3, stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path)
+    monkeypatch.undo()
+    assert run(config, tmp_path)["cost"]["batch_halved"] and rows_of(tmp_path) == [4] * 3 + [2] * 7
+
+
+def test_no_room_for_half_the_batch_is_a_failure_that_scores_nothing(tmp_path, monkeypatch):
+    config = RunConfig(**{**DYNTS, **FEW})
+    whole = run(config, tmp_path / "whole")
+    small_gpu(monkeypatch, most_rows=1, after=3)
+    with pytest.raises(
+        GpuMemoryError, match=r"dynts/b128/s0 at batch_size 4 nor at 2: .*the 3 finished samples are kept"
+    ):
+        run(config, tmp_path / "cell")
+    assert not (tmp_path / "cell" / "record.json").exists() and rows_of(tmp_path / "cell") == [4] * 3
+    monkeypatch.undo()
+    assert run(config, tmp_path / "cell")["results"] == whole["results"]
+    assert samples_of(tmp_path / "cell") == samples_of(tmp_path / "whole")
+
+
+def test_a_model_that_does_not_fit_is_a_sentence(tmp_path, monkeypatch):
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(running, "load_reasoner", load)
+    with pytest.raises(GpuMemoryError, match="no room for tiny: free it"):
+        run(RunConfig(**{**DYNTS, **FEW}), tmp_path)
 
 
 def test_weights_of_zero_fall_to_the_guessing_floor(tmp_path):

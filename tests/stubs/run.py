@@ -1,9 +1,11 @@
 """A kvlib.run without a model: a sample is a string and a sleep of STUB_SLEEP seconds."""
 
 import os
+import signal
 import time
+from pathlib import Path
 
-from kvlib.errors import ConfigError
+from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 
 
@@ -38,6 +40,14 @@ def run(config, folder, notebook_sha256):
                     "rounds": 1,
                 }
                 log.append(sample)
+                if config.dataset == "hung":
+                    time.sleep(3600)
+                if config.dataset == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if config.dataset == "full-gpu":
+                    with open(Path(folder) / "tries", "a") as file:
+                        file.write("x")
+                    raise GpuMemoryError("the GPU has no room, not even for half")
         results = {"n_problems": config.n_problems, "n_correct": len(log.done)}
         if config.dataset == "silent":
             return None

@@ -1,0 +1,87 @@
+"""One GPU per cell on a machine with several: a lock file per device, freed by the kernel however its holders end.
+
+Snakemake counts GPUs but never says which one a job has.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import random
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvlib.errors import ConfigError
+
+
+@contextlib.contextmanager
+def leased_gpu(folder: Path | None = None) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
+    """Hold one of the visible GPUs that no other process of this user holds; waits for one.
+
+    Yields (environment, descriptors): what sets CUDA_VISIBLE_DEVICES to that GPU alone, and the open files which a
+    child must inherit if the GPU is to stay leased until the child has ended too. Both are empty if there is nothing
+    to choose: no GPU, or CUDA_VISIBLE_DEVICES (the user's, or Slurm's) names one already. folder: of the lock files,
+    default one per user and machine. Raises ConfigError if that folder belongs to somebody else.
+    """
+    gpus = visible_gpus()
+    if not gpus or (len(gpus) == 1 and "CUDA_VISIBLE_DEVICES" in os.environ):
+        yield {}, ()
+        return
+    folder = private_folder(folder or Path("/tmp") / f"kvlib-gpus-{os.getuid()}")
+    with contextlib.ExitStack() as held:
+        gpu, descriptor = held.enter_context(first_free(folder, gpus))
+        yield {"CUDA_VISIBLE_DEVICES": gpu}, (descriptor,)
+
+
+@contextlib.contextmanager
+def first_free(folder: Path, gpus: list[str]) -> Iterator[tuple[str, int]]:
+    for attempt in itertools.count():
+        for gpu in random.sample(gpus, len(gpus)):
+            with open(folder / gpu.replace("/", "-"), "a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike lockf, shared with a child that inherits
+                except BlockingIOError:
+                    continue
+                yield gpu, file.fileno()
+                return
+        if attempt == 0:
+            print(f"waiting for one of {len(gpus)} GPUs", flush=True)
+        time.sleep(0.5)
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or else all GPUs; by UUID, so that no GPU has two names."""
+    known = all_gpus()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return known
+    names = itertools.takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in named.split(",")))
+    return list(dict.fromkeys(uuid_of(name, known) for name in names))
+
+
+def uuid_of(name: str, known: list[str]) -> str:
+    """Of a GPU named by its index (as nvidia-smi counts) or the start of its UUID; the name itself if unknown."""
+    if name.isdecimal() and int(name) < len(known):
+        return known[int(name)]
+    matches = [uuid for uuid in known if uuid.startswith(name)]
+    return matches[0] if len(matches) == 1 else name
+
+
+def all_gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+        return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return []
+
+
+def private_folder(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(f"{folder} belongs to somebody else and cannot hold this user's GPU locks; remove it, or "
+                          "choose a GPU with CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+    return folder
