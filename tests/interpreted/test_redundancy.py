@@ -12,6 +12,7 @@ CASES = [
     ((2, 33, 8), torch.bfloat16, 0.9),
     ((1, 64, 8), torch.float32, None),
     ((3, 22, 8), torch.float32, 2.0),
+    ((1, 22, 8), torch.float32, -0.1),  # more similar than the threshold: the diagonal, and what pads a tile
 ]
 
 
