@@ -1,12 +1,13 @@
-"""Problems that predictors learn on: chains, sums in words, MATH train, or a JSONL file. Knows no model."""
+"""Problems that predictors learn on: chains, sums in words, MATH train, or a file of one's own. Knows no model."""
 
-import json
 import random
 import re
 from pathlib import Path
 
 from kvlib.datasets import Problem
 from kvlib.errors import ConfigError
+from kvlib.grade import comparer
+from kvlib.tables import read_rows
 from kvlib.tiny.tasks import extract_answer, make_chain
 
 LEVEL_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
@@ -28,7 +29,7 @@ THINGS = ("apples", "books", "stickers", "marbles", "coins", "pencils", "cards",
 
 def training_problems(name: str, n: int, seed: int) -> list[Problem]:
     """n problems of a training set, the same for the same seed: "chains" (what the tiny reasoner solves), "sums"
-    (made-up arithmetic word problems), "math" (MATH train), or a JSONL file with the fields problem and answer.
+    (made-up arithmetic word problems), "math" (MATH train), or a file of rows with the fields problem and answer.
 
     None is in a reported dataset of kvlib. Raises ConfigError for what is unknown, missing or too small.
     """
@@ -38,7 +39,7 @@ def training_problems(name: str, n: int, seed: int) -> list[Problem]:
         return [_sum(i, seed) for i in range(n)]
     found = [
         Problem(f"{Path(name).stem}/{i}", entry["problem"], entry["answer"])
-        for i, entry in enumerate(math_train() if name == "math" else read_jsonl(Path(name)))
+        for i, entry in enumerate(math_train() if name == "math" else entries_of(Path(name)))
     ]
     if n > len(found):
         raise ConfigError(f"n_traces is {n} and training set {name!r} has {len(found)} problems; use at most that")
@@ -53,7 +54,7 @@ def right_answer(name: str, problem: Problem, output: str) -> bool:
         stated = re.findall(r"answer is\D{0,3}(\d+)", output)
         return bool(stated) and stated[-1] == problem.answer
     stated = boxed(output.rpartition("</think>")[2])
-    return bool(stated) and plain(stated) == plain(problem.answer)
+    return stated is not None and comparer().strictly(problem.answer, stated) is True
 
 
 def _chain(i: int, seed: int) -> Problem:
@@ -116,21 +117,18 @@ def math_train() -> list[dict]:
     return entries
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Entries with problem and answer (or a solution that boxes it), one a line. Raises ConfigError."""
+def entries_of(path: Path) -> list[dict]:
+    """Problem and answer (or what a solution boxes) of each row of a file. Raises ConfigError."""
     if not path.is_file():
-        raise ConfigError(
-            f"unknown training set {str(path)!r}; use 'chains', 'sums', 'math' or the path of a JSONL file"
-        )
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            answer = entry["answer"] if "answer" in entry else boxed(entry["solution"])
-            entries.append({"problem": str(entry["problem"]), "answer": str(answer)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}:{number} is no JSON object with the fields problem and answer") from error
-    return entries
+        raise ConfigError(f"unknown training set {str(path)!r}; use 'chains', 'sums', 'math' or the path of a file")
+    rows = read_rows(path)
+    for row in rows:
+        if "problem" not in row or not {"answer", "solution"} & set(row):
+            raise ConfigError(f"{path} has a row without the fields problem and answer or solution; name them so")
+    return [
+        {"problem": str(row["problem"]), "answer": str(row.get("answer", boxed(str(row.get("solution", "")))))}
+        for row in rows
+    ]
 
 
 def boxed(text: str) -> str | None:
@@ -146,12 +144,3 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return rest[-1][1:i]
     return None
-
-
-def plain(answer: str) -> str:
-    """An answer in one spelling of many; two that differ in more count as different, so a right trace may be lost."""
-    answer = re.sub(r"\\(text|mbox|mathrm)\{\s*([^{}]*?)\s*\}", r"\2", answer.replace("$", ""))
-    answer = re.sub(r"\\left|\\right|\\[!,;: ]|\\%|%|\^\{?\\circ\}?|\s", "", answer)
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
-    answer = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)
-    return answer.rstrip(".")
