@@ -208,18 +208,21 @@ def commit_of(name: str) -> str:
     return cached.name if cached else on_hub(name).sha
 
 
-def fetch_model(name: str) -> Path | None:
-    """The folder of a hub model, downloaded if it is not whole in the cache; None for another. Raises ConfigError."""
-    if name == "tiny" or gguf_file(name) or not hub_id(name):
-        return None
-    cached = cached_snapshot(name)
-    if cached:
-        return cached
+def download_folder(name: str) -> Path | None:
+    """The cache of the hub, if a hub model is still to be downloaded into it; else None. Raises ConfigError."""
+    is_hub = name != "tiny" and gguf_file(name) is None and hub_id(name) is not None
+    return Path(constants.HF_HUB_CACHE) if is_hub and cached_snapshot(name) is None else None
+
+
+def fetch_model(name: str) -> None:
+    """Download a hub model that is not whole in the cache, before many cells want it at once. Raises ConfigError."""
+    if download_folder(name) is None:
+        return
     info = on_hub(name)
     print(f"downloading {name} into {constants.HF_HUB_CACHE}", flush=True)
     repo, revision = hub_id(name)
     try:
-        return Path(snapshot_download(repo, revision=revision or info.sha, allow_patterns=HUB_FILES))
+        snapshot_download(repo, revision=revision or info.sha, allow_patterns=HUB_FILES)
     except (OSError, HTTPError) as error:
         raise ConfigError(hub_trouble(name, error)) from error
 
