@@ -79,7 +79,7 @@ tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.tiny.train \
 		--seed $(TRAIN_SEED) --out runs/tiny-model$(if $(filter 7,$(TRAIN_SEED)),,-s$(TRAIN_SEED))
 
-predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen
+predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen, r1-llama
 	@"$(PY)" -m kvlib.predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
 
 clean: ## remove caches and build leftovers; keeps .venv and everything measured

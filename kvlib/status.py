@@ -26,8 +26,13 @@ class CellState:
     new: int = 0
 
 
-def cell_state(root: Path, folder: Path, config: RunConfig, mark: str | None, total: int | None) -> CellState:
-    """mark: the cell's fingerprint; None where it cannot be known here, then the config alone decides."""
+def cell_state(
+    root: Path, folder: Path, config: RunConfig, mark: str | None, total: int | None, since: float | None = None
+) -> CellState:
+    """mark: the cell's fingerprint; None where it cannot be known here, then the config alone decides.
+
+    since: when the run at work began (a file's time), None if there is none.
+    """
     name = str(folder.relative_to(root))
 
     def belongs(entry: dict) -> bool:
@@ -45,9 +50,12 @@ def cell_state(root: Path, folder: Path, config: RunConfig, mark: str | None, to
                 return CellState(name, "done", n, n, "", cost.get("seconds", 0.0), n - cost.get("resumed_samples", 0))
             note = "its record was made with other settings, data, weights or notebook; the next run decodes it anew"
     done = n_samples(folder / "samples.jsonl", belongs)
-    if is_locked(folder / ".lock"):
+    log = folder / "run.log"
+    why = failure(log)
+    # A cell loads its model's library before it takes its lock.
+    begun = since is not None and not why and log.exists() and log.stat().st_mtime >= since
+    if begun or is_locked(folder / ".lock"):
         return CellState(name, "running", done, total)
-    why = failure(folder / "run.log")
     return CellState(name, "failed" if why else "missing", done, total, why or note)
 
 

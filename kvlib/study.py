@@ -203,11 +203,13 @@ def make_plan(study: Study, given: argparse.Namespace) -> None:
 
 def cell_states(study: Study, prints: dict[Path, str] | None) -> list[CellState]:
     expected, problems = load_expected(study.grid), known_problems(study)
+    lock = study.folder / ".engine.lock"
+    since = lock.stat().st_mtime if is_locked(lock) else None
     states = []
     for folder, config in study.cells.items():
         n_problems = problems.get(config.dataset) or (expected and expected.problems.get(config.dataset))
         total = n_problems and n_problems * config.n_samples
-        states.append(cell_state(study.folder, folder, config, prints and prints[folder], total))
+        states.append(cell_state(study.folder, folder, config, prints and prints[folder], total, since))
     return states
 
 
