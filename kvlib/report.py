@@ -62,18 +62,19 @@ def report_html(grid: Grid, seed: int, charts: list[Path], tables: list[Path], r
 def summary(grid: Grid, seed: int) -> str:
     one = grid.cells(seed)[0]
     samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} per problem"
+    options = ", ".join(f"{name} {value}" for name, value in one.policy_options.items())
     return (
         f"<p>Model {text(one.model)} in {text(one.dtype)}; policy {text(grid.shared.get('policy', one.policy))} "
-        f"{text(one.policy_options or '')}; {samples}, temperature {one.temperature}, top-p {one.top_p}, top-k "
-        f"{one.top_k}, at most {one.max_new_tokens} new tokens. Pass@1 with a 95 % interval; throughput in tokens/s "
-        "with attention, eviction, sampling and bookkeeping included, unless a table says otherwise.</p>"
+        f"{text(f'({options})' if options else '')}; {samples}, temperature {one.temperature}, top-p {one.top_p}, "
+        f"top-k {one.top_k}, at most {one.max_new_tokens} new tokens. Pass@1 with a 95 % interval; throughput in "
+        "tokens/s with attention, eviction, sampling and bookkeeping included, unless a table says otherwise.</p>"
     )
 
 
 def figure(path: Path, rows: list[list[str]] | None) -> str:
     """The chart embedded. Its alternative text repeats the table's first columns, for who cannot see it."""
     content = base64.b64encode(path.read_bytes()).decode()
-    alt = f"Chart {path.stem}"
+    alt = f"Chart: {TITLES.get(path.stem, path.stem)}" + ("" if rows else "; its numbers are in no table of this page")
     if rows:
         alt += f" ({', '.join(rows[0][:5])}): " + "; ".join(", ".join(row[:5]) for row in rows[1:])
     return f'<figure><img alt="{text(alt)}" src="data:image/png;base64,{content}"></figure>'

@@ -138,9 +138,7 @@ def decode(study: Study, jobs: int | None) -> None:
     if prints is None or unfinished(prints):
         faults = find_faults(checks(study, jobs))
         if faults:
-            raise ConfigError(
-                "\n  - ".join([f"{len(faults)} thing(s) stand in the way of {study.grid.study}:", *faults])
-            )
+            raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults]))
         prints = cell_fingerprints(study)
     left = unfinished(prints)
     print(f"{len(prints) - len(left)} of {len(prints)} cells done", flush=True)
