@@ -31,20 +31,13 @@ LAYERS = [
     }
     | {"paired", "compare_figures", "answers", "equality", "mathverify", "tables"},
     {"fitted"},
-<<<<<<< HEAD
-    {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
+    {"run", "timing", "show", "cell", "bootstrap", "replay", "count"}
+    | {"plan", "preflight", "status", "report", "verify", "study"},
     {"compare", "invariants"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks", "lease"]
 TORCH_FREE += ["paired", "compare_figures", "answers", "equality", "tables"]
-=======
-    {"run", "timing", "show", "cell", "bootstrap", "replay"}
-    | {"plan", "preflight", "status", "report", "verify", "study"},
-    {"compare", "invariants"},
-]
-TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]
-TORCH_FREE += ["paired", "compare_figures", "plan", "preflight", "status", "report", "verify", "study"]
->>>>>>> 1d8843c (Profiles as data: plan, status, report, verify and a preflight around one sweep)
+TORCH_FREE += ["plan", "preflight", "status", "report", "verify", "study"]
 
 
 def imported_rooms(path: Path) -> set[str]:
