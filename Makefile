@@ -1,5 +1,7 @@
 SEED ?= 0
 PROFILE ?= tiny
+STUDY = "$(PY)" -m kvlib.study
+OF = --grid "notebooks/$(PROFILE).yml" --seed $(SEED) $(if $(GPUS),--jobs $(GPUS))
 TRAIN_SEED ?= 7
 SETUP := -I kvlib/bootstrap.py
 
@@ -13,7 +15,7 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts compare test test-all test-ui test-faults test-slurm lint bench-count tiny-model predictor clean
+.PHONY: help env charts sweep plan status report verify compare test test-all test-ui test-faults test-slurm lint bench-count tiny-model predictor clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,7 +30,22 @@ endif
 	@echo "Python: $(PY)"
 
 charts: env ## decode, grade, time and draw the four charts; SEED=1 for other noise
-	@"$(PY)" -m kvlib.study charts --grid notebooks/grid.yml --seed $(SEED)
+	@$(STUDY) charts --grid notebooks/tiny.yml --seed $(SEED)
+
+sweep: env ## the same for any study: PROFILE=tiny, smollm2, r1-qwen, r1-llama or your file; GPUS=4: cells at a time
+	@$(STUDY) charts $(OF)
+
+plan: env ## what a sweep takes (cells, hours, disk, GPU memory) and what is missing; starts nothing
+	@$(STUDY) plan $(OF)
+
+status: env ## how far a sweep is: done, running, failed, missing, time left; while it runs or not
+	@$(STUDY) status $(OF)
+
+report: env ## one HTML page of a sweep: charts, tables, provenance
+	@$(STUDY) report $(OF)
+
+verify: env ## checksums, completeness and duplicates of a sweep's records, or FOLDER=results/tiny
+	@$(STUDY) verify $(OF) $(if $(FOLDER),--folder "$(FOLDER)")
 
 compare: env ## compare all policies under equal terms: says how long first, continues when typed again
 	@"$(PY)" -m kvlib.compare run --grid notebooks/compare.yml
@@ -62,7 +79,7 @@ tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.tiny.train \
 		--seed $(TRAIN_SEED) --out runs/tiny-model$(if $(filter 7,$(TRAIN_SEED)),,-s$(TRAIN_SEED))
 
-predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen
+predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen, r1-llama
 	@"$(PY)" -m kvlib.predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
 
 clean: ## remove caches and build leftovers; keeps .venv and everything measured

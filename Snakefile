@@ -14,7 +14,7 @@ from kvlib.config import load_grid
 from kvlib.record import notebook_sha256
 
 ROOT = Path(workflow.basedir)
-GRID = load_grid(ROOT / config.get("grid", "notebooks/grid.yml"))
+GRID = load_grid(ROOT / config.get("grid", "notebooks/tiny.yml"))
 RUNS = ROOT / config.get("runs", "runs") / GRID.study
 NOTEBOOK = GRID.path.parent / "30_run.ipynb"
 CELLS = {cell.cell_path: cell for cell in GRID.cells(int(config.get("seed", 0)))}

@@ -108,7 +108,7 @@ class Grid:
     """One study: its datasets x KV budgets (slots) at one policy, read from `path`.
 
     timing, None or {batch_size, n_steps, repeats}, asks for a timing run per dataset. `shared` holds
-    the RunConfig fields that all cells have in common.
+    the RunConfig fields that all cells have in common. expected: what `kvlib.plan` reckons its cost with.
     """
 
     path: Path
@@ -118,6 +118,7 @@ class Grid:
     full_cache: bool
     timing: dict | None
     shared: dict
+    expected: dict | None = None
 
     def cells(self, seed: int = 0) -> list[RunConfig]:
         """Every cell on this seed's noise: budgets dataset by dataset, full cache last."""
@@ -156,7 +157,7 @@ def read_yaml(path: Path, what: str, hint: str):
 def parse_grid(content, path: Path) -> Grid:
     if not isinstance(content, Mapping):
         raise ConfigError("a grid is a mapping with the keys study, datasets and kv_budgets")
-    own = ["study", "datasets", "kv_budgets", "full_cache", "timing"]
+    own = ["study", "datasets", "kv_budgets", "full_cache", "timing", "expected"]
     shared = [name for name in RULES if name not in ("dataset", "kv_budget", "seed")]
     check_names(content, own + shared, "key")
     missing = [name for name in ("study", "datasets", "kv_budgets") if name not in content]
@@ -182,6 +183,7 @@ def parse_grid(content, path: Path) -> Grid:
         full_cache=content.get("full_cache", False),
         timing=None if timing is None else dict(timing),
         shared={name: content[name] for name in shared if name in content},
+        expected=content.get("expected"),
     )
     if not grid.cells():
         raise ConfigError("the grid has no cell; list at least one dataset, and a budget or full_cache: true")

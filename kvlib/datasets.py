@@ -227,26 +227,32 @@ def _fetch(name: str) -> Path:
         return Path(name)
     spec = _benchmark_of(name)
     page = f"https://huggingface.co/datasets/{spec.hub_id}"
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, LocalEntryNotFoundError
 
+    at = {"repo_type": "dataset", "revision": spec.revision}
+    unreachable = (
+        f"{name} is not in the hub's cache and the hub cannot be reached; where there is a network run "
+        f"`hf download --repo-type dataset {spec.hub_id} {spec.file} --revision {spec.revision}` and copy "
+        "the cache (HF_HOME), or set dataset to the path of a local file"
+    )
     try:
-        path = Path(hf_hub_download(spec.hub_id, spec.file, repo_type="dataset", revision=spec.revision))
+        if not constants.is_offline_mode() and not try_to_load_from_cache(spec.hub_id, spec.file, **at):
+            HfApi().repo_info(spec.hub_id, **at, timeout=15)  # a download tries for half a minute before it gives up
+        path = Path(hf_hub_download(spec.hub_id, spec.file, **at))
     except GatedRepoError as error:
         raise ConfigError(
             f"{name} is gated: accept its terms at {page}, then log in with `hf auth login` (or set HF_TOKEN)"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ConfigError(
-            f"{name} is not in the hub's cache and the hub cannot be reached; where there is a network run "
-            f"`hf download --repo-type dataset {spec.hub_id} {spec.file} --revision {spec.revision}` and copy "
-            "the cache (HF_HOME), or set dataset to the path of a local file"
-        ) from error
+        raise ConfigError(unreachable) from error
     except (OSError, EntryNotFoundError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"{name} could not be had from {page} ({reason}); check network and login, or set dataset to a local file"
         ) from error
+    except HTTPError as error:  # the network's, which is no OSError
+        raise ConfigError(unreachable) from error
     if _file_sha256(path) != spec.sha256:
         raise ConfigError(f"{path} is not the {name} that kvlib knows (its sha256 differs); delete it and run again")
     return path

@@ -49,10 +49,14 @@ def fitted_path(need: str, policy: Policy, model: str) -> Path:
         return checked_file(TINY, fitted.file)
     path = Path(given) if given else Path(model) / fitted.file
     if not path.is_file():
+        command = f"{fitted.command} --model {model} --out {path.parent}"
+        if need == "predictor" and path.parent.parent.name == "predictor":  # where a profile's predictor is made
+            command = f"make predictor PROFILE={path.parent.name}"
+        elif not path.parent.is_dir():  # no folder of weights
+            command = f"{fitted.command} --model {model}"
         raise ConfigError(
             f"policy {type(policy).__name__} needs the {need} of model {model!r}, and there is no {path}; make it "
-            f"with `{fitted.command} --model {model} --out {path.parent}`, name its file in "
-            f"policy_options.{need}, or use another policy"
+            f"with `{command}`, name its file in policy_options.{need}, or use another policy"
         )
     return path
 

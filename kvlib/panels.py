@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvlib.config import Grid
+from kvlib.config import Grid, folder_name
 from kvlib.datasets import dataset_title
 from kvlib.errors import ConfigError
 from kvlib.figures import EXACT, PUBLISHED_RULES, TINY_CAVEAT, IncompleteError
@@ -73,7 +73,7 @@ def measured_cells(
     rows = []
     for cell in grid.cells(seed):
         folder = records / cell.cell_path
-        timing_folder = records / cell.dataset / "timing" / f"s{seed}"
+        timing_folder = records / folder_name(cell.dataset) / "timing" / f"s{seed}"
         if not (folder / "record.json").exists() or not (timing_folder / "record.json").exists():
             continue
         record, timing = read_record(folder), read_record(timing_folder)

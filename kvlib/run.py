@@ -5,7 +5,7 @@ import functools
 import gc
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from kvlib.fitted import check_fitted, fit
 from kvlib.generate import Completion, Decoder, Request, generate
 from kvlib.grade import pass_at_1, verdicts
 from kvlib.meter import Meter
-from kvlib.models import Reasoner, check_model, load_reasoner, weights_sha256
+from kvlib.models import Reasoner, check_model, load_reasoner, load_tokenizer, weights_sha256
 from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.sampling import Sampling
@@ -30,18 +30,53 @@ INSTRUCTIONS = {
 
 
 def check(config: RunConfig, policy: Policy | None = None) -> None:
-    """Raise ConfigError for an unknown model, dataset, policy or setting, before any model is loaded.
+    """Raise ConfigError for an unknown or missing model, dataset, policy or setting, before any model is loaded.
 
-    policy: one of your own, instead of the preset config.policy.
+    Its message has a line for each. policy: one of your own, instead of the preset config.policy.
     """
-    check_model(config.model)
-    check_dataset(config.dataset)
-    policy = policy or make_policy(config.policy, **config.policy_options)
-    check_fitted(policy, config.model)
-    if config.kv_budget is not None:
-        policy.check(config.kv_budget, 0, config.dataset)
+    faults = []
+
+    def attempt(step: Callable, *given, **options):
+        try:
+            return step(*given, **options)
+        except ConfigError as error:
+            faults.append(str(error))
+
+    attempt(check_model, config.model)
+    attempt(check_dataset, config.dataset)
+    policy = policy or attempt(make_policy, config.policy, **config.policy_options)
+    if policy:
+        attempt(check_fitted, policy, config.model)
+        if config.kv_budget is not None:
+            attempt(policy.check, config.kv_budget, 0, config.dataset)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
+        faults.append(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def check_prompts(configs: Iterable[RunConfig]) -> None:
+    """Raise ConfigError with a line for each config that has a prompt its KV budget cannot hold; loads no model."""
+    faults, longest = [], {}
+    for config in configs:
+        of = (config.model, config.dataset, config.n_problems)
+        if of not in longest:
+            one_each = dataclasses.replace(config, n_samples=1)
+            requests = requests_of(
+                one_each, load_problems(config.dataset, config.n_problems), tokenizer_of(config.model)
+            )
+            longest[of] = max(requests, key=lambda request: len(request.prompt))
+        if config.kv_budget is not None:
+            policy, request = make_policy(config.policy, **config.policy_options), longest[of]
+            try:
+                policy.check(config.kv_budget, len(request.prompt), request.id)
+            except ConfigError as error:
+                faults.append(f"{config.cell_path}: {error}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+tokenizer_of = functools.cache(load_tokenizer)
 
 
 def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | None = None) -> str:
@@ -226,7 +261,8 @@ def run(
     check_lengths(policy or make_policy(config.policy, **config.policy_options), config.kv_budget, requests)
     meter = Meter(config.device)
     mark = run_fingerprint(config, notebook_sha256, policy)
-    header = {"fingerprint": mark, "config": config.parameters(), "provenance": provenance()}
+    header = {"fingerprint": mark, "config": config.parameters()}
+    header["provenance"] = {**provenance(), "model": reasoner.sha256}
     started = time.monotonic()
     with SampleLog(folder, header) as log:
         n_before = len(log.done)

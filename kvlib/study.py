@@ -1,29 +1,34 @@
-"""A whole study from its grid: decode every cell, time, draw; or publish what was measured.
+"""A whole study from its grid: plan, decode every cell, time, draw; its status, report and verification; publish.
 
-    python -m kvlib.study charts --grid notebooks/grid.yml --seed 0
-    python -m kvlib.study publish --grid notebooks/grid.yml --seed 0 --results results/tiny
+    python -m kvlib.study charts --grid notebooks/tiny.yml --seed 0
+    python -m kvlib.study publish --grid notebooks/tiny.yml --seed 0 --results results/tiny
 
 Snakemake runs the cells and this module only watches it. Everything is resumable: the same command again
-continues. Exit codes: 0 done, 1 something failed, 2 a bad grid, 75 another engine at work, 130 interrupted.
+continues. Exit codes: 0 done, 1 something failed, 2 a bad grid or something missing, 75 another engine at work,
+130 interrupted.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import kvlib
 from kvlib.cell import TIED, NotebookError, check_parameters, execute_notebook
-from kvlib.config import Grid, RunConfig, load_grid
+from kvlib.config import Grid, RunConfig, folder_name, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
+from kvlib.plan import estimate, load_expected, plan_text
+from kvlib.preflight import check_disk, check_gpus, check_locks, find_faults, visible_gpus
 from kvlib.record import (  # fmt: skip
     LockedError,
     RecordError,
@@ -34,6 +39,9 @@ from kvlib.record import (  # fmt: skip
     read_record,
     sha256,
 )
+from kvlib.report import report_html
+from kvlib.status import CellState, cell_state, is_locked, seconds_left, status_text, timing_state
+from kvlib.verify import verdict_text, verify
 
 SNAKEFILE = Path(kvlib.__file__).parent.parent / "Snakefile"
 DRAWN = (".png", ".svg", ".csv")
@@ -52,32 +60,31 @@ class Study:
         self.figures = figures / grid.study / f"s{seed}"
         self.cells = {self.folder / cell.cell_path: cell for cell in grid.cells(seed)}
         timed = grid.datasets if grid.timing else []
-        self.timings = {self.folder / name / "timing" / f"s{seed}": name for name in timed}
+        self.timings = {self.folder / folder_name(name) / "timing" / f"s{seed}": name for name in timed}
+        self.model = next(iter(self.cells.values())).model
         self.notebook = grid.path.parent / "30_run.ipynb"
         self.charts = grid.path.parent / "40_charts.ipynb"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvlib.study", description=__doc__.splitlines()[0])
-    parser.add_argument("do", choices=["charts", "publish"])
-    parser.add_argument("--grid", type=Path, default=Path("notebooks/grid.yml"), help="default: %(default)s")
+    parser.add_argument("do", choices=list(DO))
+    parser.add_argument("--grid", type=Path, default=Path("notebooks/tiny.yml"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise; default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, 1 on a GPU")
+    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, on GPUs 1")
     parser.add_argument("--results", type=Path, help="publish: where to; default: results/<study>")
+    parser.add_argument("--folder", type=Path, help="verify: records to verify; default: the study's in --runs")
     given = parser.parse_args()
 
-    def asked() -> None:
+    def asked() -> int | None:
         grid = load_grid(given.grid)
         study = Study(grid, given.seed, given.runs.absolute(), given.figures.absolute())
-        results = (given.results or Path("results") / grid.study).absolute()
+        given.results = (given.results or Path("results") / grid.study).absolute()
+        given.folder = (given.folder or study.folder).absolute()
         os.chdir(grid.path.parent)  # a relative path in a grid is relative to the grid
-        with engine(study.folder):
-            if given.do == "charts":
-                make_charts(study, given.jobs)
-            else:
-                publish_results(study, results)
+        return DO[given.do](study, given)
 
     return exit_code(asked)
 
@@ -111,27 +118,36 @@ def failed(code: int, message) -> int:
     return code
 
 
-def make_charts(study: Study, jobs: int | None) -> None:
+def make_charts(study: Study, given: argparse.Namespace) -> None:
     start = time.monotonic()
-    decode(study, jobs)
-    measure_throughput(study)
-    draw(study)
+    with engine(study.folder):
+        decode(study, given.jobs)
+        measure_throughput(study)
+        draw(study)
     for path in drawn(study):
         print(path)
     print(f"{len(study.cells)} cells, {clock(time.monotonic() - start)} in all", flush=True)
 
 
 def decode(study: Study, jobs: int | None) -> None:
-    """Run the cells that have no valid record; raises StudyError naming those that fail."""
-    from kvlib.run import check
+    """Run the cells that have no valid record; raises StudyError naming those that fail.
 
-    for config in study.cells.values():
-        check(config)
-    prints = cell_fingerprints(study)
+    Raises ConfigError naming all that stands in the way, before anything starts.
+    """
+    prints = known_fingerprints(study)
+    if prints is None or unfinished(prints):
+        faults = find_faults(checks(study, jobs))
+        if faults:
+            raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults]))
+        prints = cell_fingerprints(study)
     left = unfinished(prints)
     print(f"{len(prints) - len(left)} of {len(prints)} cells done", flush=True)
     if not left:
         return
+    if "/" in study.model:
+        from kvlib.models import fetch_model
+
+        fetch_model(study.model)
     check_parameters(study.notebook, [*RunConfig.__dataclass_fields__, "folder", "notebook_sha256"])
     if not SNAKEFILE.exists():
         raise StudyError(f"no Snakefile at {SNAKEFILE}; run from a clone, installed with `pip install -e .`")
@@ -142,6 +158,129 @@ def decode(study: Study, jobs: int | None) -> None:
     left = unfinished(prints)
     if left:
         raise StudyError(summary(study, left, log))
+
+
+def checks(study: Study, jobs: int | None) -> list[Callable[[], None]]:
+    """What must hold before cells are run, each a function that raises ConfigError."""
+    from kvlib.run import check, check_prompts
+
+    cells = list(study.cells.values())
+    cost = estimate(study.grid, study.seed, known_problems(study))
+    own = [functools.partial(check, config) for config in cells]
+    if not find_faults(own):  # else the same again
+        own.append(functools.partial(check_prompts, cells))
+    if on_gpu(study):
+        gpus = visible_gpus()
+        own.append(functools.partial(check_gpus, workers(study, jobs), cost.gpu_memory_gb, gpus))
+    own.append(functools.partial(check_disk, study.folder, cost.disk_gb))
+    if "/" in study.model:  # loading the module takes seconds
+        from kvlib.models import download_folder
+
+        folder, expected = download_folder(study.model), load_expected(study.grid)
+        if folder and expected:
+            own.append(functools.partial(check_disk, folder, expected.model_gb))
+    own.append(functools.partial(check_locks, study.folder))
+    return own
+
+
+def known_problems(study: Study) -> dict[str, int]:
+    """How many problems a dataset has in this study, as far as the grid or embedded data tell."""
+    n_problems = study.grid.shared.get("n_problems")
+    return dict.fromkeys(study.grid.datasets, n_problems) if n_problems else {}
+
+
+def make_plan(study: Study, given: argparse.Namespace) -> None:
+    """Print what the study will take and what is missing, and start nothing."""
+    cost = estimate(study.grid, study.seed, known_problems(study))
+    states = cell_states(study, known_fingerprints(study))
+    n_done = sum(state.state == "done" for state in states)
+    print(plan_text(study.grid, study.seed, cost, workers(study, given.jobs), n_done))
+    faults = find_faults(checks(study, given.jobs)) if n_done < len(states) else []
+    print("\n  - ".join(["\nmissing", *faults]) if faults else "\nnothing is missing")
+
+
+def cell_states(study: Study, prints: dict[Path, str] | None) -> list[CellState]:
+    expected, problems = load_expected(study.grid), known_problems(study)
+    lock = study.folder / ".engine.lock"
+    since = lock.stat().st_mtime if is_locked(lock) else None
+    states = []
+    for folder, config in study.cells.items():
+        n_problems = problems.get(config.dataset) or (expected and expected.problems.get(config.dataset))
+        total = n_problems and n_problems * config.n_samples
+        states.append(cell_state(study.folder, folder, config, prints and prints[folder], total, since))
+    return states
+
+
+def show_status(study: Study, given: argparse.Namespace) -> None:
+    """Print how far the study is, whether or not it is running."""
+    prints = known_fingerprints(study)
+    cells = cell_states(study, prints)
+    marks = timing_fingerprints(study) if study.timings else {}
+    timings = [timing_state(study.folder, folder, mark) for folder, mark in marks.items()]
+    costs = estimate(study.grid, study.seed, known_problems(study)).costs
+    planned = 3600 * sum(cost.hours for cost in costs) if all(cost.hours is not None for cost in costs) else None
+    at_work = is_locked(study.folder / ".engine.lock")
+    n_running = sum(cell.state == "running" for cell in cells)
+    time_left = seconds_left(cells, planned, n_running or workers(study, given.jobs))
+    left = f"about {clock(time_left[0])} of decoding, reckoned {time_left[1]}" if time_left and time_left[0] else ""
+    hint = "" if prints else "the model or the data is not here, so records are told by their config alone"
+    title = f"{study.grid.study}, seed {study.seed} in {study.folder}"
+    print(status_text(title, cells, timings, at_work or n_running > 0, left, hint))
+
+
+def make_report(study: Study, given: argparse.Namespace) -> None:
+    """Write report.html beside the charts; of an unfinished study it says on top what is missing."""
+    prints = known_fingerprints(study)
+    records = [*study.cells, *study.timings]
+    whole = prints is not None and not unfinished(prints) and not unfinished(timing_fingerprints(study))
+    with contextlib.ExitStack() as held:
+        if whole:
+            draw(study)
+            figures = study.figures
+        else:
+            figures = Path(held.enter_context(tempfile.TemporaryDirectory()))
+            with contextlib.suppress(NotebookError):  # nothing to draw yet
+                draw_into(study, figures, allow_incomplete=True)
+        page = report_html(
+            study.grid,
+            study.seed,
+            sorted(figures.glob("*.png")),
+            sorted(figures.glob("*.csv")),
+            {str(folder.relative_to(study.folder)): folder for folder in records},
+        )
+    with explained(study.figures):
+        study.figures.mkdir(parents=True, exist_ok=True)
+        write_atomically(study.figures / "report.html", page.encode())
+    print(study.figures / "report.html")
+
+
+def verify_records(study: Study, given: argparse.Namespace) -> int:
+    """Print which files of a runs or results folder are damaged or missing; the exit code is 1 if any is."""
+    root = given.folder / "records" if (given.folder / "records").is_dir() else given.folder
+    if not root.is_dir():
+        raise StudyError(f"there is no folder {root}; name one with FOLDER=, or run the study first")
+    names = {str(folder.relative_to(study.folder)): config for folder, config in study.cells.items()}
+    verdict = verify(root, names, [str(folder.relative_to(study.folder)) for folder in study.timings])
+    print(verdict_text(root, verdict))
+    return 0 if verdict.whole else 1
+
+
+def known_fingerprints(study: Study) -> dict[Path, str] | None:
+    """The cells' fingerprints, None where the model, the data or what is fitted is not here."""
+    try:
+        return cell_fingerprints(study)
+    except ConfigError:
+        return None
+
+
+def on_gpu(study: Study) -> bool:
+    return any(config.device.startswith("cuda") for config in study.cells.values())
+
+
+def workers(study: Study, jobs: int | None) -> int:
+    """Cells at a time."""
+    threads = max(config.threads for config in study.cells.values())
+    return jobs or (1 if on_gpu(study) else max(1, cores() // threads))
 
 
 def cell_fingerprints(study: Study) -> dict[Path, str]:
@@ -163,10 +302,7 @@ def unfinished(prints: dict[Path, str]) -> list[Path]:
 
 def snakemake_arguments(study: Study, folders: list[Path], jobs: int | None) -> list[str]:
     """Run exactly these cells, whatever is there of them: their records are missing, damaged or outdated."""
-    threads = max(config.threads for config in study.cells.values())
-    if jobs is None:
-        on_gpu = any(config.device.startswith("cuda") for config in study.cells.values())
-        jobs = 1 if on_gpu else max(1, cores() // threads)
+    threads, jobs = max(config.threads for config in study.cells.values()), workers(study, jobs)
     targets = [str(folder.relative_to(study.folder) / "record.json") for folder in folders]
     where = ["--snakefile", str(SNAKEFILE), "--directory", str(study.folder)]
     how = "--force --keep-going --retries 1 --nolock --rerun-incomplete --scheduler greedy --nocolor"
@@ -174,6 +310,8 @@ def snakemake_arguments(study: Study, folders: list[Path], jobs: int | None) -> 
     given = {"grid": str(study.grid.path), "runs": str(study.runs), "seed": study.seed}
     config = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
     options = [*where, "--cores", str(jobs * threads), *how.split(), *alone.split()]
+    if on_gpu(study):
+        options += ["--resources", f"gpu={jobs}"]
     return [*targets, *options, "--config", *config]
 
 
@@ -273,13 +411,16 @@ def draw(study: Study) -> None:
         study.figures.mkdir(parents=True, exist_ok=True)
         for path in drawn(study):
             path.unlink()
-    parameters = {"grid": str(study.grid.path), "records": str(study.folder), "seed": study.seed}
-    parameters["figures"] = str(study.figures)
-    execute_notebook(study.charts, study.figures / "charts.ipynb", parameters, {})
+    draw_into(study, study.figures)
     if not drawn(study):
         raise StudyError(f"{study.charts} ran to its end and drew nothing into {study.figures}")
     with explained(study.figures):
         write_atomically(study.figures / "drawn_from", now.encode())
+
+
+def draw_into(study: Study, figures: Path, **options) -> None:
+    parameters = {"grid": str(study.grid.path), "records": str(study.folder), "seed": study.seed}
+    execute_notebook(study.charts, figures / "charts.ipynb", {**parameters, "figures": str(figures), **options}, {})
 
 
 def charts_fingerprint(study: Study) -> str:
@@ -298,8 +439,13 @@ def drawn(study: Study) -> list[Path]:
     return sorted(path for path in study.figures.glob("*") if path.suffix in DRAWN)
 
 
-def publish_results(study: Study, results: Path) -> None:
+def publish_results(study: Study, given: argparse.Namespace) -> None:
     """Copy the records (no samples) to results/records and the charts to results; only of a whole study."""
+    with engine(study.folder):
+        copy_results(study, given.results)
+
+
+def copy_results(study: Study, results: Path) -> None:
     prints = cell_fingerprints(study) | (timing_fingerprints(study) if study.timings else {})
     if unfinished(prints) or not is_drawn(study, charts_fingerprint(study)):
         raise StudyError(f"{study.folder} is not finished, or its charts are outdated; first run:\n"
@@ -340,6 +486,16 @@ def cores() -> int:
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes:02}:{seconds:02}"
+
+
+DO = {
+    "charts": make_charts,
+    "plan": make_plan,
+    "status": show_status,
+    "report": make_report,
+    "verify": verify_records,
+    "publish": publish_results,
+}
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def test_gated_missing_and_offline_are_told_apart(monkeypatch, kind, sentence):
         raise kind.__new__(kind)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=sentence):
         check_dataset("gpqa-diamond")
 

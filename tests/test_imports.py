@@ -31,11 +31,13 @@ LAYERS = [
     }
     | {"paired", "compare_figures", "answers", "equality", "mathverify", "tables"},
     {"fitted"},
-    {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
+    {"run", "timing", "show", "cell", "bootstrap", "replay", "count"}
+    | {"plan", "preflight", "status", "report", "verify", "study"},
     {"compare", "invariants"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks", "lease"]
 TORCH_FREE += ["paired", "compare_figures", "answers", "equality", "tables"]
+TORCH_FREE += ["plan", "preflight", "status", "report", "verify", "study"]
 
 
 def imported_rooms(path: Path) -> set[str]:

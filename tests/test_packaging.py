@@ -182,7 +182,11 @@ def test_help_lists_every_target():
 
 
 def test_make_targets_run_the_right_commands():
-    assert "-m kvlib.study charts --grid notebooks/grid.yml --seed $(SEED)" in recipe("charts")
+    assert 'STUDY = "$(PY)" -m kvlib.study\n' in MAKEFILE
+    assert "$(STUDY) charts --grid notebooks/tiny.yml --seed $(SEED)" in recipe("charts")
+    assert "$(STUDY) charts $(OF)" in recipe("sweep")
+    for verb in ("plan", "status", "report", "verify"):
+        assert f"$(STUDY) {verb} $(OF)" in recipe(verb)
     assert "-m pytest" in recipe("test")
     assert "-m kvlib.tiny.train" in recipe("tiny-model")
     assert "-m kvlib.predictor" in recipe("predictor")

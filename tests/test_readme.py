@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_in_the_readme_is_the_committed_records():
-    grid = load_grid(ROOT / "notebooks" / "grid.yml")
+    grid = load_grid(ROOT / "notebooks" / "tiny.yml")
     cells = measured_cells(grid, ROOT / "results" / "tiny" / "records", seed=0)
     assert len(cells) == len(expected_cells(grid, 0)) == 28
     table = measured_table(cells)

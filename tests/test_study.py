@@ -29,12 +29,12 @@ def home(tmp_path):
     """A folder with a grid and stub notebooks, at a path that needs quoting."""
     home = tmp_path / "sp ace {x} ü"
     shutil.copytree(HERE / "notebooks", home / "notebooks")
-    (home / "notebooks" / "grid.yml").write_text(GRID)
+    (home / "notebooks" / "tiny.yml").write_text(GRID)
     return home
 
 
 def edit(home, old, new):
-    path = home / "notebooks" / "grid.yml"
+    path = home / "notebooks" / "tiny.yml"
     path.write_text(path.read_text().replace(old, new))
 
 
@@ -66,6 +66,8 @@ def samples(home):
 
 
 def test_from_grid_to_charts_then_nothing_then_what_changed(home):
+    code, output = run(home, "status")
+    assert code == 0 and "no run is at work" in output and "0 done, 0 running, 0 failed, 2 missing (of 2)" in output
     code, output = run(home)
     assert code == 0, output
     assert "0 of 2 cells done" in output and "cells 2 of 2, samples 4 of 4" in output
@@ -79,6 +81,10 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
     assert code == 0 and "2 of 2 cells done" in output and "the charts are up to date" in output
     assert (home / "runs/small/snakemake.log").stat().st_mtime_ns == before and time.monotonic() - begun < 5
 
+    code, output = run(home, "status")
+    assert code == 0 and "2 done, 0 running" in output and "timing   1 of 1 done" in output
+    code, output = run(home, "verify")
+    assert code == 0 and "3 records and 4 samples are whole" in output
     code, output = run(home, "publish")
     assert code == 0 and "3 records and 2 chart files" in output
     published = home / "results" / "small"
@@ -90,6 +96,8 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
     edit(home, "n_problems: 2", "n_problems: 3")
     code, output = run(home, "publish")
     assert code == 1 and "not finished" in output and "kvlib.study charts" in output
+    code, output = run(home, "verify")
+    assert code == 1 and str(full / "record.json") in output and "2 bad, 0 missing" in output
     code, output = run(home)
     assert code == 0 and "0 of 2 cells done" in output and "the charts are" not in output
     assert len(samples(home)) == 6 and record.read_record(full)["results"]["n_correct"] == 3
@@ -137,7 +145,7 @@ def test_one_engine_at_a_time_and_any_end_is_resumable(home):
 def test_bad_input_is_a_sentence_within_seconds(home):
     edit(home, "kv_budgets", "kv_bugdets")
     code, output = run(home)
-    assert code == 2 and "did you mean kv_budgets?" in output and "grid.yml" in output
+    assert code == 2 and "did you mean kv_budgets?" in output and "tiny.yml" in output
     edit(home, "kv_bugdets", "kv_budgets")
     edit(home, "[chain-a]", "[nowhere]")
     code, output = run(home)
@@ -150,7 +158,7 @@ def test_bad_input_is_a_sentence_within_seconds(home):
 
 
 def test_the_snakefile_works_without_the_study_command(home):
-    paths = [f"grid={home}/notebooks/grid.yml", f"runs={home}/runs", "seed=3"]
+    paths = [f"grid={home}/notebooks/tiny.yml", f"runs={home}/runs", "seed=3"]
     process = subprocess.run(
         [sys.executable, "-m", "snakemake", "--snakefile", str(study.SNAKEFILE), "-n", "--config", *paths],
         cwd=home,
@@ -164,7 +172,7 @@ def test_the_snakefile_works_without_the_study_command(home):
 
 
 def test_the_progress_line_counts_only_samples_of_this_config(tmp_path, home):
-    cells = {tmp_path / cell.cell_path: cell for cell in load_grid(home / "notebooks/grid.yml").cells()}
+    cells = {tmp_path / cell.cell_path: cell for cell in load_grid(home / "notebooks/tiny.yml").cells()}
     prints = {folder: f"f{number}" for number, folder in enumerate(cells)}
     folder, other = list(cells)[:2]
     with (

@@ -14,6 +14,10 @@ def check(config):
         raise ConfigError("unknown dataset 'nowhere'; valid: chain-a, chain-b")
 
 
+def check_prompts(configs):
+    pass
+
+
 def run_fingerprint(config, notebook_sha256):
     return fingerprint({"config": config.parameters(), "notebook": notebook_sha256})
 
