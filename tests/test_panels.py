@@ -89,7 +89,7 @@ def test_a_record_without_verdicts_is_named_with_the_next_step(study):
 
 
 def test_the_exact_checker_of_the_chains_is_not_the_strict_grader():
-    grid = load_grid(ROOT / "notebooks" / "grid.yml")
+    grid = load_grid(ROOT / "notebooks" / "tiny.yml")
     with pytest.raises(ConfigError, match="no verdicts by the strict rules"):
         measured_cells(grid, ROOT / "results" / "tiny" / "records", 0, "strict")
 
