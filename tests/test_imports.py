@@ -28,7 +28,7 @@ LAYERS = [
         "gate",
         "panels",
     }
-    | {"paired", "compare_figures"},
+    | {"paired", "compare_figures", "shapes"},
     {"fitted"},
     {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
     {"compare", "invariants"},
