@@ -28,7 +28,7 @@ LAYERS = [
         "gate",
         "panels",
     }
-    | {"paired", "compare_figures", "shapes"},
+    | {"paired", "compare_figures", "shapes", "bench_figures"},
     {"fitted"},
     {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
     {"compare", "invariants"},
