@@ -532,7 +532,7 @@ def order_of(names: Sequence[str], round_number: int) -> list[str]:
 
 
 def paired_ratio(seconds: Sequence[float], against: Sequence[float]) -> dict[str, float]:
-    """How much faster the first is: the median of the rounds' ratios with a 95 % bootstrap interval, and of all time."""
+    """How much faster the first is: the rounds' median ratio with a 95 % bootstrap interval; and of all time."""
     ratios = np.asarray(against) / np.asarray(seconds)
     draws = np.random.default_rng(0).integers(len(ratios), size=(4000, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
