@@ -411,11 +411,16 @@ class Check:
 
 def gate(subject: Subject, sizes: Sizes, names: Sequence[str]) -> list[Check]:
     """Is what will be timed correct: the full cache against transformers, and what every policy's rounds leave."""
-    checks = [check_full(subject)]
+    checks, seen = [check_full(subject)], []
     for name in names:
         kind, kv_budget = split_arm(name, sizes)
-        if kv_budget is not None and not kind.startswith("kvpress-"):
-            checks.append(check_rounds(name, subject, bench_policy(kind, kv_budget, sizes), kv_budget, sizes))
+        if kv_budget is None or kind.startswith("kvpress-"):
+            continue
+        policy = bench_policy(kind, kv_budget, sizes)
+        # Of one policy at several budgets, the rounds are the same.
+        if policy not in seen:
+            checks.append(check_rounds(name, subject, policy, kv_budget, sizes))
+            seen.append(policy)
     return checks
 
 

@@ -361,6 +361,7 @@ def time_decode(model: nn.Module, head: nn.Module, scale: Scale, batch: int, kv_
         "batch": batch,
         "kv_budget": kv_budget,
         "seconds": windows,
+        "steps_per_round": n_steps,
         "steps": float(np.median(rates)),
         "low": min(rates),
         "high": max(rates),
@@ -471,10 +472,11 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
         "kv_bytes_per_token": kv_bytes_per_token(model),
     }
     say(f"copy {copy / 1e9:.0f} GB/s ({left():.0f} s left)")
+    repeats = max(1, scale.windows[1] // 4)
     for batch, live in scale.attention:
-        record["attention"].append(time_attention(scale.config, batch, live, copy, device, scale.windows[1] // 4))
-        share = record["attention"][-1]["share_of_copy"]
-        say(f"attention, batch {batch:3} x {live} slots: {share:.0%} of copy bandwidth")
+        row = time_attention(scale.config, batch, live, copy, device, repeats)
+        record["attention"].append(row)
+        say(f"attention, batch {batch:3} x {live} slots: {row['share_of_copy']:.0%} of copy bandwidth")
     largest = [largest_batch(model, budget, scale.most_rows, device) for budget in scale.kv_budgets]
     head = subject.fit(make_policy("dynts-published", n_recent=scale.n_recent)).predictor
     took: dict[int, float] = {}

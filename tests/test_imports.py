@@ -34,7 +34,7 @@ LAYERS = [
     {"compare", "invariants"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]
-TORCH_FREE += ["paired", "compare_figures"]
+TORCH_FREE += ["paired", "compare_figures", "bench_figures"]
 
 
 def imported_rooms(path: Path) -> set[str]:

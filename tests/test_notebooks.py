@@ -20,6 +20,7 @@ QUICK = {
     "40_charts": {},
     "50_compare": {"n_traces": 1, "n_drills": 1, "kv_budgets": [96]},
     "60_your_policy": {"n_problems": 8, "kv_budgets": [136]},
+    "70_throughput": {},
 }
 
 
@@ -70,4 +71,5 @@ def test_a_notebook_runs_from_its_own_folder(path, tmp_path):
         "40_charts": 2,
         "50_compare": 11,
         "60_your_policy": 1,
+        "70_throughput": 1,
     }.get(path.stem, 0)
