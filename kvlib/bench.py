@@ -6,6 +6,7 @@ apart. Whatever is measured is printed with its interval, next to what two equal
 """
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
@@ -743,7 +745,12 @@ def save_model(model: nn.Module, folder: Path) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    model.save_pretrained(folder, state_dict=state)
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    # A model that was read from GGUF says that it is quantized still.
+    vars(config).pop("quantization_config", None)
+    config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def driver(device: str) -> dict:

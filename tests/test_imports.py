@@ -28,10 +28,10 @@ LAYERS = [
         "gate",
         "panels",
     }
-    | {"paired", "compare_figures", "shapes", "bench_figures"},
+    | {"paired", "compare_figures", "bench_figures"},
     {"fitted"},
     {"run", "timing", "show", "cell", "study", "bootstrap", "replay", "count"},
-    {"compare", "invariants"},
+    {"compare", "invariants", "bench", "bench_kvpress", "gpu_bench"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks"]
 TORCH_FREE += ["paired", "compare_figures", "bench_figures"]
