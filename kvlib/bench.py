@@ -71,8 +71,8 @@ class Sizes:
 SIZES = {
     "tiny": Sizes(torch.float32, 8, 64, 256, 128, 32),
     "smollm2": Sizes(torch.float32, 8, 64, 512, 256, 64),
-    "r1-qwen": Sizes(torch.bfloat16, 20, 2048, 1024, 2500, 256),
-    "r1-llama": Sizes(torch.bfloat16, 20, 2048, 1024, 2500, 256),
+    "r1-qwen": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
+    "r1-llama": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
 }
 CONFIGS = {"r1-qwen": r1_qwen_config, "r1-llama": r1_llama_config}
 POLICIES = ("window", "knorm", "snapkv-kvpress", "rkv", "dynts")
@@ -170,8 +170,8 @@ class Ours:
         n = int(self.decoder.n_made[0])
         return float(self.decoder.history[:, 1:n].mean())
 
-    def forward_seconds(self) -> float:
-        return self.meter.seconds().get("forward", 0.0)
+    def phase_seconds(self) -> dict[str, float]:
+        return self.meter.seconds()
 
 
 def admit_prompts(decoder: Decoder, subject: Subject) -> None:
@@ -229,8 +229,8 @@ class HuggingFace:
         P, T = self.subject.prompts.shape[1], self.sequence.shape[1]
         return (P + T) / 2
 
-    def forward_seconds(self) -> float:
-        return self.meter.seconds().get("forward", 0.0)
+    def phase_seconds(self) -> dict[str, float]:
+        return self.meter.seconds()
 
 
 def greedy(n: int, **options) -> GenerationConfig:
@@ -291,8 +291,8 @@ class Linears:
             for linear in self.linears:
                 linear(self.inputs[linear.in_features])
 
-    def forward_seconds(self) -> float:
-        return 0.0
+    def phase_seconds(self) -> dict[str, float]:
+        return {}
 
 
 class KVPress:
@@ -340,8 +340,8 @@ class KVPress:
     def live_slots(self) -> float:
         return self._ask({"do": "output"})["live"]
 
-    def forward_seconds(self) -> float:
-        return self.forward
+    def phase_seconds(self) -> dict[str, float]:
+        return {"forward": self.forward}
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -570,11 +570,11 @@ def pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 def measure(arms: dict, n_steps: int, n_rounds: int, device: str, seconds: float, say: Callable[[str], None]) -> dict:
     """Advance every arm by n_steps in each of n_rounds; fewer rounds if `seconds` would be exceeded.
 
-    Returns by arm: seconds of each round, of prefill and in the model's calls, and bytes of CUDA memory that it needed
-    on top of what was there.
+    Returns by arm: seconds of each round, of prefill and of the arm's own phases, and bytes of CUDA memory that it
+    needed on top of what was there.
     """
     begun = time.monotonic()
-    found = {name: {"seconds": [], "forward": -arm.forward_seconds(), "peak_bytes": None} for name, arm in arms.items()}
+    found = {name: {"seconds": [], "phases": arm.phase_seconds(), "peak_bytes": None} for name, arm in arms.items()}
 
     def timed(name: str, work: Callable[[], None]) -> float:
         synchronise(device)
@@ -603,7 +603,8 @@ def measure(arms: dict, n_steps: int, n_rounds: int, device: str, seconds: float
             say(f"stopped after {number + 1} of {n_rounds} rounds: {seconds:.0f} s would not be enough for more")
             break
     for name, arm in arms.items():
-        found[name]["forward"] += arm.forward_seconds()
+        before = found[name]["phases"]
+        found[name]["phases"] = {phase: t - before.get(phase, 0.0) for phase, t in arm.phase_seconds().items()}
     return found
 
 
@@ -628,7 +629,8 @@ def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_step
     live = arm.live_slots()
     moved = minimum_bytes(subject.model.config, B, live, subject.model.dtype.itemsize)
     return row | {
-        "forward": B * steps / found["forward"],
+        "forward": B * steps / found["phases"]["forward"],
+        "round_share": found["phases"]["evict"] / total if kv_budget and "evict" in found["phases"] else None,
         "goodput": useful / (total + found["prefill"]),
         "live_slots": live,
         "kv_bytes": arm.kv_bytes,
@@ -655,6 +657,7 @@ def table(record: dict) -> str:
             "goodput": f"{row['goodput']:.1f}" if "goodput" in row else "",
             "x HF sdpa": ratio(row["arm"], BASELINE),
             "of linears": ratio(row["arm"], "linears"),
+            "in rounds": f"{row['round_share']:.1%}" if row.get("round_share") is not None else "",
             "live slots": f"{row['live_slots']:.0f}" if "live_slots" in row else "",
             "KV MB": f"{row['kv_bytes'] / 1e6:.1f}" if "kv_bytes" in row else "",
             "peak MB": f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") else "",
@@ -716,10 +719,11 @@ def bench(
             save_model(subject.model, Path(folder))
         arms = {name: build_arm(name, subject, sizes, kvpress, Path(folder)) for name in names}
         try:
-            # On a GPU the whole run, so that every graph is captured.
             for arm in arms.values():
                 arm.start()
-                arm.advance(min(n_steps, 8) if device == "cpu" else sizes.n_new)
+                # On a GPU our whole run, so that every graph is captured.
+                whole = device != "cpu" and isinstance(arm, Ours)
+                arm.advance(sizes.n_new if whole else min(n_steps, 8))
             found = measure(arms, n_steps, n_rounds, device, seconds, say)
             record["arms"] = [
                 describe(name, arm, found[name], subject, sizes, n_steps, record["ceilings"])
@@ -819,8 +823,8 @@ def report(record: dict) -> None:
           f"{record['interval']}; {record['rounds']} rounds of {record['steps_per_round']} steps\n")  # fmt: skip
     print(table(record))
     print("\ntokens/s: rows x steps / wall time of the steps, everything included. forward only: the model's calls.\n"
-          "goodput: tokens up to the end of each output / wall time with prefill. of copy: least bytes / time, as a\n"
-          "share of a copy's bandwidth in this call.\n")  # fmt: skip
+          "goodput: tokens up to the end of each output / wall time with prefill. in rounds: time spent evicting.\n"
+          "of copy: least bytes / time, as a share of a copy's bandwidth in this call.\n")  # fmt: skip
     for r in record["ratios"]:
         print(f"{r['arm']:>22} / {r['against']:<22} {r['ratio']:.3f}  ({r['low']:.3f} to {r['high']:.3f})  "
               f"of all time {r['total']:.3f}")  # fmt: skip

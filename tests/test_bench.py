@@ -104,6 +104,7 @@ def test_a_record_has_every_arm_three_definitions_and_the_ceilings(record):
     by_arm = {row["arm"]: row for row in record["arms"]}
     assert by_arm["full"]["live_slots"] == by_arm["hf-sdpa"]["live_slots"] == 24 + (1 + 16) / 2
     assert by_arm["dynts@36"]["kv_budget"] == 36 and by_arm["dynts@36"]["live_slots"] < by_arm["full"]["live_slots"]
+    assert 0 < by_arm["dynts@36"]["round_share"] < 1 and by_arm["full"]["round_share"] is None
     assert by_arm["knorm"]["kv_bytes"] < by_arm["full"]["kv_bytes"] * 1.1
     assert record["noise"] == next(r for r in record["ratios"] if r["against"] == "full-again")
     assert {"git_commit", "versions", "cpu"} <= set(record["provenance"])
@@ -166,13 +167,14 @@ def test_arms_take_turns_in_the_order_a_b_b_a():
         def advance(self, n):
             calls.append((self.name, n))
 
-        def forward_seconds(self):
-            return 0.0
+        def phase_seconds(self):
+            return {"forward": float(len(calls))}
 
     arms = {name: Arm(name) for name in "AB"}
     found = bench.measure(arms, 3, 4, "cpu", 1e9, lambda line: None)
     assert calls == [(name, 3) for name in "ABBAABBA"]
     assert [len(row["seconds"]) for row in found.values()] == [4, 4]
+    assert [row["phases"] for row in found.values()] == [{"forward": 8.0}] * 2, "what the warm-up took is not counted"
     calls.clear()
     found = bench.measure(arms, 3, 4, "cpu", -1.0, lambda line: None)
     assert len(calls) == 2, "without time left, one round of every arm"
