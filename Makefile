@@ -1,5 +1,6 @@
 SEED ?= 0
 PROFILE ?= tiny
+MODEL ?= tiny
 STUDY = "$(PY)" -m kvlib.study
 OF = --grid "notebooks/$(PROFILE).yml" --seed $(SEED) $(if $(GPUS),--jobs $(GPUS))
 TRAIN_SEED ?= 7
@@ -15,10 +16,10 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts sweep plan status report verify compare test test-all test-ui test-faults test-slurm lint bench-count tiny-model predictor clean
+.PHONY: help env charts sweep plan status report verify compare test test-all test-ui test-faults test-slurm lint bench bench-count bench-gpu bench-kvpress-env tiny-model predictor clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 env: ## set up the environment: the active one if kvlib is installed in it, else .venv
 ifeq ($(ACTIVE),)
@@ -49,6 +50,17 @@ verify: env ## checksums, completeness and duplicates of a sweep's records, or F
 
 compare: env ## compare all policies under equal terms: says how long first, continues when typed again
 	@"$(PY)" -m kvlib.compare run --grid notebooks/compare.yml
+
+bench: env ## measure speed, correctness first: MODEL=tiny, smollm2, r1-qwen, r1-llama; options: BENCH="--out x.json"
+	@"$(PY)" -m kvlib.bench --model "$(MODEL)" $(BENCH)
+
+bench-gpu: env ## on a CUDA GPU: all kernels and R1-Qwen shapes, one run of nine minutes, a record in results/bench
+	@"$(PY)" -m kvlib.gpu_bench --folder results/bench
+
+# kvpress pins an older transformers, so it gets an environment of its own.
+bench-kvpress-env: env ## make the environment of the kvpress arms; then: make bench BENCH="--kvpress .kvpress-env/bin/python"
+	@"$(PY)" -m venv .kvpress-env
+	@.kvpress-env/bin/pip install torch==2.13.0 kvpress==0.5.5
 
 test: env ## run the tests, all but the slow ones
 	@"$(PY)" -m pytest

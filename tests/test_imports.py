@@ -29,14 +29,15 @@ LAYERS = [
         "gate",
         "panels",
     }
-    | {"paired", "compare_figures", "answers", "equality", "mathverify", "tables"},
+    | {"paired", "compare_figures", "answers", "equality", "mathverify", "tables"}
+    | {"bench_figures"},
     {"fitted"},
     {"run", "timing", "show", "cell", "bootstrap", "replay", "count"}
     | {"plan", "preflight", "status", "report", "verify", "study"},
-    {"compare", "invariants"},
+    {"compare", "invariants", "bench", "bench_kvpress", "gpu_bench"},
 ]
 TORCH_FREE = ["config", "record", "figures", "grade", "datasets", "panels", "show", "tiny.tasks", "lease"]
-TORCH_FREE += ["paired", "compare_figures", "answers", "equality", "tables"]
+TORCH_FREE += ["paired", "compare_figures", "answers", "equality", "tables", "bench_figures"]
 TORCH_FREE += ["plan", "preflight", "status", "report", "verify", "study"]
 
 

@@ -20,10 +20,16 @@ QUICK = {
     "40_charts": {},
     "50_compare": {"n_traces": 1, "n_drills": 1, "kv_budgets": [96]},
     "60_your_policy": {"n_problems": 8, "kv_budgets": [136]},
+    "70_throughput": {},
 }
-
-
-PICTURES = {"00_quickstart": 1, "20_train_predictor": 1, "40_charts": 4, "50_compare": 11, "60_your_policy": 1}
+PICTURES = {
+    "00_quickstart": 1,
+    "20_train_predictor": 1,
+    "40_charts": 4,
+    "50_compare": 11,
+    "60_your_policy": 1,
+    "70_throughput": 1,
+}
 
 
 def code_cells(notebook) -> list:
