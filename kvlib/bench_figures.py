@@ -17,6 +17,7 @@ from kvlib.figures import GREY, INK, dress, style
 SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
 LEVELS = {"full": ("full cache", INK, "-"), "hf-sdpa": ("HF generate", GREY, (0, (1, 1.2)))}
 """Arms without a KV budget that are drawn as a level: label, colour, dashes."""
+PEER = "kvpress-"
 ONE_PER_CHART = ("model", "weights", "device", "dtype")
 
 
@@ -92,6 +93,12 @@ def _steps(record: dict, row: dict) -> int:
     return row.get("steps_per_round") or record["steps_per_round"]
 
 
+def arm_title(policy: str) -> str:
+    """The name of an arm for people: "kvpress-snapkv-kvpress" is snapkv, with the settings that kvpress has, by it."""
+    name = policy.removeprefix(PEER).removesuffix("-kvpress")
+    return f"{name}, by kvpress" if policy.startswith(PEER) else name
+
+
 def throughput_figure(df: pd.DataFrame) -> Figure:
     """Tokens/s against KV budget, one panel per batch size, one line per policy, the roofline above.
 
@@ -113,7 +120,15 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
         "call."
     ]
     batches = sorted(df["batch"].unique())
-    looks = {name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i]} for i, name in enumerate(policies)}
+    looks = {
+        name: {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i],
+            # The peer's markers are hollow.
+            "markerfacecolor": "white" if name.startswith(PEER) else COLORS[i % len(COLORS)],
+        }
+        for i, name in enumerate(policies)
+    }
     with style():
         width = 3.9 * len(batches) + 2.2
         lines = [line for note in notes for line in textwrap.wrap(note, int(width * 12.6))]
@@ -150,10 +165,9 @@ def _draw(ax, here: pd.DataFrame, looks: dict) -> None:
             ax.axhline(level, color=color, linewidth=1.5, linestyle=dashes, label=label)
     for name, rows in evicting.groupby("policy", sort=False):
         rows = rows.sort_values("kv_budget")
-        ax.plot(rows["kv_budget"], rows["tokens_per_s"], markersize=6.5, linewidth=1.8, label=name, **looks[name])
-        ax.fill_between(
-            rows["kv_budget"], rows["low"], rows["high"], color=looks[name]["color"], alpha=0.15, linewidth=0
-        )
+        look, x = {**looks[name], "label": arm_title(name)}, rows["kv_budget"]
+        ax.plot(x, rows["tokens_per_s"], markersize=6.5, linewidth=1.8, **look)
+        ax.fill_between(x, rows["low"], rows["high"], color=look["color"], alpha=0.15, linewidth=0)
     budgets = sorted(evicting["kv_budget"].unique())
     ax.set_xticks(budgets, [f"{budget:.0f}" for budget in budgets])
     if len(budgets) == 1:
@@ -171,7 +185,7 @@ def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
         {
             "Batch": df["batch"].map(str),
             "KV budget": df["kv_budget"].map(lambda value: "none" if pd.isna(value) else f"{value:.0f}"),
-            "Arm": df["policy"],
+            "Arm": df["policy"].map(arm_title),
             "Tokens/s (slowest to fastest round)": [
                 f"{row.tokens_per_s:,.1f} ({row.low:,.1f} to {row.high:,.1f})" for row in df.itertuples()
             ],

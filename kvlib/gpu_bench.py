@@ -385,6 +385,13 @@ def largest_batch(model: nn.Module, kv_budget: int, most: int, device: str) -> i
     return min(most, rows // 8 * 8 or rows)
 
 
+def release(device: str) -> None:
+    """Give back the memory of decoders that are no longer used."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
 def verdict(target: str, value: float | None, wanted: float, unit: str = "tokens/s") -> dict:
     state = "not measured" if value is None else "met" if value >= wanted else "missed"
     return {"target": target, "wanted": wanted, "measured": value, "unit": unit, "verdict": state}
@@ -477,6 +484,7 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
         row = time_attention(scale.config, batch, live, copy, device, repeats)
         record["attention"].append(row)
         say(f"attention, batch {batch:3} x {live} slots: {row['share_of_copy']:.0%} of copy bandwidth")
+    release(device)
     largest = [largest_batch(model, budget, scale.most_rows, device) for budget in scale.kv_budgets]
     head = subject.fit(make_policy("dynts-published", n_recent=scale.n_recent)).predictor
     took: dict[int, float] = {}
@@ -501,9 +509,7 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
                 f"{row['high']:,.0f}), {row['live_slots']:.0f} live, {row['bandwidth_share']:.0%} of copy bandwidth, "
                 f"{left():.0f} s left")  # fmt: skip
         took[batch] = time.monotonic() - started
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        release(device)
         save()
     record["targets"] = verdicts(record, scale)
     record["complete"] = not record["left_out"]

@@ -316,7 +316,15 @@ def test_the_chart_has_a_roofline_above_every_panel(tmp_path):
         assert list(roof.get_xdata()) == [128, 256] and list(roof.get_ydata()) == pytest.approx(wanted)
         assert min(roof.get_ydata()) > df.loc[df["batch"] == batch, "high"].max()
         names = {line.get_label() for line in ax.lines}
-        assert {"roofline", "linear layers alone", "full cache", "HF generate", "knorm", "rkv"} <= names
+        assert {
+            "roofline",
+            "linear layers alone",
+            "full cache",
+            "HF generate",
+            "knorm",
+            "rkv",
+            "knorm, by kvpress",
+        } <= names
     table = throughput_table(df)
     assert len(table) == len(df) and table["KV budget"].iloc[-1] == "none"
     assert table.loc[0, "Of the roofline"].endswith("%")
