@@ -9,6 +9,7 @@ fingerprint, code, reason, utc. The cell and its kernel die with the process tha
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -102,7 +103,7 @@ def run_cell(notebook: Path, folder: Path, config_json: str, time_limit: int | N
             "MPLBACKEND": "agg",
             "KVLIB_COMMAND": shlex.join(command),
         }
-        parameters = {**config.parameters(), "folder": str(folder), "notebook_sha256": code}
+        parameters = {**dataclasses.asdict(config), "folder": str(folder), "notebook_sha256": code}
         check_parameters(notebook, parameters)
         trouble = None
         try:
