@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kvlib.cell import read_failure
 from kvlib.config import RunConfig
 from kvlib.record import LockedError, RecordError, locked, read_record
 
@@ -51,7 +52,7 @@ def cell_state(
             note = "its record was made with other settings, data, weights or notebook; the next run decodes it anew"
     done = n_samples(folder / "samples.jsonl", belongs)
     log = folder / "run.log"
-    why = failure(log)
+    why = read_failure(folder).get("reason") or failure(log)
     # A cell loads its model's library before it takes its lock.
     begun = since is not None and not why and log.exists() and log.stat().st_mtime >= since
     if begun or is_locked(folder / ".lock"):

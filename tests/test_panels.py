@@ -27,8 +27,8 @@ timing: {batch_size: 20, n_steps: 8, repeats: 3}
 @pytest.fixture
 def study(tmp_path):
     """A grid and its records, of two problems; graded by both rules, as a benchmark is."""
-    (tmp_path / "grid.yml").write_text(GRID)
-    grid = load_grid(tmp_path / "grid.yml")
+    (tmp_path / "tiny.yml").write_text(GRID)
+    grid = load_grid(tmp_path / "tiny.yml")
     speeds = []
     for cell in grid.cells(0):
         marks = {"chain-a/0": "11", "chain-a/1": "01"}

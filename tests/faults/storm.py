@@ -217,7 +217,7 @@ def make_home(home: Path, grid: str = GRID) -> None:
     nbformat.write(notebook, home / "notebooks" / "30_run.ipynb")
     stub = ROOT / "tests" / "notebooks" / "40_charts.ipynb"
     (home / "notebooks" / "40_charts.ipynb").write_bytes(stub.read_bytes())
-    (home / "notebooks" / "grid.yml").write_text(grid)
+    (home / "notebooks" / "tiny.yml").write_text(grid)
 
 
 UNDISTURBED = """
@@ -244,7 +244,7 @@ def main() -> int:
     make_home(home)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     storm = Storm(home, environment, given.kills, tuple(given.pause), given.seed)
-    grid = load_grid(home / "notebooks" / "grid.yml")
+    grid = load_grid(home / "notebooks" / "tiny.yml")
     begun, seed = time.monotonic(), 0
     while seed == 0 or storm.left:
         storm.run(seed)

@@ -106,7 +106,7 @@ def test_a_terminated_cell_ends_at_once_with_its_kernel(tmp_path):
 def test_two_engines_on_one_folder_decode_each_sample_once(home):
     edit(home, "n_problems: 2", "n_problems: 12")
     words = [sys.executable, "-m", "snakemake", "--snakefile", SNAKEFILE, "--cores", "2", "--nolock", "--nocolor"]
-    words += ["--config", f"grid={home}/notebooks/grid.yml", f"runs={home}/runs"]
+    words += ["--config", f"grid={home}/notebooks/tiny.yml", f"runs={home}/runs"]
     both = [
         subprocess.Popen(list(map(str, words)), env=environment(STUB_SLEEP="0.1"), stderr=subprocess.PIPE, text=True)
         for _ in range(2)

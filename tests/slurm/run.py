@@ -174,8 +174,8 @@ def main() -> int:
 def study(home: Path, environment: dict[str, str]) -> int:
     (home / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / "30_run.ipynb", home / "notebooks")
-    (home / "notebooks" / "grid.yml").write_text(GRID)
-    grid = load_grid(home / "notebooks" / "grid.yml")
+    (home / "notebooks" / "tiny.yml").write_text(GRID)
+    grid = load_grid(home / "notebooks" / "tiny.yml")
     folders = [home / "runs" / grid.study / cell.cell_path for cell in grid.cells(0)]
     # A cell decodes on the CPU and is counted as a GPU job.
     options = """--executor slurm --jobs 2 --retries 2 --rerun-incomplete --keep-going --latency-wait 20 --nocolor
