@@ -1,3 +1,5 @@
+"""Attention of one new query per row over the live slots of a static cache."""
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) 
     return torch.bmm(probabilities, values), probabilities
 
 
-def attention_probabilities(query, keys, visible, scaling):
+def attention_probabilities(query: Tensor, keys: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """softmax over the slots of scaling * q.k, in at least float32: `[..., Q, D]`, `[..., N, D]` -> `[..., Q, N]`."""
     logits = (query @ keys.transpose(-1, -2)) * scaling
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(wide).masked_fill(~visible, float("-inf"))

@@ -61,8 +61,9 @@ class PrefillStep(Cache):
             cache.ring[layer_idx, self.row][:, recent % W] = query[0][:, recent]
         if MASS in cache.state:
             H = key.shape[1]
-            grouped = query[0].unflatten(0, (H, -1))
-            probabilities = attention_probabilities(grouped, key[0, :, None], causal_mask(P, query.device), scaling)
+            wide = torch.promote_types(query.dtype, torch.float32)
+            grouped, keys = query[0].unflatten(0, (H, -1)).to(wide), key[0, :, None].to(wide)
+            probabilities = attention_probabilities(grouped, keys, causal_mask(P, query.device), scaling)
             cache.state[MASS][layer_idx, self.row, :, :P] = probabilities.sum((1, 2))
         return causal_attention(query, key, value, scaling)
 

@@ -61,13 +61,14 @@ class SlotCache:
         self.ring = torch.zeros(L, B, shape.n_query_heads, shape.n_queries, D, dtype=dtype, device=device)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         self.rows = torch.arange(B, device=device)
+        self.zero = torch.zeros((), device=device)  # a number of Python's would be sent from the host at every step
         self.layer_keys, self.layer_values = self.keys.unbind(0), self.values.unbind(0)
 
     def claim(self, positions: Tensor) -> None:
         """Give each row's next free slot to the token at positions `[B]`, its state 0. The caller advances lengths."""
         self.positions[:, self.rows, :, self.lengths] = positions.to(torch.int32)[:, None, None]
         for state in self.state.values():
-            state[:, self.rows, :, self.lengths] = 0.0
+            state[:, self.rows, :, self.lengths] = self.zero
 
     def nbytes(self) -> int:
         """Bytes really held; equals shape.nbytes."""

@@ -36,7 +36,7 @@ RULES = {
     "max_new_tokens": ((int,), "a positive integer (tokens)", lambda x: x > 0),
     "batch_size": ((int,), "a positive integer (rows)", lambda x: x > 0),
     "dtype": ((str,), f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
-    "device": ((str,), "cpu, cuda or cuda:N", lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x)),
+    "device": ((str,), "cpu or cuda (CUDA_VISIBLE_DEVICES chooses the GPU)", lambda x: x in ("cpu", "cuda")),
     "threads": ((int,), "a positive integer", lambda x: x > 0),
     "prompt": ((str,), f"one of {', '.join(PROMPTS)}", lambda x: x in PROMPTS),
 }

@@ -131,8 +131,8 @@ def count_step(config, policy: Policy, batch: int, live: int) -> dict:
     """Bytes, host syncs, operations and graph breaks of one step, sampling included, at `live` slots in every row."""
     decoder = meta_decoder(config, policy, batch, live)
     with torch.inference_mode(), Counting(live) as counting:
-        decoder.logits = decoder.forward()
-        decoder.sample()
+        decoder.forward(decoder)
+        decoder.sample(decoder)
     with torch.inference_mode():
         breaks = sum(torch._dynamo.explain(work)().graph_break_count for work in (decoder._forward, decoder._sample))
     return {

@@ -17,10 +17,8 @@ from kvlib.policies import Policy
 from kvlib.sampling import Sampling
 from kvlib.select import Round, evict
 
-MOST_ROUND_GRAPHS = 8
-"""Numbers of live slots for which a round is captured; a policy whose rounds come at ever other sizes runs plainly."""
 FINISH_LAG = 8
-"""Steps between two looks at the end-of-sequence flags; apart from rounds, the host waits for the device only then."""
+"""Steps between two looks at the end-of-sequence flags, for which the host waits."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,9 @@ class Decoder:
     """Rows that decode side by side. The host mirrors every length arithmetically and never asks the device for one.
 
     A step is two pieces of work on tensors that stay where they are, forward and sampling, and rounds between them;
-    on CUDA each is captured as a graph. What changes from step to step is on the device; the host writes to it only
-    when a row starts or stops. Prefill is plain: once per problem, of any length, it is a ten-thousandth of a run.
+    on CUDA each is captured as a graph. What changes from step to step is on the device; the host writes to it when a
+    row starts, stops or has a round, and waits for it in `finished` only. Prefill is plain: once per problem, of any
+    length, it is a ten-thousandth of a run.
     """
 
     def __init__(
@@ -128,9 +127,14 @@ class Decoder:
         self.limit = np.zeros(n_rows, dtype=np.int64)
         self.was_live = np.zeros(n_rows, dtype=bool)
         self.inv_freq = model.base_model.rotary_emb.inv_freq
-        self.n_max, self.logits = 1, None
-        self.forward, self.sample = Graph(self._forward, self.device), Graph(self._sample, self.device)
-        self.rounds: dict[int, tuple[Round, Graph]] = {}
+        head = model.get_output_embeddings()
+        self.logits = torch.zeros(n_rows, head.out_features, dtype=model.dtype, device=self.device)
+        self.n_max = 1
+        # Their replays follow one another on one stream, so they can share what they allocate inside.
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.forward = Graph("forward", Decoder._forward, self.device, self.pool)
+        self.sample = Graph("sampling", Decoder._sample, self.device, self.pool)
+        self.rounds: dict[int, tuple[Tensor, Round, Graph]] = {}
 
     @torch.inference_mode()
     def admit(self, row: int, request: Request) -> None:
@@ -172,7 +176,7 @@ class Decoder:
             self.was_live = live
         self.n_max = int(self.length.max()) + 1
         with self.meter.phase("forward"):
-            self.logits = self.forward()
+            self.forward(self)
         with self.meter.phase("evict"):
             self.length += live
             if self.kv_budget is not None:
@@ -180,13 +184,13 @@ class Decoder:
                 for n_live in np.unique(self.length[due]):
                     self._evict(np.flatnonzero(due & (self.length == n_live)), int(n_live))
         with self.meter.phase("sample"):
-            self.sample()
+            self.sample(self)
         rows = np.flatnonzero(live)
         self.history[rows, self.n_made[rows]] = self.length[rows]
         self.n_made += live
 
-    def _forward(self) -> Tensor:
-        """Logits `[B, V]` after every row's last token, which takes the row's next slot."""
+    def _forward(self) -> None:
+        """The logits after every row's last token, which takes the row's next slot."""
         cache = self.cache
         hidden = self.layers(self.token, self.position, cache, self.n_max)
         if self.answer_id is not None:
@@ -194,7 +198,7 @@ class Decoder:
         for name, score in self._creation_scores(hidden, self.token, self.answering):
             cache.state[name][:, cache.rows, :, cache.lengths] = score.transpose(0, 1)
         cache.lengths += self.live
-        return self._logits(hidden)
+        self.logits.copy_(self._logits(hidden))
 
     def _sample(self) -> None:
         made = self.position - self.first + 1
@@ -235,11 +239,13 @@ class Decoder:
         """A round on the rows `due`, each holding n_live slots."""
         P, seen = self.n_prompt[due].tolist(), (self.n_prompt[due] + self.n_made[due]).tolist()
         n_keep = self.n_keep(due, n_live)
-        if self.device.type == "cuda":
-            for row, n in zip(due, n_keep, strict=True):
-                self._evict_row(row, n_live, n)
+        if self.device.type != "cuda":
+            self.evict_rows(self.round(due, n_live, n_keep))
+        elif len(due) == len(self.length):
+            self.replay_round(due, n_live, n_keep)
         else:
-            self._evict_rows(self.round(due, n_live, n_keep))
+            for i in range(len(due)):
+                self.replay_round(due[i : i + 1], n_live, n_keep[i : i + 1])
         self.length[due] = n_keep
         for row, n_prompt, n_seen, n in zip(due.tolist(), P, seen, n_keep.tolist(), strict=True):
             self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, n_prompt, n))
@@ -249,22 +255,22 @@ class Decoder:
                     positions = self.cache.positions[:, row, :, :n].sort(-1).values
                     self.kept[row].append((n_seen, positions.tolist()))
 
-    def _evict_rows(self, due: Round) -> None:
+    def evict_rows(self, due: Round) -> None:
         _, finite = evict(self.cache, self.policy, due)
         self.finite &= finite
 
-    def _evict_row(self, row: int, n_live: int, n_keep: int) -> None:
-        """A round on one row: of one shape whichever rows are due, so that a graph serves them all."""
-        now = self.round(np.array([row]), n_live, np.array([n_keep]))
-        if n_live not in self.rounds:
-            if len(self.rounds) == MOST_ROUND_GRAPHS:
-                self._evict_rows(now)
-                return
-            self.rounds[n_live] = now, Graph(lambda: self._evict_rows(now), self.device)
-        due, graph = self.rounds[n_live]
-        for name in ("rows", "n_prompt", "n_keep", "request", "step"):
-            getattr(due, name).copy_(getattr(now, name))
-        graph()
+    def replay_round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> None:
+        """A round of one row or of all, so that two graphs serve whatever is due; below the budget, a plain round."""
+        if n_live != self.kv_budget + 1:
+            self.evict_rows(self.round(due, n_live, n_keep))
+            return
+        if len(due) not in self.rounds:
+            packed = self._packed(due, n_keep)
+            graph = Graph(f"a round of {len(due)}", Decoder.evict_rows, self.device, self.pool)
+            self.rounds[len(due)] = packed, self._round_of(packed, n_live), graph
+        packed, fixed, graph = self.rounds[len(due)]
+        packed.copy_(self._packed(due, n_keep))
+        graph(self, fixed)
 
     def n_keep(self, rows: np.ndarray, n_live: int) -> np.ndarray:
         """Slots that a round on these rows, each holding n_live, would leave now."""
@@ -273,15 +279,25 @@ class Decoder:
 
     def round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> Round:
         """What a round on the rows `due`, each holding n_live slots, would be now."""
-        rows = torch.from_numpy(due).to(self.device)
+        return self._round_of(self._packed(due, n_keep), n_live)
+
+    def _packed(self, due: np.ndarray, n_keep: np.ndarray) -> Tensor:
+        """int64 `[5, R]`, sent to the device in one piece: rows, prompt tokens, slots that stay, noise, tokens seen."""
+        noise = [self.current[row].noise for row in due]
+        seen = self.n_prompt[due] + self.n_made[due]
+        packed = torch.from_numpy(np.array([due, self.n_prompt[due], n_keep, noise, seen], dtype=np.int64))
+        return packed.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else packed
+
+    def _round_of(self, packed: Tensor, n_live: int) -> Round:
+        rows, n_prompt, n_keep, request, step = packed.unbind(0)
         return Round(
             kv_budget=self.kv_budget,
             rows=rows,
             n_live=n_live,
-            n_prompt=torch.from_numpy(self.n_prompt[due]).to(self.device),
-            n_keep=torch.from_numpy(n_keep).to(self.device),
-            request=self.request[rows],
-            step=torch.from_numpy(self.n_prompt[due] + self.n_made[due]).to(self.device),
+            n_prompt=n_prompt,
+            n_keep=n_keep,
+            request=request,
+            step=step,
             scaling=self.layers.scaling,
             inv_freq=self.inv_freq,
         )

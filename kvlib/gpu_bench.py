@@ -20,7 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config
 
-from kvlib.bench import Linears, Sizes, check_full, copy_bandwidth, driver, kv_bytes_per_token, random_subject
+from kvlib.bench import (  # fmt: skip
+    Linears,
+    Sizes,
+    bench_policy,
+    check_full,
+    check_graphs,
+    check_rounds,
+    copy_bandwidth,
+    driver,
+    kv_bytes_per_token,
+    random_subject,
+)
 from kvlib.count import minimum_bytes
 from kvlib.files import write_atomically
 from kvlib.generate import Decoder, Request
@@ -287,7 +298,7 @@ def time_attention(config: Qwen2Config, batch: int, live: int, copy: float, devi
         for k, v in zip(keys, values, strict=True):
             decode_attention(query, k, v, lengths, D**-0.5, live)
 
-    graph = Graph(all_layers, torch.device(device))
+    graph = Graph("attention", all_layers, torch.device(device))
     graph(), graph()
     bandwidth = layers * one / seconds_of(graph, device, repeats)
     return {"batch": batch, "live_slots": live, "bandwidth": bandwidth, "share_of_copy": bandwidth / copy}
@@ -330,9 +341,11 @@ def time_decode(model: nn.Module, head: nn.Module, scale: Scale, batch: int, kv_
     )
     for row in range(batch):
         decoder.admit(row, Request(str(row), tuple(range(1, N_PROMPT + 1)), row))
-    for _ in range(3):
-        fill(decoder, np.full(batch, kv_budget))
-        decoder.step()
+    one_due = np.where(np.arange(batch) == 0, kv_budget, keep)
+    for held in (np.full(batch, kv_budget), one_due):
+        for _ in range(3):
+            fill(decoder, held)
+            decoder.step()
     spread = keep + (np.arange(batch) + 0.5) / batch * (kv_budget - keep)
     fill(decoder, spread.astype(np.int64))
     for _ in range(8):
@@ -355,6 +368,7 @@ def time_decode(model: nn.Module, head: nn.Module, scale: Scale, batch: int, kv_
     if not decoder.finite:
         raise FloatingPointError("logits or scores are not finite")
     rates = [batch * n_steps / seconds for seconds in windows]
+    graphs = [decoder.forward, decoder.sample, *(graph for _, _, graph in decoder.rounds.values())]
     moved = minimum_bytes(model.config, batch, float(np.mean(live)), model.dtype.itemsize)
     return {
         "arm": "dynts-published",
@@ -368,7 +382,7 @@ def time_decode(model: nn.Module, head: nn.Module, scale: Scale, batch: int, kv_
         "forward": batch * n_steps * n_windows / forward,
         "live_slots": float(np.mean(live)),
         "rounds_in_last_window": rounds,
-        "graphs": {"forward": decoder.forward.captured is not None, "sample": decoder.sample.captured is not None},
+        "plain": [graph.name for graph in graphs if graph.captured is None] if device != "cpu" else None,
         "kv_bytes": decoder.cache.nbytes(),
         "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
         "bytes_per_step": moved,
@@ -410,6 +424,9 @@ def verdicts(record: dict, scale: Scale) -> list[dict]:
         for batch, live in scale.attention
         if batch * live >= ATTENTION_FROM
     ]
+    plain = [row["plain"] for row in record["arms"] if row["plain"] is not None]
+    captured = plain.count([]) / len(plain) if plain else None
+    rows.append(verdict("settings whose every piece ran as a CUDA graph", captured, 1.0, "of all"))
     return rows
 
 
@@ -462,11 +479,15 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
 
     model = random_model(scale.config, torch.bfloat16, device)
     subject = random_subject("r1-qwen", model, Sizes(torch.bfloat16, 2, 64, 64, 128, 32))
-    check = check_full(subject)
-    say(f"  {'ok ' if check.holds else 'RED'} {check.name}: {check.detail}")
+    sizes = Sizes(torch.bfloat16, 2, 64, 64, 128, 32)
+    policy = bench_policy("dynts", sizes.kv_budget, sizes)
+    checks = [check_full(subject)]
+    checks += [check("dynts", subject, policy, sizes.kv_budget, sizes) for check in (check_rounds, check_graphs)]
+    for check in checks:
+        say(f"  {'ok ' if check.holds else 'RED'} {check.name}: {check.detail}")
     record["gate"] = {
-        "holds": check.holds and all(row["holds"] for row in record["kernels"]),
-        "checks": [vars(check)],
+        "holds": all(check.holds for check in checks) and all(row["holds"] for row in record["kernels"]),
+        "checks": [vars(check) for check in checks],
     }
     if not record["gate"]["holds"]:
         save()
@@ -489,15 +510,17 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
     head = subject.fit(make_policy("dynts-published", n_recent=scale.n_recent)).predictor
     took: dict[int, float] = {}
     for batch, budget in settings(scale, largest):
-        # As long as the last setting of a batch at least as large took.
-        expected = max((t for rows, t in took.items() if rows <= batch), default=0.0) * 1.5
+        # As long as the settings of a batch at least as large took, or in proportion to the largest so far.
+        at_least = [t for rows, t in took.items() if rows >= batch]
+        scaled = [t * batch / rows for rows, t in took.items()]
+        expected = max(at_least or scaled, default=0.0) * 1.5
         if left() < expected + 5:
             record["left_out"].append({"batch": batch, "kv_budget": budget, "reason": "no time left"})
             continue
         started = time.monotonic()
         try:
             row = time_decode(model, head, scale, batch, budget, device)
-        except (torch.OutOfMemoryError, FloatingPointError, RuntimeError) as error:
+        except (FloatingPointError, RuntimeError) as error:
             record["left_out"].append({"batch": batch, "kv_budget": budget, "reason": str(error).splitlines()[0]})
             say(f"batch {batch:3}, KV budget {budget}: {record['left_out'][-1]['reason']}")
         else:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -10,33 +9,37 @@ log = logging.getLogger(__name__)
 
 
 class Graph:
-    """Calls `work`, which takes no arguments, reads and writes only tensors that stay where they are, and never syncs.
+    """Calls `work`, which returns nothing, reads and writes only tensors that stay where they are, and never syncs.
 
     On CUDA the first call runs it plainly, which compiles and allocates what it needs; the second captures it; every
-    call from then on replays the capture and returns the same output tensors, with new content. What cannot be
-    captured goes on being called plainly, with the reason logged once.
+    call from then on replays the capture, whatever the arguments, which must therefore always be the same objects.
+    What cannot be captured goes on being called plainly, with the reason logged. pool: memory that graphs share whose
+    replays follow one another (torch.cuda.graph_pool_handle).
     """
 
-    def __init__(self, work: Callable[[], Any], device: torch.device):
-        self.work, self.on_cuda = work, device.type == "cuda"
-        self.warm, self.captured, self.output = False, None, None
+    def __init__(self, name: str, work: Callable[..., None], device: torch.device, pool=None):
+        self.name, self.work, self.on_cuda, self.pool = name, work, device.type == "cuda", pool
+        self.warm, self.captured = False, None
 
-    def __call__(self) -> Any:
+    def __call__(self, *arguments) -> None:
         if self.captured is None and self.on_cuda and self.warm:
-            self._capture()
+            self._capture(arguments)
         if self.captured is None:
             self.warm = True
-            return self.work()
-        self.captured.replay()
-        return self.output
+            self.work(*arguments)
+        else:
+            self.captured.replay()
 
-    def _capture(self) -> None:
+    def _capture(self, arguments: tuple) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.output = self.work()
+            # The outer context, because a capture that fails may leave its own stream the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+                self.work(*arguments)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self.on_cuda = False
-            log.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
+            log.warning("%s runs without a CUDA graph: %s", self.name, str(error).splitlines()[0])
             return
         self.captured = graph

@@ -80,6 +80,11 @@ class DecodeLayers:
         base, config = model.base_model, model.config
         if config.hidden_act != "silu":
             raise ConfigError(f"the model's feed-forward uses {config.hidden_act}; kvlib decodes models that use silu")
+        if base.rotary_emb.rope_type in ("dynamic", "longrope"):
+            raise ConfigError(
+                f"the model's RoPE is of type {base.rotary_emb.rope_type}, whose frequencies change with the length; "
+                "kvlib decodes models whose keys keep their rotation"
+            )
         self.embedding, self.rotary, self.norm = base.embed_tokens, base.rotary_emb, base.norm
         self.n_query_heads = config.num_attention_heads
         self.scaling = base.layers[0].self_attn.scaling

@@ -289,7 +289,10 @@ def test_a_wrong_kernel_is_red(monkeypatch):
 
 
 def test_targets_are_met_missed_or_not_measured():
-    arms = [{"batch": 20, "kv_budget": 2500, "steps": 3000.0}, {"batch": 20, "kv_budget": 5000, "steps": 2599.0}]
+    arms = [
+        {"batch": 20, "kv_budget": 2500, "steps": 3000.0, "plain": []},
+        {"batch": 20, "kv_budget": 5000, "steps": 2599.0, "plain": ["sampling"]},
+    ]
     attention = [{"batch": 20, "live_slots": 4100, "share_of_copy": 0.86}]
     found = gpu_bench.verdicts({"arms": arms, "attention": attention}, gpu_bench.scales("full"))
     by_target = {row["target"]: row["verdict"] for row in found}
@@ -297,6 +300,7 @@ def test_targets_are_met_missed_or_not_measured():
     assert by_target["batch 20, KV budget 5000"] == "missed"
     assert by_target["batch 128, KV budget 2500"] == "not measured"
     assert by_target["attention, batch 20 x 4100 slots"] == "met"
+    assert by_target["settings whose every piece ran as a CUDA graph"] == "missed"
     assert "attention, batch 20 x 2350 slots" not in by_target, "below 50,000 live tokens"
 
 

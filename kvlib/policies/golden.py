@@ -29,14 +29,23 @@ class Golden(Policy):
         self.require(self.reduce in ("sum", "block"), f"reduce is {self.reduce!r}; use 'sum' or 'block'")
         self.require(self.block >= 1, f"block is {self.block}; use 1 or more queries")
 
-    def future(self, step: int) -> Tensor:
-        """`[L, H, T]`: what each token receives from the queries from position `step` on."""
-        later = self.attention[:, :, step:]
-        if self.reduce == "sum" or later.shape[2] == 0:
-            return later.sum(2)
-        return torch.stack([block.sum(2) for block in later.split(self.block, 2)]).amax(0)
+    def future(self, step: Tensor) -> Tensor:
+        """`[L, R, H, T]`: what each token receives from the queries from position step `[R]` on."""
+        T = self.attention.shape[2]
+        query = torch.arange(T, device=step.device)
+        later = (query >= step[:, None]).to(self.attention.dtype)
+        if self.reduce == "sum":
+            return torch.einsum("rq,lhqk->lrhk", later, self.attention)
+        blocks = [
+            torch.einsum("rq,lhqk->lrhk", later * self._in_block(query, step, i), self.attention)
+            for i in range(-(-T // self.block))
+        ]
+        return torch.stack(blocks).amax(0)
+
+    def _in_block(self, query: Tensor, step: Tensor, i: int) -> Tensor:
+        """0 or 1 `[R, T]`: whether a query is in the i-th block after step."""
+        return ((query - step[:, None]).div(self.block, rounding_mode="floor") == i).to(self.attention.dtype)
 
     def score(self, view, state):
-        future = torch.stack([self.future(step) for step in view.step.tolist()], 1)
-        L, R, H, _ = future.shape
-        return future.gather(-1, view.positions.long().expand(L, R, H, -1)), state
+        future = self.future(view.step)
+        return future.gather(-1, view.positions.long().expand(*future.shape[:3], -1)), state
