@@ -32,7 +32,8 @@ from kvlib.files import write_atomically
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 MANIFEST = "manifest.json"
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+MODEL_FILES += ("special_tokens_map.json", "chat_template.jinja")
 FAMILIES = ("llama", "qwen2", "qwen3")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -325,13 +326,19 @@ def described(model, tokenizer, eos_ids: tuple[int, ...], sha256: str) -> Reason
 
 
 def weights_sha256(name: str) -> str:
-    """What identifies a model: a hash of its GGUF file, or of config, tokenizer and weights; the commit of a hub id."""
+    """What identifies a model: a hash of its GGUF file, or of config, tokenizer and weights; the commit of a hub id.
+
+    Raises ConfigError for a model that is not here and cannot be.
+    """
     if file := gguf_file(name):
         return cached_sha256(file)
     if name != "tiny" and hub_id(name):
         return commit_of(name)
+    folder = TINY if name == "tiny" else Path(name)
+    if not folder.is_dir():
+        check_model(name)  # says what is wrong with the name
     digest = hashlib.sha256()
-    for file in sorted((TINY if name == "tiny" else Path(name)).iterdir()):
+    for file in sorted(folder.iterdir()):
         if file.name in MODEL_FILES or file.match("model*.safetensors"):
             digest.update(f"{file.name} {cached_sha256(file)}\n".encode())
     return digest.hexdigest()

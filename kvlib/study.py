@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kvlib
+from kvlib import lease
 from kvlib.cell import TIED, NotebookError, check_parameters, execute_notebook
 from kvlib.config import Grid, RunConfig, folder_name, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
@@ -73,7 +74,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise; default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, on GPUs 1")
+    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, or a cell a GPU")
     parser.add_argument("--results", type=Path, help="publish: where to; default: results/<study>")
     parser.add_argument("--folder", type=Path, help="verify: records to verify; default: the study's in --runs")
     given = parser.parse_args()
@@ -278,9 +279,11 @@ def on_gpu(study: Study) -> bool:
 
 
 def workers(study: Study, jobs: int | None) -> int:
-    """Cells at a time."""
+    """Cells at a time: as asked for, else one on each GPU that can be seen, or as many as the cores carry."""
+    if jobs:
+        return jobs
     threads = max(config.threads for config in study.cells.values())
-    return jobs or (1 if on_gpu(study) else max(1, cores() // threads))
+    return max(1, len(lease.visible_gpus()) if on_gpu(study) else cores() // threads)
 
 
 def cell_fingerprints(study: Study) -> dict[Path, str]:
