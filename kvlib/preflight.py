@@ -49,14 +49,20 @@ def find_faults(checks: Iterable[Callable[[], None]]) -> list[str]:
 
 def check_disk(folder: Path, need_gb: float, free_gb: float | None = None) -> None:
     """Raise ConfigError if the disk that holds folder has less than need_gb free. free_gb: as found, unless given."""
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(folder)
     free = shutil.disk_usage(folder).free / 1e9 if free_gb is None else free_gb
     if free < need_gb:
         raise ConfigError(
             f"the disk of {folder} has {free:.1f} GB free and about {need_gb:.1f} GB are needed: free some, or have "
             "this folder on a larger disk (a link is fine)"
         )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def check_gpus(n_needed: int, need_gb: float | None, gpus: list[GPU] | None) -> None:
@@ -111,10 +117,13 @@ def other_process_gets(path: Path) -> bool:
 
 
 def check_locks(folder: Path, other_gets: Callable[[Path], bool] = other_process_gets) -> None:
-    """Raise ConfigError if two processes can hold one lock in folder, RecordError if the folder has no locks."""
+    """Raise ConfigError if two processes can hold one lock in folder, RecordError if the folder has no locks.
+
+    Of a folder that is not there yet, the nearest one above it is tried, and nothing made.
+    """
+    folder = existing(folder)
     path = folder / ".lock-check"
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         with locked(path, wait=False):
             both = other_gets(path)
         path.unlink(missing_ok=True)
