@@ -1,16 +1,23 @@
 # The cells of one grid; `make charts` calls it through kvlib.study. On a Slurm cluster:
-#   snakemake --executor slurm --jobs 20 --retries 2 --rerun-incomplete --keep-going --config seed=0
+#   make plan PROFILE=r1-qwen     first: what is missing
+#   snakemake --executor slurm --jobs 20 --retries 2 --rerun-incomplete --keep-going \
+#       --config grid=notebooks/r1-qwen.yml seed=0
+#   make sweep PROFILE=r1-qwen    afterwards, on a GPU node: timing and charts
 # grid=, runs= and seed= after --config change the defaults; paths are relative to this file. On a machine with
 # several GPUs each cell leases one (kvlib.lease); KVLIB_TIME_LIMIT=3600 stops a kernel after an hour.
-# The cell command, not Snakemake, decides what is done: it skips, resumes and locks. Samples are no
-# declared output, because Snakemake deletes those; retries stand on the command line, because a rule's
-# own would multiply with the cluster's.
+# The cell command, not Snakemake, decides what is done: it skips, resumes and locks. Snakemake only starts it again
+# where what decides a cell's samples changed; a damaged record it does not see: `make verify` finds those. Samples are
+# no declared output, because Snakemake deletes those; retries stand on the command line, because a rule's own would
+# multiply with the cluster's.
+import contextlib
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 
 from kvlib.config import load_grid
+from kvlib.errors import ConfigError
 from kvlib.record import notebook_sha256
 
 ROOT = Path(workflow.basedir)
@@ -21,6 +28,20 @@ CELLS = {cell.cell_path: cell for cell in GRID.cells(int(config.get("seed", 0)))
 
 RUNS.mkdir(parents=True, exist_ok=True)
 workdir: str(RUNS)
+
+@functools.cache
+def fingerprints() -> dict[str, str]:
+    """What decides each cell's samples: config, notebook, data, weights, predictor. Asked for before any job runs."""
+    from kvlib.run import run_fingerprint  # torch, seconds
+
+    found, code = {}, notebook_sha256(NOTEBOOK)
+    with contextlib.chdir(GRID.path.parent):  # a relative path in a grid is relative to the grid
+        for path, cell in CELLS.items():
+            try:
+                found[path] = run_fingerprint(cell, code)
+            except ConfigError as error:  # the cell command says it too, and the other cells go on
+                found[path] = str(error)
+    return found
 
 wildcard_constraints:
     cell="|".join(re.escape(path) for path in CELLS)
@@ -38,7 +59,7 @@ rule cell:
     params:  # functions, because braces in a plain string would be wildcards
         python=lambda wildcards: sys.executable,
         notebook=lambda wildcards: str(NOTEBOOK),
-        code=lambda wildcards: notebook_sha256(NOTEBOOK),
+        fingerprint=lambda wildcards: fingerprints()[wildcards.cell],
         folder=lambda wildcards: str(RUNS / wildcards.cell),
         config=lambda wildcards: json.dumps(CELLS[wildcards.cell].parameters()),
     # exec, so that the cell command is Snakemake's own child and dies with it

@@ -137,7 +137,8 @@ def expand(grid: Mapping, seed: int = 0) -> list[RunConfig]:
 def load_grid(path) -> Grid:
     """Read a grid file (YAML); raises ConfigError naming the file, the key and the next step."""
     path = Path(path).absolute()
-    content = read_yaml(path, "grid", "check --grid")
+    near = difflib.get_close_matches(path.name, [found.name for found in path.parent.glob("*.yml")], n=3)
+    content = read_yaml(path, "grid", f"did you mean {' or '.join(near)}?" if near else "check --grid")
     try:
         return parse_grid(content, path)
     except ConfigError as error:

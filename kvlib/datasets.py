@@ -1,14 +1,17 @@
 """Problems by name: embedded chains of rising difficulty, benchmarks from the hub, or a file of one's own."""
 
 import difflib
+import functools
 import hashlib
 import json
 import random
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvlib.answers import last_boxed
 from kvlib.errors import ConfigError
+from kvlib.files import file_sha256
 from kvlib.tables import SUFFIXES, read_rows
 from kvlib.tiny.tasks import make_chain
 
@@ -173,7 +176,7 @@ def dataset_source(name: str) -> dict:
     pinned = _pinned_rows(name)
     return {
         "source": f"{on_hub.hub_id}@{on_hub.revision}" if on_hub else path.name,
-        "sha256": _file_sha256(path),
+        "sha256": file_sha256(path),
         "choice_seed": CHOICE_SEED,
         "rows_as_pinned": sum(row_sha256(p) in pinned for p in load_problems(name)) if pinned else None,
     }
@@ -227,7 +230,7 @@ def _fetch(name: str) -> Path:
         return Path(name)
     spec = _benchmark_of(name)
     page = f"https://huggingface.co/datasets/{spec.hub_id}"
-    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, LocalEntryNotFoundError
 
     at = {"repo_type": "dataset", "revision": spec.revision}
@@ -238,7 +241,9 @@ def _fetch(name: str) -> Path:
     )
     try:
         if not constants.is_offline_mode() and not try_to_load_from_cache(spec.hub_id, spec.file, **at):
-            HfApi().repo_info(spec.hub_id, **at, timeout=15)  # a download tries for half a minute before it gives up
+            trouble = _network_trouble(spec.hub_id, spec.revision, int(time.monotonic() // 120))
+            if trouble:
+                raise trouble
         path = Path(hf_hub_download(spec.hub_id, spec.file, **at))
     except GatedRepoError as error:
         raise ConfigError(
@@ -253,14 +258,27 @@ def _fetch(name: str) -> Path:
         ) from error
     except HTTPError as error:  # the network's, which is no OSError
         raise ConfigError(unreachable) from error
-    if _file_sha256(path) != spec.sha256:
+    if file_sha256(path) != spec.sha256:
         raise ConfigError(f"{path} is not the {name} that kvlib knows (its sha256 differs); delete it and run again")
     return path
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@functools.cache
+def _network_trouble(hub_id: str, revision: str, period: int) -> Exception | None:
+    """What keeps the hub from answering for a dataset; raises what it answers. A download would try for half a minute.
+
+    Asked once a period: every cell asks, and behind a firewall that swallows packets each question takes 15 s.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        HfApi().repo_info(hub_id, repo_type="dataset", revision=revision, timeout=15)
+    except HfHubHTTPError:
+        raise
+    except (OSError, HTTPError) as error:
+        return error
+    return None
 
 
 def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:

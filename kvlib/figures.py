@@ -422,8 +422,9 @@ def published_table(df):
 def measured_table(df):
     """The numbers of measured_figure as text, one row per cell, full cache last in each dataset.
 
-    df: the columns of measured_figure; if present also mean_tokens (tokens per answer) and
-    truncated_share (fraction from 0 to 1 of answers cut at the length limit).
+    df: the columns of measured_figure; if present also mean_tokens (tokens per answer),
+    truncated_share (fraction from 0 to 1 of answers cut at the length limit), strict_pass_at_1 (percent) and
+    unanswered_share (fraction without an answer), NaN where they do not apply.
     Raises ValueError as measured_figure does.
     """
     rows = _measured_rows(df)
@@ -445,6 +446,10 @@ def measured_table(df):
             line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
         if hasattr(row, "truncated_share"):
             line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
+        if hasattr(row, "strict_pass_at_1"):  # of a benchmark; a chain has an exact checker
+            graded = not math.isnan(row.strict_pass_at_1)
+            line["Strict Pass@1 (%)"] = f"{row.strict_pass_at_1:.1f}" if graded else ""
+            line["Without an answer (%)"] = f"{100 * row.unanswered_share:.1f}" if graded else ""
         table.append(line)
     return pd.DataFrame(table)
 

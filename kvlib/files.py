@@ -1,6 +1,7 @@
-"""Writing files that are whole or not there at all."""
+"""Writing files that are whole or not there at all, and hashing them."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

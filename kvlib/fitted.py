@@ -51,7 +51,11 @@ def fitted_path(need: str, policy: Policy, model: str) -> Path:
     if not path.is_file():
         command = f"{fitted.command} --model {model} --out {path.parent}"
         if need == "predictor" and path.parent.parent.name == "predictor":  # where a profile's predictor is made
-            command = f"make predictor PROFILE={path.parent.name}"
+            profile = path.parent.name
+            command = (
+                f"make predictor PROFILE={profile}` (`python -m kvlib.predictor --profile {profile} --plan` says what "
+            )
+            command += "that takes)"
         elif not path.parent.is_dir():  # no folder of weights
             command = f"{fitted.command} --model {model}"
         raise ConfigError(

@@ -54,8 +54,11 @@ def first_free(folder: Path, gpus: list[str]) -> Iterator[tuple[str, int]]:
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES names, or else all GPUs; by UUID, so that no GPU has two names."""
-    known = all_gpus()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), all_gpus())
+
+
+def named_gpus(named: str | None, known: list[str]) -> list[str]:
+    """The UUIDs that a CUDA_VISIBLE_DEVICES names (None: all known, "" or -1: none); unknown names as they are."""
     if named is None:
         return known
     names = itertools.takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in named.split(",")))

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -28,11 +30,12 @@ from transformers.utils import logging
 
 from kvlib.attention import IMPLEMENTATION
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
+from kvlib.files import file_sha256, write_atomically
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 MANIFEST = "manifest.json"
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+MODEL_FILES += ("special_tokens_map.json", "chat_template.jinja")
 FAMILIES = ("llama", "qwen2", "qwen3")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -71,11 +74,6 @@ class Reasoner:
 
     def decode(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked_file(folder: Path, name: str) -> Path:
@@ -188,14 +186,30 @@ def repo_folder(repo: str) -> str:
 
 def on_hub(name: str):
     """What the hub says of a model that can be downloaded. Raises ConfigError."""
-    repo, revision = hub_id(name)
+    try:
+        info = _answer(*hub_id(name), int(time.monotonic() // 120))
+    except HfHubHTTPError as error:
+        raise ConfigError(hub_trouble(name, error)) from error
+    if isinstance(info, Exception):
+        raise ConfigError(hub_trouble(name, info)) from info
+    if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ()):
+        raise ConfigError(f"model {name!r} has no .safetensors, and other forms can hold code; use a model that has")
+    return info
+
+
+@functools.cache
+def _answer(repo: str, revision: str | None, period: int):
+    """What the hub says of a model, or the network's error; raises what the hub refuses.
+
+    Asked once a period: every cell asks, and behind a firewall that swallows packets each question takes 15 s.
+    """
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=15)
         HfApi().auth_check(repo)  # a gated model's information is public, its weights are not
+    except HfHubHTTPError:
+        raise
     except (OSError, HTTPError) as error:
-        raise ConfigError(hub_trouble(name, error)) from error
-    if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ()):
-        raise ConfigError(f"model {name!r} has no .safetensors, and other forms can hold code; use a model that has")
+        return error
     return info
 
 
@@ -325,13 +339,19 @@ def described(model, tokenizer, eos_ids: tuple[int, ...], sha256: str) -> Reason
 
 
 def weights_sha256(name: str) -> str:
-    """What identifies a model: a hash of its GGUF file, or of config, tokenizer and weights; the commit of a hub id."""
+    """What identifies a model: a hash of its GGUF file, or of config, tokenizer and weights; the commit of a hub id.
+
+    Raises ConfigError for a model that is not here and cannot be.
+    """
     if file := gguf_file(name):
         return cached_sha256(file)
     if name != "tiny" and hub_id(name):
         return commit_of(name)
+    folder = TINY if name == "tiny" else Path(name)
+    if not folder.is_dir():
+        check_model(name)  # says what is wrong with the name
     digest = hashlib.sha256()
-    for file in sorted((TINY if name == "tiny" else Path(name)).iterdir()):
+    for file in sorted(folder.iterdir()):
         if file.name in MODEL_FILES or file.match("model*.safetensors"):
             digest.update(f"{file.name} {cached_sha256(file)}\n".encode())
     return digest.hexdigest()

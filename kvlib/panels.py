@@ -86,6 +86,10 @@ def measured_cells(
             )
         results, speed = record["results"], measured[cell.kv_budget, throughput]
         own = graded_by(record, grader, folder)
+        both = {}
+        if "strict_pass_at_1" in results:
+            both["strict_pass_at_1"] = 100 * results["strict_pass_at_1"]
+            both["unanswered_share"] = results[f"{own[0]}n_unanswered"] / results["n_samples"]
         definition = THROUGHPUTS.get(throughput, timing["timing"]["definition"])
         rows.append(
             {
@@ -109,6 +113,7 @@ def measured_cells(
                 "truncated_share": results["n_truncated"] / results["n_samples"],
                 "mean_live_slots": results["mean_live_slots"],
                 "peak_slots": results["peak_slots"],
+                **both,
             }
         )
     return pd.DataFrame(rows)

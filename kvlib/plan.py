@@ -1,5 +1,6 @@
 """What a study will take: samples, hours, disk and GPU memory, reckoned from its profile before anything starts."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvlib.config import Grid, RunConfig, check_names
+from kvlib.datasets import dataset_title
 from kvlib.errors import ConfigError
 
 WORKSPACE_GB = 3
@@ -208,14 +210,14 @@ def plan_text(grid: Grid, seed: int, estimate: Estimate, n_workers: int, n_done:
         f"{one.model} in {one.dtype} on {one.device}",
         f"policy {grid.shared.get('policy', one.policy)}, KV budgets {budgets}",
         f"{samples}, temperature {one.temperature}, top-p {one.top_p}, top-k {one.top_k}, at most {one.max_new_tokens} "
-        f"new tokens, batch {one.batch_size}",
+        f"new tokens, batch {one.batch_size}, prompt {one.prompt}",
         "",
         f"{'dataset':<16}{'problems':>9}{'samples':>12}{'tokens each':>13}{'hours':>9}{'at most':>9}{'timing':>9}",
     ]
     for cost in estimate.costs:
         per_cell = "?" if cost.n_samples is None else f"{cost.n_cells} x {cost.n_samples}"
         lines.append(
-            f"{cost.dataset[-15:]:<16}{cost.n_problems or '?':>9}{per_cell:>12}{cost.output_tokens:>13,.0f}"
+            f"{label(cost.dataset)[:15]:<16}{cost.n_problems or '?':>9}{per_cell:>12}{cost.output_tokens:>13,.0f}"
             f"{hours(cost.hours):>9}{hours(cost.most_hours):>9}{hours(cost.timing_hours):>9}"
         )
     unknown = any(cost.hours is None for cost in estimate.costs)
@@ -243,6 +245,13 @@ def plan_text(grid: Grid, seed: int, estimate: Estimate, n_workers: int, n_done:
     if expected:
         lines.append(f"source      {' '.join(expected.source.split())}")
     return "\n".join(lines)
+
+
+def label(dataset: str) -> str:
+    """As on the charts; a name that stands for nothing as it is, because the plan lists it as missing."""
+    with contextlib.suppress(ConfigError):
+        return dataset_title(dataset)
+    return dataset
 
 
 def step_text(grid: Grid, seed: int, estimate: Estimate, expected: Expected) -> str:

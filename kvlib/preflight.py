@@ -1,6 +1,7 @@
 """What stands in the way of a study, found in seconds and said all at once, before minutes are spent."""
 
 import csv
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvlib.errors import ConfigError
+from kvlib.lease import named_gpus
 from kvlib.record import RecordError, explained, locked
 
 RIVAL = """
@@ -26,7 +28,7 @@ except LockedError:
 
 @dataclass(frozen=True)
 class GPU:
-    """As nvidia-smi sees it; memory in GB."""
+    """As nvidia-smi sees it; memory in GB, infinite where it is not known (a MIG slice)."""
 
     index: str
     name: str
@@ -47,8 +49,7 @@ def find_faults(checks: Iterable[Callable[[], None]]) -> list[str]:
 
 def check_disk(folder: Path, need_gb: float, free_gb: float | None = None) -> None:
     """Raise ConfigError if the disk that holds folder has less than need_gb free. free_gb: as found, unless given."""
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(folder)
     free = shutil.disk_usage(folder).free / 1e9 if free_gb is None else free_gb
     if free < need_gb:
         raise ConfigError(
@@ -57,12 +58,26 @@ def check_disk(folder: Path, need_gb: float, free_gb: float | None = None) -> No
         )
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def check_gpus(n_needed: int, need_gb: float | None, gpus: list[GPU] | None) -> None:
     """Raise ConfigError unless n_needed GPUs have need_gb free each. None for what is not known: not checked."""
     if gpus is None:
         return
+    if not gpus:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            "nvidia-smi lists no GPU: run this where there is one"
+            if named is None
+            else f"CUDA_VISIBLE_DEVICES={named!r} hides all GPUs: unset it, or name GPUs in it"
+        )
     if len(gpus) < n_needed:
-        raise ConfigError(f"{n_needed} GPUs are asked for and {len(gpus)} can be seen: use GPUS={max(1, len(gpus))}")
+        raise ConfigError(f"{n_needed} GPUs are asked for and {len(gpus)} can be seen: use GPUS={len(gpus)}")
     if need_gb is None:
         return
     small = [gpu for gpu in gpus if gpu.free_gb < need_gb]
@@ -86,13 +101,13 @@ def visible_gpus() -> list[GPU] | None:
 
 
 def parse_gpus(table: str, visible: str | None) -> list[GPU]:
-    """GPUs from nvidia-smi's CSV (MiB); visible: indices or the beginnings of UUIDs, None for all."""
-    names = None if visible is None else [name.strip() for name in visible.split(",")]
-    gpus = []
-    for index, uuid, name, total, free in csv.reader(table.splitlines(), skipinitialspace=True):
-        if names is None or any(index == own or (len(own) > 4 and uuid.startswith(own)) for own in names):
-            gpus.append(GPU(index, name, float(total) * 2**20 / 1e9, float(free) * 2**20 / 1e9))
-    return gpus
+    """The GPUs of nvidia-smi's CSV (MiB) that CUDA_VISIBLE_DEVICES, `visible`, names (kvlib.lease.named_gpus)."""
+    known = {
+        uuid: GPU(index, name, float(total) * 2**20 / 1e9, float(free) * 2**20 / 1e9)
+        for index, uuid, name, total, free in csv.reader(table.splitlines(), skipinitialspace=True)
+    }
+    names = named_gpus(visible, list(known))
+    return [known.get(name, GPU(name, "not in nvidia-smi's list", math.inf, math.inf)) for name in names]
 
 
 def other_process_gets(path: Path) -> bool:
@@ -102,10 +117,13 @@ def other_process_gets(path: Path) -> bool:
 
 
 def check_locks(folder: Path, other_gets: Callable[[Path], bool] = other_process_gets) -> None:
-    """Raise ConfigError if two processes can hold one lock in folder, RecordError if the folder has no locks."""
+    """Raise ConfigError if two processes can hold one lock in folder, RecordError if the folder has no locks.
+
+    Of a folder that is not there yet, the nearest one above it is tried, and nothing made.
+    """
+    folder = existing(folder)
     path = folder / ".lock-check"
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         with locked(path, wait=False):
             both = other_gets(path)
         path.unlink(missing_ok=True)

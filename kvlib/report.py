@@ -65,7 +65,8 @@ def summary(grid: Grid, seed: int) -> str:
     options = ", ".join(f"{name} {value}" for name, value in one.policy_options.items())
     return (
         f"<p>Model {text(one.model)} in {text(one.dtype)}; policy {text(grid.shared.get('policy', one.policy))} "
-        f"{text(f'({options})' if options else '')}; {samples}, temperature {one.temperature}, top-p {one.top_p}, "
+        f"{text(f'({options})' if options else '')}; prompt {one.prompt}, {samples}, "
+        f"temperature {one.temperature}, top-p {one.top_p}, "
         f"top-k {one.top_k}, at most {one.max_new_tokens} new tokens. Pass@1 with a 95 % interval; throughput in "
         "tokens/s with attention, eviction, sampling and bookkeeping included, unless a table says otherwise.</p>"
     )

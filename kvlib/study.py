@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kvlib
+from kvlib import lease
 from kvlib.cell import TIED, NotebookError, check_parameters, execute_notebook
 from kvlib.config import Grid, RunConfig, folder_name, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
@@ -73,7 +74,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise; default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, on GPUs 1")
+    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, or a cell a GPU")
     parser.add_argument("--results", type=Path, help="publish: where to; default: results/<study>")
     parser.add_argument("--folder", type=Path, help="verify: records to verify; default: the study's in --runs")
     given = parser.parse_args()
@@ -136,7 +137,7 @@ def decode(study: Study, jobs: int | None) -> None:
     """
     prints = known_fingerprints(study)
     if prints is None or unfinished(prints):
-        faults = find_faults(checks(study, jobs))
+        faults = all_faults(study, jobs)
         if faults:
             raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults]))
         prints = cell_fingerprints(study)
@@ -160,14 +161,15 @@ def decode(study: Study, jobs: int | None) -> None:
         raise StudyError(summary(study, left, log))
 
 
-def checks(study: Study, jobs: int | None) -> list[Callable[[], None]]:
-    """What must hold before cells are run, each a function that raises ConfigError."""
+def all_faults(study: Study, jobs: int | None) -> list[str]:
+    """What stands in the way of running the study's cells and drawing its charts, a sentence each."""
     from kvlib.run import check, check_prompts
 
     cells = list(study.cells.values())
     cost = estimate(study.grid, study.seed, known_problems(study))
-    own = [functools.partial(check, config) for config in cells]
-    if not find_faults(own):  # else the same again
+    faults = find_faults(functools.partial(check, config) for config in cells)
+    own = [functools.partial(check_timed, study.grid)]
+    if not faults:  # else the same again
         own.append(functools.partial(check_prompts, cells))
     if on_gpu(study):
         gpus = visible_gpus()
@@ -180,13 +182,18 @@ def checks(study: Study, jobs: int | None) -> list[Callable[[], None]]:
         if folder and expected:
             own.append(functools.partial(check_disk, folder, expected.model_gb))
     own.append(functools.partial(check_locks, study.folder))
-    return own
+    return list(dict.fromkeys(faults + find_faults(own)))
+
+
+def check_timed(grid: Grid) -> None:
+    if grid.timing is None:
+        raise ConfigError(f"the charts draw throughput and {grid.path} asks for no timing; add a timing: line to it")
 
 
 def known_problems(study: Study) -> dict[str, int]:
-    """How many problems a dataset has in this study, as far as the grid or embedded data tell."""
-    n_problems = study.grid.shared.get("n_problems")
-    return dict.fromkeys(study.grid.datasets, n_problems) if n_problems else {}
+    """How many problems a dataset has in this study, as far as the grid tells."""
+    n_problems, expected = study.grid.shared.get("n_problems"), load_expected(study.grid)
+    return dict.fromkeys(study.grid.datasets, n_problems) if n_problems else dict(expected.problems if expected else {})
 
 
 def make_plan(study: Study, given: argparse.Namespace) -> None:
@@ -195,17 +202,17 @@ def make_plan(study: Study, given: argparse.Namespace) -> None:
     states = cell_states(study, known_fingerprints(study))
     n_done = sum(state.state == "done" for state in states)
     print(plan_text(study.grid, study.seed, cost, workers(study, given.jobs), n_done))
-    faults = find_faults(checks(study, given.jobs)) if n_done < len(states) else []
+    faults = all_faults(study, given.jobs) if n_done < len(states) else []
     print("\n  - ".join(["\nmissing", *faults]) if faults else "\nnothing is missing")
 
 
 def cell_states(study: Study, prints: dict[Path, str] | None) -> list[CellState]:
-    expected, problems = load_expected(study.grid), known_problems(study)
+    problems = known_problems(study)
     lock = study.folder / ".engine.lock"
     since = lock.stat().st_mtime if is_locked(lock) else None
     states = []
     for folder, config in study.cells.items():
-        n_problems = problems.get(config.dataset) or (expected and expected.problems.get(config.dataset))
+        n_problems = problems.get(config.dataset)
         total = n_problems and n_problems * config.n_samples
         states.append(cell_state(study.folder, folder, config, prints and prints[folder], total, since))
     return states
@@ -239,8 +246,9 @@ def make_report(study: Study, given: argparse.Namespace) -> None:
             figures = study.figures
         else:
             figures = Path(held.enter_context(tempfile.TemporaryDirectory()))
-            with contextlib.suppress(NotebookError):  # nothing to draw yet
-                draw_into(study, figures, allow_incomplete=True)
+            if any((folder / "record.json").exists() for folder in records):
+                with contextlib.suppress(NotebookError):  # nothing to draw yet
+                    draw_into(study, figures, allow_incomplete=True)
         page = report_html(
             study.grid,
             study.seed,
@@ -260,7 +268,9 @@ def verify_records(study: Study, given: argparse.Namespace) -> int:
     if not root.is_dir():
         raise StudyError(f"there is no folder {root}; name one with FOLDER=, or run the study first")
     names = {str(folder.relative_to(study.folder)): config for folder, config in study.cells.items()}
-    verdict = verify(root, names, [str(folder.relative_to(study.folder)) for folder in study.timings])
+    verdict = verify(
+        root, names, [str(folder.relative_to(study.folder)) for folder in study.timings], known_problems(study)
+    )
     print(verdict_text(root, verdict))
     return 0 if verdict.whole else 1
 
@@ -278,9 +288,11 @@ def on_gpu(study: Study) -> bool:
 
 
 def workers(study: Study, jobs: int | None) -> int:
-    """Cells at a time."""
+    """Cells at a time: as asked for, else one on each GPU that can be seen, or as many as the cores carry."""
+    if jobs:
+        return jobs
     threads = max(config.threads for config in study.cells.values())
-    return jobs or (1 if on_gpu(study) else max(1, cores() // threads))
+    return max(1, len(lease.visible_gpus()) if on_gpu(study) else cores() // threads)
 
 
 def cell_fingerprints(study: Study) -> dict[Path, str]:
@@ -420,6 +432,7 @@ def draw(study: Study) -> None:
 
 def draw_into(study: Study, figures: Path, **options) -> None:
     parameters = {"grid": str(study.grid.path), "records": str(study.folder), "seed": study.seed}
+    parameters["published"] = str(SNAKEFILE.parent / "results" / "published")  # wherever the grid lies
     execute_notebook(study.charts, figures / "charts.ipynb", {**parameters, "figures": str(figures), **options}, {})
 
 

@@ -194,6 +194,23 @@ def test_gated_missing_and_offline_are_told_apart(monkeypatch, kind, sentence):
         check_dataset("gpqa-diamond")
 
 
+def test_a_silent_network_is_waited_for_once(monkeypatch, tmp_path):
+    asked = []
+
+    def silent(*arguments, **options):
+        asked.append(arguments)
+        raise ConnectionError("timed out")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", silent)
+    monkeypatch.setattr("kvlib.datasets.time.monotonic", lambda: 1e9)
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="could not be had"):
+            check_dataset("amc23")
+    assert len(asked) == 1
+
+
 def test_pins_are_whole_and_row_hashes_are_as_many_as_rows():
     for spec in BENCHMARKS.values():
         assert len(bytes.fromhex(spec.revision)) == 20 and len(bytes.fromhex(spec.sha256)) == 32

@@ -251,3 +251,18 @@ def test_smollm2_decodes_as_transformers_does():
     expected = reasoner.model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
     assert list(found) == expected[0, len(prompt) :].tolist()
     assert len(found) > 5
+
+
+def test_a_model_that_is_not_here_has_no_hash_but_a_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="unknown model 'smolm2'; use 'tiny', 'smollm2'"):
+        weights_sha256("smolm2")
+    with pytest.raises(ConfigError, match="unknown model"):
+        weights_sha256(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model", "special_tokens_map.json"])
+def test_all_that_shapes_a_prompt_is_part_of_a_models_hash(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    before = weights_sha256(str(tmp_path))
+    (tmp_path / name).write_text("{}")
+    assert weights_sha256(str(tmp_path)) != before

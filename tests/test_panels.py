@@ -8,7 +8,7 @@ import pytest
 
 from kvlib.config import load_grid
 from kvlib.errors import ConfigError
-from kvlib.figures import IncompleteError, load_published
+from kvlib.figures import IncompleteError, load_published, measured_table
 from kvlib.panels import measured_cells, measured_verdicts, model_title, published_beside, what_n_tells
 from kvlib.record import RecordError, publish
 
@@ -34,6 +34,7 @@ def study(tmp_path):
         marks = {"chain-a/0": "11", "chain-a/1": "01"}
         results = {"pass_at_1": 0.75, "pass_low": 0.5, "pass_high": 1.0, "n_problems": 2, "n_samples": 4}
         results |= {"n_tokens": 400, "n_truncated": 0, "mean_live_slots": 9.0, "peak_slots": 20}
+        results |= {"n_unanswered": 1, "strict_n_unanswered": 2}
         results |= {"strict_pass_at_1": 0.5, "strict_pass_low": 0.0, "strict_pass_high": 1.0}
         verdicts = {"correct": marks, "strict_correct": {"chain-a/0": "11", "chain-a/1": "00"}}
         record = {"fingerprint": "f", "config": cell.parameters(), "results": results, "verdicts": verdicts}
@@ -57,6 +58,19 @@ def test_each_grader_and_each_throughput_is_named_and_its_own(study):
     assert cells["throughput_definition"].iloc[0] == "Throughput (tokens/s, forward time only, as published)"
     with pytest.raises(ConfigError, match="grader is 'strikt'; use one of published, strict"):
         measured_cells(*study, 0, "strikt")
+
+
+def test_the_table_of_a_benchmark_has_strict_verdicts_and_what_was_not_answered(study):
+    table = measured_table(measured_cells(*study, 0))
+    assert list(table.columns[-2:]) == ["Strict Pass@1 (%)", "Without an answer (%)"]
+    assert table.iloc[0, -2:].tolist() == ["50.0", "25.0"]
+    assert measured_table(measured_cells(*study, 0, "strict")).iloc[0, -1] == "50.0"
+
+
+def test_the_committed_table_stays_as_it_is():
+    results = ROOT / "results" / "tiny"
+    cells = measured_cells(load_grid(ROOT / "notebooks" / "tiny.yml"), results / "records", 0)
+    assert measured_table(cells).to_csv(index=False) == (results / "measured.csv").read_text()
 
 
 def test_verdicts_come_by_sample_and_by_grader(study):

@@ -65,6 +65,17 @@ def test_a_row_never_holds_more_than_its_budget_on_average():
     assert mean_live(full, 100, 1000) == 600
 
 
+def test_a_file_is_called_as_on_the_charts():
+    study = grid(datasets=["../somewhere/sets/amc23.jsonl", "nowhere"])
+    text = plan_text(study, 0, estimate(study, 0, {}), 1, 0)
+    assert "\nAMC23 " in text and "sets/" not in text and "\nnowhere " in text and "prompt bare" in text
+
+
+def test_a_misspelt_file_is_answered_with_near_ones():
+    with pytest.raises(ConfigError, match=r"r1-qwne.yml .*; did you mean r1-qwen.yml"):
+        load_grid(NOTEBOOKS / "r1-qwne.yml")
+
+
 def test_what_is_not_known_is_marked_and_not_guessed():
     study = grid(n_problems=None)
     cost = estimate(study, 0, {})

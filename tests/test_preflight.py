@@ -41,7 +41,24 @@ def test_too_few_or_too_small_gpus():
         check_gpus(2, 30, [SMALL, LARGE])
 
 
-@pytest.mark.parametrize(("visible", "seen"), [(None, "01"), ("1", "1"), ("GPU-aa", "0"), ("", "")])
+def test_no_gpu_at_all_says_what_hides_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES='-1' hides all GPUs: unset it"):
+        check_gpus(1, None, [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ConfigError, match="nvidia-smi lists no GPU"):
+        check_gpus(1, None, [])
+
+
+def test_a_slice_that_nvidia_smi_does_not_list_is_a_gpu_of_unknown_memory():
+    found = parse_gpus("0, GPU-aa11, NVIDIA H100, 81559, 81000\n", "MIG-5c")
+    assert [gpu.index for gpu in found] == ["MIG-5c"]
+    check_gpus(1, 70, found)
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, "01"), ("1", "1"), ("GPU-aa", "0"), ("1,0", "10"), ("", ""), ("-1", "")]
+)
 def test_gpus_are_those_that_the_environment_leaves(visible, seen):
     table = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, 81000\n1, GPU-bb22, NVIDIA H100 80GB HBM3, 81559, 10\n"
     found = parse_gpus(table, visible)
@@ -50,7 +67,7 @@ def test_gpus_are_those_that_the_environment_leaves(visible, seen):
 
 
 def test_locks_are_tried_by_two_processes(tmp_path):
-    check_locks(tmp_path / "runs")
-    assert not list((tmp_path / "runs").iterdir())
+    check_locks(tmp_path / "runs" / "tiny")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"file locks do not hold in .*two processes got the same one"):
         check_locks(tmp_path, other_gets=lambda path: True)

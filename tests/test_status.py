@@ -60,9 +60,12 @@ def test_a_failed_cell_says_why_and_a_running_one_is_no_failure(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "a" / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
+        holder = (tmp_path / "a" / ".lock").read_text()
         assert state(tmp_path) == CellState("a", "running", 1, 4)
+        assert f"process {process.pid} " in holder and (tmp_path / "a" / ".lock").read_text() == holder
         process.stdin.close()
     assert state(tmp_path).state == "missing"
+    assert (tmp_path / "a" / ".lock").read_text() == holder  # who held it last, not who asked
 
 
 def test_time_left_comes_from_finished_cells_else_from_the_plan():

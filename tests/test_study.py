@@ -151,6 +151,10 @@ def test_bad_input_is_a_sentence_within_seconds(home):
     code, output = run(home)
     assert code == 2 and "unknown dataset 'nowhere'" in output
     edit(home, "[nowhere]", "[chain-a]")
+    edit(home, "timing:", "# timing:")
+    code, output = run(home)
+    assert code == 2 and "asks for no timing; add a timing: line" in output and not samples(home)
+    edit(home, "# timing:", "timing:")
     shutil.rmtree(home / "runs")
     (home / "runs").write_text("")
     code, output = run(home)

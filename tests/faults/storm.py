@@ -35,6 +35,7 @@ full_cache: true
 n_problems: 24
 max_new_tokens: 400
 batch_size: 8
+timing: {batch_size: 4, n_steps: 8, repeats: 1}
 """
 JOURNAL = """
 import os

@@ -123,7 +123,6 @@ def test_a_small_storm_of_kills_loses_nothing(home):
     """The storm with the tiny model and many more kills is `make test-faults`."""
     edit(home, "n_problems: 2", "n_problems: 20")
     edit(home, "full_cache: true", "")
-    edit(home, "timing:", "# timing:")
     storm = Storm(home, environment(STUB_SLEEP="0.05"), kills=3, pause=(0.2, 2.0), seed=3)
     storm.run(0)
     storm.judge(sorted((home / "runs/small/chain-a").glob("*/*/s0")), [f"{number}/0" for number in range(20)])
