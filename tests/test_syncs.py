@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvlib.cache import CacheShape, SlotCache
+from kvlib.generate import Decoder
+from kvlib.invariants import random_model
 from kvlib.policies import PRESETS
 from kvlib.sampling import Sampling
 from kvlib.select import Round, evict
@@ -34,6 +36,10 @@ class Numbers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         assert function not in (torch.tensor, torch.as_tensor, torch.asarray), f"{function} sends numbers to the device"
+        if function is torch.Tensor.__setitem__:
+            places, value = args[1] if isinstance(args[1], tuple) else (args[1],), args[2]
+            by_tensor = any(isinstance(place, torch.Tensor) for place in places)
+            assert isinstance(value, torch.Tensor) or not by_tensor, f"{value} is sent to the places on the device"
         return function(*args, **(kwargs or {}))
 
 
@@ -119,3 +125,22 @@ def test_the_operators_have_fakes_and_run_in_one_graph():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=False)
     repeated, drawn = compiled(meta(2, 3, 2, 9, 4), rows, meta(2, 3, 2, 9, dtype=torch.bool), rows, meta(3, 1000))
     assert (repeated.shape, drawn.shape) == ((2, 3, 2, 9), (3,))
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_step_waits_for_nothing(name):
+    policy = small_policy(name)
+    needed = {need: on_device(fitted_fields()[need]) for need in policy.needs}
+    decoder = Decoder(
+        random_model().float().to("meta"), dataclasses.replace(policy, **needed), 28, n_rows=3, n_prompt_max=12,
+        max_new_tokens=40, sampling=Sampling(0.6, 0.95, 20), eos_ids=(1, 2), answer_id=3,
+    )  # fmt: skip
+    with torch.inference_mode(), on_the_device():
+        decoder.forward(decoder)
+        decoder.sample(decoder)
+
+
+def test_a_number_put_to_places_on_the_device_is_found():
+    x, places = torch.empty(4, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    with pytest.raises(AssertionError, match="is sent to the places"), on_the_device():
+        x[places] = 0.0
