@@ -35,7 +35,7 @@ from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.fitted import fit
 from kvlib.generate import Decoder, Request
-from kvlib.layers import DecodeLayers
+from kvlib.layers import DecodeLayers, Layer, fuse
 from kvlib.meter import Meter
 from kvlib.models import load_reasoner
 from kvlib.policies import Full, Policy, make_policy
@@ -54,6 +54,9 @@ GATE_STEPS = 16
 BASELINE = "hf-sdpa"
 KVPRESS = ("knorm", "snapkv-kvpress")
 """Policies that kvpress has with the same settings."""
+CEILINGS = ("linears", "products")
+"""Arms that decode nothing: the matrix products alone, as the model has them and as kvlib has them."""
+KEEPS_ALL = ("hf-eager", BASELINE, *CEILINGS, "full", "full-again", "full-unfused", "full-unpacked", "full-eager")
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,9 @@ def observed(sizes: Sizes) -> int:
 
 
 class Ours:
-    """kvlib's decode loop. unfused: one product per weight matrix; eager: no CUDA graph of the step."""
+    """kvlib's decode loop. without: a part that it leaves out, `unfused`, `unpacked` or `eager` (see without_part)."""
 
-    def __init__(self, subject: Subject, policy: Policy, kv_budget: int | None, n_new: int, unfused=False, eager=False):
+    def __init__(self, subject: Subject, policy: Policy, kv_budget: int | None, n_new: int, without: str = ""):
         B, P = subject.prompts.shape
         self.subject, self.meter = subject, Meter(subject.model.device)
         self.decoder = Decoder(
@@ -148,15 +151,9 @@ class Ours:
             eos_ids=(),
             meter=self.meter,
         )
-        if unfused:
-            self.decoder.layers = unfused_layers(subject.model)
-        if eager:
-            self.decoder.forward, self.decoder.sample = Decoder._forward, Decoder._sample
-            self.decoder.replay_round = self._plain_round
+        if without:
+            without_part(self.decoder, without)
         self.kv_bytes = self.decoder.cache.nbytes()
-
-    def _plain_round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> None:
-        self.decoder.evict_rows(self.decoder.round(due, n_live, n_keep))
 
     def start(self) -> None:
         admit_prompts(self.decoder, self.subject)
@@ -183,22 +180,33 @@ def admit_prompts(decoder: Decoder, subject: Subject) -> None:
         decoder.admit(row, Request(str(row), tuple(prompt), row))
 
 
-def unfused_layers(model: nn.Module) -> DecodeLayers:
-    """The same step with a product per matrix of the model, joined afterwards."""
-    layers = DecodeLayers(model)
+def without_part(decoder: Decoder, part: str) -> None:
+    """unfused: a product per matrix of the model, joined afterwards. unpacked: products of the weights as they are.
+    eager: no CUDA graph."""
+    layers = decoder.layers
+    if part == "unfused":
+        layers.layers = [
+            replace(
+                own,
+                qkv=apart(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                gate_up=apart(layer.mlp.gate_proj, layer.mlp.up_proj),
+            )
+            for own, layer in zip(layers.layers, decoder.model.base_model.layers, strict=True)
+        ]
+    elif part == "unpacked":
+        layers.layers = [
+            replace(own, **{name: replace(getattr(own, name), packed=None) for name in Layer.products})
+            for own in layers.layers
+        ]
+        decoder.head = replace(decoder.head, packed=None)
+    else:
+        decoder.forward, decoder.sample = Decoder._forward, Decoder._sample
+        decoder.replay_round = lambda *due: decoder.evict_rows(decoder.round(*due))
 
-    def apart(*linears: nn.Linear) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.cat([linear(x) for linear in linears], -1)
 
-    layers.layers = [
-        replace(
-            own,
-            qkv=apart(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-            gate_up=apart(layer.mlp.gate_proj, layer.mlp.up_proj),
-        )
-        for own, layer in zip(layers.layers, model.base_model.layers, strict=True)
-    ]
-    return layers
+def apart(*linears: nn.Linear) -> Callable[[Tensor], Tensor]:
+    own = [fuse(linear) for linear in linears]
+    return lambda x: torch.cat([linear(x) for linear in own], -1)
 
 
 class HuggingFace:
@@ -278,12 +286,18 @@ def clocked(model: nn.Module, meter: Meter, phase: str) -> Iterator[None]:
 
 
 class Linears:
-    """The model's linear layers alone, one product per matrix, one after the other."""
+    """Matrix products alone, one after the other: the model's linear layers (`linears`), or what kvlib's step makes of
+    them (`products`)."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Subject, kind: str = "linears"):
         model, B = subject.model, len(subject.prompts)
-        self.linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        sizes = {linear.in_features for linear in self.linears}
+        if kind == "linears":
+            self.linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        else:
+            layers = DecodeLayers(model).layers
+            self.linears = [getattr(layer, name) for layer in layers for name in Layer.products]
+            self.linears.append(fuse(model.get_output_embeddings()))
+        sizes = {linear.weight.shape[1] for linear in self.linears}
         self.inputs = {n: torch.randn(B, n, dtype=model.dtype, device=model.device) for n in sizes}
 
     def start(self) -> None:
@@ -293,7 +307,7 @@ class Linears:
     def advance(self, n: int) -> None:
         for _ in range(n):
             for linear in self.linears:
-                linear(self.inputs[linear.in_features])
+                linear(self.inputs[linear.weight.shape[1]])
 
     def phase_seconds(self) -> dict[str, float]:
         return {}
@@ -359,16 +373,16 @@ def kv_bytes_per_token(model: nn.Module) -> int:
 
 
 def default_arms(name: str, device: str, kvpress: bool) -> list[str]:
-    arms = ["hf-eager", BASELINE, "linears", "full", "full-again"]
+    arms = ["hf-eager", BASELINE, *CEILINGS, "full", "full-again"]
     arms += [policy for policy in POLICIES if policy != "dynts" or name != "smollm2"]
-    arms += ["full-unfused"] + ["full-eager"] * (device != "cpu")
+    arms += ["full-unfused", "full-unpacked" if device == "cpu" else "full-eager"]
     return arms + [f"kvpress-{policy}" for policy in KVPRESS if kvpress]
 
 
 def split_arm(name: str, sizes: Sizes) -> tuple[str, int | None]:
     """(policy or kind, KV budget) of an arm's name, e.g. knorm@128; None where nothing is evicted."""
     kind, _, budget = name.partition("@")
-    if kind in ("hf-eager", BASELINE, "linears", "full", "full-again", "full-unfused", "full-eager"):
+    if kind in KEEPS_ALL:
         if budget:
             raise ConfigError(f"arm {name!r} evicts nothing and takes no KV budget")
         return kind, None
@@ -397,10 +411,11 @@ def build_arm(name: str, subject: Subject, sizes: Sizes, kvpress: str | None, fo
     kind, kv_budget = split_arm(name, sizes)
     if kind.startswith("hf-"):
         return HuggingFace(subject, kind.removeprefix("hf-"), sizes.n_new)
-    if kind == "linears":
-        return Linears(subject)
+    if kind in CEILINGS:
+        return Linears(subject, kind)
     if kv_budget is None:
-        return Ours(subject, Full(), None, sizes.n_new, unfused=kind == "full-unfused", eager=kind == "full-eager")
+        part = kind.partition("-")[2]
+        return Ours(subject, Full(), None, sizes.n_new, part if part != "again" else "")
     if kind.startswith("kvpress-"):
         return KVPress(kvpress, folder, subject, kind.removeprefix("kvpress-"), kv_budget, sizes)
     return Ours(subject, subject.fit(bench_policy(kind, kv_budget, sizes)), kv_budget, sizes.n_new)
@@ -475,7 +490,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def check_graphs(name: str, subject: Subject, policy: Policy, kv_budget: int, sizes: Sizes) -> Check:
     """Tokens and slots over four rounds: graphs against plain calls, which run the same kernels and must be equal."""
     n = kv_budget - sizes.n_prompt + 4 * (sizes.interval + 1)
-    arms = [Ours(subject, subject.fit(policy), kv_budget, n, eager=eager) for eager in (False, True)]
+    arms = [Ours(subject, subject.fit(policy), kv_budget, n, without) for without in ("", "eager")]
     for arm in arms:
         arm.start()
         arm.advance(n)
@@ -583,7 +598,7 @@ def pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(arm, what it is compared with) for all arms that were run."""
     peers = [name for name in names if name.startswith(("hf-", "kvpress-"))]
     for name in names:
-        if name in peers or name == "linears":
+        if name in peers or name in CEILINGS:
             continue
         yield from ((name, peer) for peer in peers if peer.startswith("hf-"))
         if name.startswith("full-"):
@@ -591,8 +606,7 @@ def pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
         elif name != "full":
             yield name, "full"
         yield from ((name, peer) for peer in peers if peer == f"kvpress-{name}")
-        if "linears" in names:
-            yield name, "linears"
+        yield from ((name, ceiling) for ceiling in CEILINGS if ceiling in names)
 
 
 def measure(arms: dict, n_steps: int, n_rounds: int, device: str, seconds: float, say: Callable[[str], None]) -> dict:
@@ -649,7 +663,7 @@ def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_step
         "steps": B * steps / total,
         "ms_per_step": 1000 * statistics.median(found["seconds"]) / n_steps,
     }
-    if name == "linears":
+    if name in CEILINGS:
         return row
     output = arm.output()
     ends = torch.isin(output, torch.tensor(subject.eos_ids, device=output.device))
@@ -685,6 +699,7 @@ def table(record: dict) -> str:
             "goodput": f"{row['goodput']:.1f}" if "goodput" in row else "",
             "x HF sdpa": ratio(row["arm"], BASELINE),
             "of linears": ratio(row["arm"], "linears"),
+            "of products": ratio(row["arm"], "products"),
             "in rounds": f"{row['round_share']:.1%}" if row.get("round_share") is not None else "",
             "live slots": f"{row['live_slots']:.0f}" if "live_slots" in row else "",
             "KV MB": f"{row['kv_bytes'] / 1e6:.1f}" if "kv_bytes" in row else "",
@@ -850,7 +865,8 @@ def report(record: dict) -> None:
           f"{record['batch']}, {record['dtype']}, {record['n_prompt']} + {record['n_new']} tokens, a round every "
           f"{record['interval']}; {record['rounds']} rounds of {record['steps_per_round']} steps\n")  # fmt: skip
     print(table(record))
-    print("\ntokens/s: rows x steps / wall time of the steps, everything included. forward only: the model's calls.\n"
+    print("\nlinears: the model's linear layers alone. products: what kvlib's step makes of them, fused and packed.\n"
+          "tokens/s: rows x steps / wall time of the steps, everything included. forward only: the model's calls.\n"
           "goodput: tokens up to the end of each output / wall time with prefill. in rounds: time spent evicting.\n"
           "of copy: least bytes / time, as a share of a copy's bandwidth in this call.\n")  # fmt: skip
     for r in record["ratios"]:

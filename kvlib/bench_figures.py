@@ -66,7 +66,7 @@ def _arms(record: dict) -> list[dict]:
     ceilings, found = record.get("ceilings"), []
     alone = next((row["steps"] for row in record["arms"] if row["arm"] == "linears"), float("nan"))
     for row in record["arms"]:
-        if row["arm"] == "linears":
+        if row["arm"] in ("linears", "products"):
             continue
         batch, live = row.get("batch", record.get("batch")), row["live_slots"]
         rounds = [batch * _steps(record, row) / seconds for seconds in row["seconds"]]
@@ -159,7 +159,7 @@ def _draw(ax, here: pd.DataFrame, looks: dict) -> None:
     ax.plot(roof.index, roof, color=INK, linewidth=2.2, linestyle=(0, (6, 2)), label="roofline", gid="roofline")
     alone = here["linears"].dropna()
     if len(alone):
-        ax.axhline(alone.mean(), color=GREY, linewidth=1.3, label="linear layers alone")
+        ax.axhline(alone.mean(), color=GREY, linewidth=1.3, label="the model's linear layers alone")
     for arm, (label, color, dashes) in LEVELS.items():
         for level in here.loc[here["arm"] == arm, "tokens_per_s"]:
             ax.axhline(level, color=color, linewidth=1.5, linestyle=dashes, label=label)

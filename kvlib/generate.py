@@ -11,7 +11,7 @@ from kvlib.attention import PrefillStep
 from kvlib.cache import CacheShape, SlotCache
 from kvlib.errors import ConfigError
 from kvlib.graph import Graph
-from kvlib.layers import DecodeLayers
+from kvlib.layers import DecodeLayers, fuse
 from kvlib.meter import Meter
 from kvlib.policies import Policy
 from kvlib.sampling import Sampling
@@ -127,8 +127,8 @@ class Decoder:
         self.limit = np.zeros(n_rows, dtype=np.int64)
         self.was_live = np.zeros(n_rows, dtype=bool)
         self.inv_freq = model.base_model.rotary_emb.inv_freq
-        head = model.get_output_embeddings()
-        self.logits = torch.zeros(n_rows, head.out_features, dtype=model.dtype, device=self.device)
+        self.head = fuse(model.get_output_embeddings())
+        self.logits = torch.zeros(n_rows, len(self.head.weight), dtype=model.dtype, device=self.device)
         self.n_max = 1
         # Their replays follow one another on one stream, so they can share what they allocate inside.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -303,7 +303,7 @@ class Decoder:
         )
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.head(hidden)
         # One pass: a sum is finite only where every term is.
         self.finite &= logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
         return logits

@@ -5,9 +5,13 @@ import torch
 from conftest import as_requests, decode, prompts, small_policy
 from torch import nn
 
+from kvlib import layers
 from kvlib.errors import ConfigError
+from kvlib.generate import Decoder
 from kvlib.invariants import FAMILIES, random_model
 from kvlib.layers import DecodeLayers, fuse
+from kvlib.policies import Full
+from kvlib.sampling import Sampling
 
 
 def test_fused_weights_are_the_models_own_storage():
@@ -20,6 +24,54 @@ def test_fused_weights_are_the_models_own_storage():
         linears[2].bias.fill_(5.0)
     assert (fused.weight[4:6] == 7.0).all() and (fused.bias[6:] == 5.0).all()
     assert fuse(*linears).weight.data_ptr() == fused.weight.data_ptr(), "a second call copies nothing"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_product_is_the_product(bias, monkeypatch):
+    monkeypatch.setattr(layers, "PACKED_FROM", 0)
+    torch.manual_seed(0)
+    linears = [nn.Linear(37, n, bias=bias) for n in (64, 5, 1)]
+    packed = fuse(*linears)
+    assert packed.packed is not None or not torch.backends.mkldnn.is_available()
+    for n_rows in (1, 3, 8, 64):
+        x = torch.randn(n_rows, 37)
+        expected = torch.cat([linear(x) for linear in linears], -1)
+        torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_large_float32_weights_on_a_cpu_that_can_are_packed(monkeypatch):
+    """A small weight would gain nothing, and another order of sums would change what was measured with it."""
+    large = nn.Linear(512, layers.PACKED_FROM // 2048)
+    assert fuse(nn.Linear(512, layers.PACKED_FROM // 2048 - 1)).packed is None
+    assert (fuse(large).packed is not None) == torch.backends.mkldnn.is_available()
+    assert fuse(nn.Linear(512, layers.PACKED_FROM // 2048, device="meta")).packed is None
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fuse(large).packed is None
+    monkeypatch.undo()
+    assert fuse(large.bfloat16()).packed is None and fuse(large.double()).packed is None
+
+
+def test_a_step_over_packed_weights_is_the_same_step(monkeypatch):
+    model, requests = random_model("qwen2").float(), as_requests(prompts(3))
+
+    def decoder() -> Decoder:
+        longest = max(len(request.prompt) for request in requests)
+        made = Decoder(
+            model, Full(), None, n_rows=3, n_prompt_max=longest, max_new_tokens=9, sampling=Sampling(0.0), eos_ids=()
+        )
+        for row, request in enumerate(requests):
+            made.admit(row, request)
+        return made
+
+    plain = decoder()
+    monkeypatch.setattr(layers, "PACKED_FROM", 0)
+    packed = decoder()
+    assert (packed.head.packed is not None) == torch.backends.mkldnn.is_available()
+    for _ in range(8):
+        packed.token.copy_(plain.token)
+        plain.step()
+        packed.step()
+        torch.testing.assert_close(packed.logits, plain.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_linears_of_which_some_have_a_bias_are_refused():
