@@ -194,7 +194,8 @@ def measured_figure(
         batch_size                                rows decoded together in the timing run
     expected: list of (dataset, kv_budget) that the chart promises; None as budget = full cache.
         Its order is the order of the panels.
-        With a column grader, other than "exact checker", the note names it.
+        With a column grader, other than "exact checker", the note names it; with a column batch_halved (bool), the
+        note and the table name the cells that ran out of memory and were decoded with half the rows.
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
     published: rows of load_published of the same model, drawn hatched beside the measured bars and as a dashed line.
     mark: what a reader must not overlook, in a yellow band, e.g. that the numbers are made up.
@@ -229,6 +230,7 @@ def measured_figure(
         f"Throughput at batch size {one.batch_size}: median; band: {throughput_interval}.",
         *([] if grader == EXACT else [f"Graded by the {grader}."]),
         *([BESIDE_NOTE] if beside else []),
+        *_halved_note(rows),
         *([caveat] if caveat else []),
     ]
     datasets = list(dict.fromkeys(dataset for dataset, _ in expected))
@@ -288,10 +290,10 @@ def measured_figure(
             )
             for x, row in drawn:
                 if beside:
-                    _draw_whisker(ax, x - 0.31 * step, row)
+                    _draw_whisker(ax, x - (0.31 if row.pass_at_1 else 0.2) * step, row)
                     _print_value(ax, x - 0.2 * step, 0, row.pass_at_1, "white", rotation=90)
                 else:
-                    _draw_whisker(ax, x - 0.24 * step, row)
+                    _draw_whisker(ax, x - (0.24 if row.pass_at_1 else 0) * step, row)
                     _print_pass(ax, x, row)
             if beside:
                 theirs = [beside.get((dataset, b)) for b in budgets]
@@ -446,6 +448,8 @@ def measured_table(df):
             line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
         if hasattr(row, "truncated_share"):
             line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
+        if any(getattr(other, "batch_halved", False) for other in rows.values()):
+            line["Batch halved"] = "yes" if row.batch_halved else ""
         if hasattr(row, "strict_pass_at_1"):  # of a benchmark; a chain has an exact checker
             graded = not math.isnan(row.strict_pass_at_1)
             line["Strict Pass@1 (%)"] = f"{row.strict_pass_at_1:.1f}" if graded else ""
@@ -531,6 +535,14 @@ def _measured_rows(df):
             raise ValueError(f"{_name_cell(*cell)}: pass_high is above 100 percent or truncated_share above 1")
         rows[cell] = row
     return rows
+
+
+def _halved_note(rows):
+    halved = [cell for cell, row in rows.items() if getattr(row, "batch_halved", False)]
+    if not halved:
+        return []
+    cells = _name_cells(halved)
+    return [f"Ran out of GPU memory and were decoded with half the rows, whose sums round differently: {cells}."]
 
 
 def _published_rows(published, model, grader):

@@ -113,6 +113,7 @@ def measured_cells(
                 "truncated_share": results["n_truncated"] / results["n_samples"],
                 "mean_live_slots": results["mean_live_slots"],
                 "peak_slots": results["peak_slots"],
+                "batch_halved": record["cost"].get("batch_halved", False),
                 **both,
             }
         )

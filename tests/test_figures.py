@@ -271,6 +271,17 @@ def test_several_samples_per_problem_are_said_to_be_bootstrapped(measured):
     assert "bootstrap over problems" in text and "5 samples per problem" in text and "Wilson" not in text
 
 
+def test_cells_whose_batch_was_halved_are_named_under_the_chart_and_in_the_table(measured):
+    halved = measured.assign(batch_halved=[cell == ("Chain-B", 64) for cell in EXPECTED])
+    said = [text.get_text() for text in figures.measured_figure(halved, EXPECTED).texts]
+    assert any("half the rows" in text and "Chain-B at KV budget 64." in text for text in said)
+    table = figures.measured_table(halved)
+    assert table.loc[table["Batch halved"] == "yes", ["Dataset", "KV budget"]].values.tolist() == [["Chain-B", "64"]]
+    for none in (measured, measured.assign(batch_halved=False)):
+        assert not any("half" in text.get_text() for text in figures.measured_figure(none, EXPECTED).texts)
+        assert "Batch halved" not in figures.measured_table(none)
+
+
 def test_missing_cells_are_refused_by_name(measured):
     with pytest.raises(figures.IncompleteError) as error:
         figures.measured_figure(measured.drop([3, 13, 20]), EXPECTED)

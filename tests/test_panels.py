@@ -38,6 +38,7 @@ def study(tmp_path):
         results |= {"strict_pass_at_1": 0.5, "strict_pass_low": 0.0, "strict_pass_high": 1.0}
         verdicts = {"correct": marks, "strict_correct": {"chain-a/0": "11", "chain-a/1": "00"}}
         record = {"fingerprint": "f", "config": cell.parameters(), "results": results, "verdicts": verdicts}
+        record["cost"] = {"batch_halved": cell.kv_budget == 2500}
         publish(tmp_path / cell.cell_path, record)
         for name, speed in [("steps", 100.0), ("forward", 300.0)]:
             row = {"kv_budget": cell.kv_budget, "definition": name, "median": speed}
@@ -71,6 +72,16 @@ def test_the_committed_table_stays_as_it_is():
     results = ROOT / "results" / "tiny"
     cells = measured_cells(load_grid(ROOT / "notebooks" / "tiny.yml"), results / "records", 0)
     assert measured_table(cells).to_csv(index=False) == (results / "measured.csv").read_text()
+
+
+def test_a_halved_batch_reaches_the_table(study):
+    grid, records = study
+    table = measured_table(measured_cells(grid, records, 0))
+    assert dict(zip(table["KV budget"], table["Batch halved"], strict=True)) == {
+        "2500": "yes",
+        "3000": "",
+        "full cache": "",
+    }
 
 
 def test_verdicts_come_by_sample_and_by_grader(study):
