@@ -1,5 +1,7 @@
 """What a decode step costs on any GPU, counted without one: bytes, host syncs and graph breaks. `make bench-count`.
 
+The policy is DynTS, whose predictor runs in every step. Rounds of eviction, one in hundreds of steps, are not counted.
+
 The step runs on meta tensors, which have shapes and no memory, at the true shapes of the models. Every operation that
 is dispatched is counted: the bytes it reads and writes, those of our own kernels as the kernel does it, over live
 slots only.
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvlib.generate import Decoder
 from kvlib.policies import Policy, make_policy
+from kvlib.predictor.head import ImportanceHead
 from kvlib.sampling import Sampling
 from kvlib.shapes import r1_llama_config, r1_qwen_config, random_model
 
@@ -154,6 +157,12 @@ def minimum_bytes(config, batch: int, live: int, itemsize: int = 2) -> int:
     return itemsize * (weights + config.num_hidden_layers * 2 * kv * batch * live)
 
 
+def dynts(config) -> Policy:
+    """The policy of the published charts, with a predictor of the model's width in float32, as one is loaded."""
+    with torch.device("meta"):
+        return make_policy("dynts", predictor=ImportanceHead(config.hidden_size))
+
+
 def main() -> None:
     argparse.ArgumentParser(prog="python -m kvlib.count", description=__doc__.splitlines()[0]).parse_args()
     rows = []
@@ -162,7 +171,7 @@ def main() -> None:
         for batch in BATCHES:
             for live in LIVE_SLOTS:
                 config = make()
-                counted = count_step(config, make_policy("window"), batch, live)
+                counted = count_step(config, dynts(config), batch, live)
                 minimum = minimum_bytes(config, batch, live)
                 row = {"model": model, "batch": batch, "live_slots": live, **counted, "minimum_bytes": minimum}
                 row.pop("by_operation")

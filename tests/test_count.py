@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from kvlib.count import Counting, count_step, minimum_bytes
+from kvlib.count import Counting, count_step, dynts, minimum_bytes
 from kvlib.policies import make_policy
 from kvlib.shapes import r1_qwen_config
 
@@ -54,7 +54,7 @@ def test_a_wait_for_the_device_is_counted():
 @pytest.mark.parametrize("live", [2350, 4100])
 def test_a_step_of_r1_qwen_moves_at_most_a_twentieth_more_than_the_least(live):
     config = r1_qwen_config()
-    step, least = count_step(config, make_policy("window"), 20, live), minimum_bytes(config, 20, live)
+    step, least = count_step(config, dynts(config), 20, live), minimum_bytes(config, 20, live)
     assert least == pytest.approx(14.141e9 + 57_344 * 20 * live, rel=1e-4)
     assert least < step["bytes_per_step"] <= 1.05 * least
     assert step["host_syncs"] == step["graph_breaks"] == 0
