@@ -115,9 +115,9 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
     one = df.iloc[0]
     weights = "" if one["weights"] == "real" else f", {one['weights']}"
     notes = [
-        f"{one['device']}, {one['dtype']}{weights}. All-inclusive steps; bands: slowest to fastest round. Roofline: "
-        "the least bytes of a step (weights, live keys and values once) at the copy bandwidth measured in the same "
-        "call."
+        f"{one['device']}, {one['dtype']}{weights}. All-inclusive steps; bands: slowest to fastest round; policies "
+        "stand side by side at their KV budget. HF's linear layers: alone, as the model has them. Roofline: the least "
+        "bytes of a step (weights, live keys and values once) at the copy bandwidth measured in the same call."
     ]
     batches = sorted(df["batch"].unique())
     looks = {
@@ -159,16 +159,19 @@ def _draw(ax, here: pd.DataFrame, looks: dict) -> None:
     ax.plot(roof.index, roof, color=INK, linewidth=2.2, linestyle=(0, (6, 2)), label="roofline", gid="roofline")
     alone = here["linears"].dropna()
     if len(alone):
-        ax.axhline(alone.mean(), color=GREY, linewidth=1.3, label="the model's linear layers alone")
+        ax.axhline(alone.mean(), color=GREY, linewidth=1.3, label="HF's linear layers")
     for arm, (label, color, dashes) in LEVELS.items():
         for level in here.loc[here["arm"] == arm, "tokens_per_s"]:
             ax.axhline(level, color=color, linewidth=1.5, linestyle=dashes, label=label)
+    budgets = sorted(evicting["kv_budget"].unique())
+    # Side by side: policies at one budget differ by less than their markers' size.
+    span, names = budgets[-1] - budgets[0] or budgets[0], list(looks)
     for name, rows in evicting.groupby("policy", sort=False):
         rows = rows.sort_values("kv_budget")
-        look, x = {**looks[name], "label": arm_title(name)}, rows["kv_budget"]
+        aside = 0.03 * span * (names.index(name) - (len(names) - 1) / 2)
+        look, x = {**looks[name], "label": arm_title(name)}, rows["kv_budget"] + aside
         ax.plot(x, rows["tokens_per_s"], markersize=6.5, linewidth=1.8, **look)
         ax.fill_between(x, rows["low"], rows["high"], color=look["color"], alpha=0.15, linewidth=0)
-    budgets = sorted(evicting["kv_budget"].unique())
     ax.set_xticks(budgets, [f"{budget:.0f}" for budget in budgets])
     if len(budgets) == 1:
         ax.set_xlim(budgets[0] * 0.5, budgets[0] * 1.5)

@@ -325,13 +325,18 @@ def test_the_chart_has_a_roofline_above_every_panel(tmp_path):
         names = {line.get_label() for line in ax.lines}
         assert {
             "roofline",
-            "the model's linear layers alone",
+            "HF's linear layers",
             "full cache",
             "HF generate",
             "knorm",
             "rkv",
             "knorm, by kvpress",
         } <= names
+    fig.draw_without_rendering()
+    page = fig.bbox
+    for text in (*fig.legends[0].get_texts(), *fig.texts):
+        box = text.get_window_extent()
+        assert page.x0 <= box.x0 and box.x1 <= page.x1, f"{text.get_text()!r} leaves the page"
     table = throughput_table(df)
     assert len(table) == len(df) and table["KV budget"].iloc[-1] == "none"
     assert table.loc[0, "Of the roofline"].endswith("%")

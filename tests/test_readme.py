@@ -1,12 +1,14 @@
 """What the README shows is what was measured."""
 
 import csv
+import json
 import re
 from math import isnan
 from pathlib import Path
 
 import pytest
 
+from kvlib.bench_figures import load_bench, throughput_table
 from kvlib.compare import load_cells, load_comparison
 from kvlib.config import load_grid
 from kvlib.datasets import dataset_title
@@ -26,6 +28,18 @@ def test_the_table_in_the_readme_is_the_committed_records():
         assert list(csv.reader(file)) == [list(table.columns), *table.values.tolist()]
     for row in table.values.tolist():
         assert f"| {' | '.join(row)} |" in README
+
+
+def test_the_speed_in_the_readme_is_the_committed_record():
+    folder = ROOT / "results" / "bench"
+    for row in throughput_table(load_bench(folder, "smollm2")).values.tolist():
+        assert f"| {' | '.join(row)} |" in README
+    record = json.loads((folder / "smollm2.json").read_text())
+    ratios = {(row["arm"], row["against"]): row for row in record["ratios"]}
+    for pair in [("knorm", "kvpress-knorm"), ("snapkv-kvpress", "kvpress-snapkv-kvpress"), ("full", "hf-sdpa"),
+                 ("full", "linears")]:  # fmt: skip
+        assert "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**ratios[pair]) in README
+    assert f"{next(row['steps'] for row in record['arms'] if row['arm'] == 'products'):.0f} tokens/s" in README
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
