@@ -89,7 +89,7 @@ def check_gpus(n_needed: int, need_gb: float | None, gpus: list[GPU] | None) -> 
         )
 
 
-def visible_gpus() -> list[GPU] | None:
+def gpus_with_memory() -> list[GPU] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where nvidia-smi is missing or silent."""
     query = "--query-gpu=index,uuid,name,memory.total,memory.free"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]

@@ -29,7 +29,7 @@ from kvlib.config import Grid, RunConfig, folder_name, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
 from kvlib.plan import estimate, load_expected, plan_text
-from kvlib.preflight import check_disk, check_gpus, check_locks, find_faults, visible_gpus
+from kvlib.preflight import check_disk, check_gpus, check_locks, find_faults, gpus_with_memory
 from kvlib.record import (  # fmt: skip
     LockedError,
     RecordError,
@@ -172,7 +172,7 @@ def all_faults(study: Study, jobs: int | None) -> list[str]:
     if not faults:  # else the same again
         own.append(functools.partial(check_prompts, cells))
     if on_gpu(study):
-        gpus = visible_gpus()
+        gpus = gpus_with_memory()
         own.append(functools.partial(check_gpus, workers(study, jobs), cost.gpu_memory_gb, gpus))
     own.append(functools.partial(check_disk, study.folder, cost.disk_gb))
     if "/" in study.model:  # loading the module takes seconds
