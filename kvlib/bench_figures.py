@@ -17,6 +17,15 @@ from kvlib.figures import GREY, INK, dress, style
 SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
 LEVELS = {"full": ("full cache", INK, "-"), "hf-sdpa": ("HF generate", GREY, (0, (1, 1.2)))}
 """Arms without a KV budget that are drawn as a level: label, colour, dashes."""
+KEEPS_ALL = {
+    "hf-eager": "HF generate, eager attention",
+    "hf-sdpa": "HF generate",
+    "full": "full cache",
+    "full-again": "full cache, measured again",
+    "full-unfused": "full cache, a product per matrix",
+    "full-unpacked": "full cache, weights not packed",
+    "full-eager": "full cache, no CUDA graph",
+}
 PEER = "kvpress-"
 ONE_PER_CHART = ("model", "weights", "device", "dtype")
 
@@ -95,6 +104,8 @@ def _steps(record: dict, row: dict) -> int:
 
 def arm_title(policy: str) -> str:
     """The name of an arm for people: "kvpress-snapkv-kvpress" is snapkv, with the settings that kvpress has, by it."""
+    if policy in KEEPS_ALL:
+        return KEEPS_ALL[policy]
     name = policy.removeprefix(PEER).removesuffix("-kvpress")
     return f"{name}, by kvpress" if policy.startswith(PEER) else name
 
