@@ -17,7 +17,7 @@ from kvlib.figures import GREY, INK, dress, style
 SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
 LEVELS = {"full": ("full cache", INK, "-"), "hf-sdpa": ("HF generate", GREY, (0, (1, 1.2)))}
 """Arms without a KV budget that are drawn as a level: label, colour, dashes."""
-KEEPS_ALL = {
+TITLES = {
     "hf-eager": "HF generate, eager attention",
     "hf-sdpa": "HF generate",
     "full": "full cache",
@@ -26,6 +26,8 @@ KEEPS_ALL = {
     "full-unpacked": "full cache, weights not packed",
     "full-eager": "full cache, no CUDA graph",
 }
+CEILINGS = ("linears", "products")
+"""Arms that decode nothing."""
 PEER = "kvpress-"
 ONE_PER_CHART = ("model", "weights", "device", "dtype")
 
@@ -75,7 +77,7 @@ def _arms(record: dict) -> list[dict]:
     ceilings, found = record.get("ceilings"), []
     alone = next((row["steps"] for row in record["arms"] if row["arm"] == "linears"), float("nan"))
     for row in record["arms"]:
-        if row["arm"] in ("linears", "products"):
+        if row["arm"] in CEILINGS:
             continue
         batch, live = row.get("batch", record.get("batch")), row["live_slots"]
         rounds = [batch * _steps(record, row) / seconds for seconds in row["seconds"]]
@@ -104,8 +106,8 @@ def _steps(record: dict, row: dict) -> int:
 
 def arm_title(policy: str) -> str:
     """The name of an arm for people: "kvpress-snapkv-kvpress" is snapkv, with the settings that kvpress has, by it."""
-    if policy in KEEPS_ALL:
-        return KEEPS_ALL[policy]
+    if policy in TITLES:
+        return TITLES[policy]
     name = policy.removeprefix(PEER).removesuffix("-kvpress")
     return f"{name}, by kvpress" if policy.startswith(PEER) else name
 
@@ -113,7 +115,7 @@ def arm_title(policy: str) -> str:
 def throughput_figure(df: pd.DataFrame) -> Figure:
     """Tokens/s against KV budget, one panel per batch size, one line per policy, the roofline above.
 
-    df: as load_bench returns it, of one model and machine. Bands span the slowest to the fastest round. Raises
+    df: as load_bench returns it, of one model and machine. Whiskers span the slowest to the fastest round. Raises
     ConfigError for several models or machines, or where no arm has a KV budget.
     """
     for name in ONE_PER_CHART:
@@ -126,7 +128,7 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
     one = df.iloc[0]
     weights = "" if one["weights"] == "real" else f", {one['weights']}"
     notes = [
-        f"{one['device']}, {one['dtype']}{weights}. All-inclusive steps; bands: slowest to fastest round; policies "
+        f"{one['device']}, {one['dtype']}{weights}. All-inclusive steps; whiskers: slowest to fastest round; policies "
         "stand side by side at their KV budget. HF's linear layers: alone, as the model has them. Roofline: the least "
         "bytes of a step (weights, live keys and values once) at the copy bandwidth measured in the same call."
     ]
@@ -175,14 +177,24 @@ def _draw(ax, here: pd.DataFrame, looks: dict) -> None:
         for level in here.loc[here["arm"] == arm, "tokens_per_s"]:
             ax.axhline(level, color=color, linewidth=1.5, linestyle=dashes, label=label)
     budgets = sorted(evicting["kv_budget"].unique())
-    # Side by side: policies at one budget differ by less than their markers' size.
-    span, names = budgets[-1] - budgets[0] or budgets[0], list(looks)
+    # Side by side where several share a budget: they differ by less than their markers' size.
+    step = 0.03 * (budgets[-1] - budgets[0] or budgets[0])
+    at = evicting.groupby("kv_budget")["policy"].agg(list)
     for name, rows in evicting.groupby("policy", sort=False):
         rows = rows.sort_values("kv_budget")
-        aside = 0.03 * span * (names.index(name) - (len(names) - 1) / 2)
-        look, x = {**looks[name], "label": arm_title(name)}, rows["kv_budget"] + aside
-        ax.plot(x, rows["tokens_per_s"], markersize=6.5, linewidth=1.8, **look)
-        ax.fill_between(x, rows["low"], rows["high"], color=look["color"], alpha=0.15, linewidth=0)
+        x = [b + step * (at[b].index(name) - (len(at[b]) - 1) / 2) for b in rows["kv_budget"]]
+        y = rows["tokens_per_s"]
+        ax.errorbar(
+            x,
+            y,
+            [y - rows["low"], rows["high"] - y],
+            label=arm_title(name),
+            markersize=6.5,
+            linewidth=1.8,
+            elinewidth=1.2,
+            capsize=2.5,
+            **looks[name],
+        )
     ax.set_xticks(budgets, [f"{budget:.0f}" for budget in budgets])
     if len(budgets) == 1:
         ax.set_xlim(budgets[0] * 0.5, budgets[0] * 1.5)

@@ -1,6 +1,6 @@
 """What a decode step costs on any GPU, counted without one: bytes, host syncs and graph breaks. `make bench-count`.
 
-The policy is DynTS, whose predictor runs in every step. Rounds of eviction, one in hundreds of steps, are not counted.
+The policy is DynTS, whose predictor runs in every step. Rounds of eviction are not counted.
 
 The step runs on meta tensors, which have shapes and no memory, at the true shapes of the models. Every operation that
 is dispatched is counted: the bytes it reads and writes, those of our own kernels as the kernel does it, over live

@@ -6,6 +6,8 @@ which goes through the model itself, needs no second copy. In float32 on a CPU a
 ones, at twice the memory of the weights: there speed runs out first.
 """
 
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +23,8 @@ from kvlib.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
 
 PACKED_FROM = 2**20
 """Bytes of a weight. Smaller ones stay in the CPU's cache, and a step gains nothing from packing them."""
+PACKS = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+"""Where packing was measured; elsewhere oneDNN's float32 products may be no faster, or missing."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,26 @@ class Layer:
 
 
 def fuse(*linears: nn.Linear) -> Linear:
-    """The linears of one input as one, sharing storage with them. A second call finds what the first one fused."""
+    """The linears of one input as one, sharing storage with them. A second call finds what the first one made.
+
+    A packed copy is of the weights as they are now; it is kept on the first linear, for all decoders of the model.
+    """
     if len({linear.bias is None for linear in linears}) > 1:
         raise ConfigError("the model's projections differ in whether they have a bias, which kvlib does not fuse")
     bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
     weight = _joined([linear.weight for linear in linears])
-    return Linear(weight, bias, _packed(weight))
+    return Linear(weight, bias, _packed(weight, linears))
 
 
-def _packed(weight: Tensor) -> Tensor | None:
-    """A copy in oneDNN's blocked layout, where torch has it: products of a few rows then take half the time."""
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not on_cpu or weight.dtype != torch.float32 or weight.nbytes < PACKED_FROM:
+def _packed(weight: Tensor, linears: Sequence[nn.Linear]) -> Tensor | None:
+    """A copy in oneDNN's blocked layout, where it pays: products of a few rows then take half the time."""
+    if not PACKS or weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.nbytes < PACKED_FROM:
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
+    made_of = weight.data_ptr(), weight.shape, [linear.weight._version for linear in linears]
+    kept = getattr(linears[0], "packed", None)
+    if kept is None or kept[0] != made_of:
+        kept = linears[0].packed = made_of, torch.ops.mkldnn._reorder_linear_weight(weight)
+    return kept[1]
 
 
 def _joined(parts: list[nn.Parameter]) -> Tensor:

@@ -160,9 +160,7 @@ def holm(p: np.ndarray, alpha: float = 0.05) -> np.ndarray:
     return significant
 
 
-def worth_of_protection(
-    verdicts: pd.DataFrame, arms: Sequence[str], n_boot: int = N_BOOT, seed: int = 0
-) -> pd.DataFrame:
+def worth_of_protection(verdicts: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Each arm with the prompt protected minus the same arm without, best first; columns as in differences_to."""
     rows = [differences_to(verdicts[verdicts["arm"].isin([arm, f"{arm}+prompt"])], arm) for arm in arms]
     return pd.concat(rows).sort_values("difference", ascending=False, kind="stable", ignore_index=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvlib import bench, gpu_bench
+from kvlib import bench, gpu_bench, layers
 from kvlib.bench_figures import load_bench, throughput_figure, throughput_table
 from kvlib.errors import ConfigError
 
@@ -78,6 +78,31 @@ def test_all_arms_decode_the_same_tokens_where_nothing_is_evicted(record, subjec
         outputs[name] = arm.output()
         assert outputs[name].shape == (SIZES.batch, 9)
     assert all(torch.equal(output, outputs["full"]) for output in outputs.values())
+
+
+@pytest.mark.skipif(not layers.PACKS, reason="nothing is packed on this machine")
+def test_the_unpacked_arm_lacks_the_packing_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(layers, "PACKED_FROM", 0)
+    subject, tokens = bench.load_subject("tiny", SIZES, "cpu"), {}
+    for name in ("full", "full-unpacked"):
+        arm = bench.build_arm(name, subject, SIZES, None, Path())
+        linears = [getattr(layer, part) for layer in arm.decoder.layers.layers for part in layers.Layer.products]
+        assert {linear.packed is None for linear in (*linears, arm.decoder.head)} == {name == "full-unpacked"}
+        arm.start()
+        arm.advance(8)
+        tokens[name] = arm.output()
+    assert torch.equal(tokens["full"], tokens["full-unpacked"])
+
+
+def test_a_peer_that_decodes_something_else_is_not_compared_with(subject, monkeypatch):
+    class Peer(bench.HuggingFace):
+        def output(self):
+            return super().output().flip(1)
+
+    monkeypatch.setattr(bench, "HuggingFace", Peer)
+    record = bench.bench(subject, SIZES, ["hf-sdpa", "linears"], n_rounds=2, say=lambda line: None)
+    assert not record["gate"]["holds"] and record["arms"] == []
+    assert "hf-sdpa" in record["gate"]["checks"][-1]["detail"]
 
 
 def test_an_arm_starts_again_where_it_started(subject):
@@ -322,7 +347,7 @@ def test_the_chart_has_a_roofline_above_every_panel(tmp_path):
         wanted = [batch * 1e11 / (5e8 + 46080 * batch * 0.8 * budget) for budget in (128, 256)]
         assert list(roof.get_xdata()) == [128, 256] and list(roof.get_ydata()) == pytest.approx(wanted)
         assert min(roof.get_ydata()) > df.loc[df["batch"] == batch, "high"].max()
-        names = {line.get_label() for line in ax.lines}
+        names = set(ax.get_legend_handles_labels()[1])
         assert {
             "roofline",
             "HF's linear layers",

@@ -32,7 +32,7 @@ def test_a_packed_product_is_the_product(bias, monkeypatch):
     torch.manual_seed(0)
     linears = [nn.Linear(37, n, bias=bias) for n in (64, 5, 1)]
     packed = fuse(*linears)
-    assert packed.packed is not None or not torch.backends.mkldnn.is_available()
+    assert (packed.packed is not None) == layers.PACKS
     for n_rows in (1, 3, 8, 64):
         x = torch.randn(n_rows, 37)
         expected = torch.cat([linear(x) for linear in linears], -1)
@@ -43,12 +43,23 @@ def test_only_large_float32_weights_on_a_cpu_that_can_are_packed(monkeypatch):
     """A small weight would gain nothing, and another order of sums would change what was measured with it."""
     large = nn.Linear(512, layers.PACKED_FROM // 2048)
     assert fuse(nn.Linear(512, layers.PACKED_FROM // 2048 - 1)).packed is None
-    assert (fuse(large).packed is not None) == torch.backends.mkldnn.is_available()
+    assert (fuse(large).packed is not None) == layers.PACKS
     assert fuse(nn.Linear(512, layers.PACKED_FROM // 2048, device="meta")).packed is None
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(layers, "PACKS", False)
     assert fuse(large).packed is None
     monkeypatch.undo()
     assert fuse(large.bfloat16()).packed is None and fuse(large.double()).packed is None
+
+
+@pytest.mark.skipif(not layers.PACKS, reason="nothing is packed on this machine")
+def test_a_model_is_packed_once_and_again_when_its_weights_change(monkeypatch):
+    monkeypatch.setattr(layers, "PACKED_FROM", 0)
+    linears = [nn.Linear(6, n, bias=False) for n in (4, 2)]
+    packed = fuse(*linears).packed
+    assert fuse(*linears).packed is packed
+    with torch.no_grad():
+        linears[1].weight.fill_(7.0)
+    assert (fuse(*linears)(torch.ones(1, 6))[0, 4:] == 42.0).all()
 
 
 def test_a_step_over_packed_weights_is_the_same_step(monkeypatch):
@@ -66,7 +77,7 @@ def test_a_step_over_packed_weights_is_the_same_step(monkeypatch):
     plain = decoder()
     monkeypatch.setattr(layers, "PACKED_FROM", 0)
     packed = decoder()
-    assert (packed.head.packed is not None) == torch.backends.mkldnn.is_available()
+    assert (packed.head.packed is not None) == layers.PACKS
     for _ in range(8):
         packed.token.copy_(plain.token)
         plain.step()
