@@ -49,18 +49,16 @@ def fitted_path(need: str, policy: Policy, model: str) -> Path:
         return checked_file(TINY, fitted.file)
     path = Path(given) if given else Path(model) / fitted.file
     if not path.is_file():
-        command = f"{fitted.command} --model {model} --out {path.parent}"
+        how = f"`{fitted.command} --model {model} --out {path.parent}`"
         if need == "predictor" and path.parent.parent.name == "predictor":  # where a profile's predictor is made
             profile = path.parent.name
-            command = (
-                f"make predictor PROFILE={profile}` (`python -m kvlib.predictor --profile {profile} --plan` says what "
-            )
-            command += "that takes)"
+            plan = f"`python -m kvlib.predictor --profile {profile} --plan`"
+            how = f"`make predictor PROFILE={profile}` ({plan} says what that takes)"
         elif not path.parent.is_dir():  # no folder of weights
-            command = f"{fitted.command} --model {model}"
+            how = f"`{fitted.command} --model {model}`"
         raise ConfigError(
             f"policy {type(policy).__name__} needs the {need} of model {model!r}, and there is no {path}; make it "
-            f"with `{command}`, name its file in policy_options.{need}, or use another policy"
+            f"with {how}, name its file in policy_options.{need}, or use another policy"
         )
     return path
 
