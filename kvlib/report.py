@@ -21,7 +21,12 @@ thead th { border-bottom: 2px solid #888; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px; }
 .warning { border-left: 6px solid #b84a00; background: #fdf1e7; padding: .6rem 1rem; }
 """
-TITLES = {"measured": "Measured here", "published": "Published, not measured here"}
+TITLES = {
+    "measured": "Measured here",
+    "budgets": "Measured here: KV budgets compared pairwise",
+    "published": "Published, not measured here",
+    "published-r1-llama": "Published for R1-Llama, not measured here",
+}
 
 
 def report_html(grid: Grid, seed: int, charts: list[Path], tables: list[Path], records: dict[str, Path]) -> str:
@@ -42,7 +47,8 @@ def report_html(grid: Grid, seed: int, charts: list[Path], tables: list[Path], r
             f"damaged.</strong><ul>{items}</ul></div>"
         )
     by_stem = {path.stem: rows_of(path) for path in tables}
-    for path in sorted(charts, key=lambda path: (path.stem != "measured", path.stem)):
+    place = {stem: i for i, stem in enumerate(TITLES)}
+    for path in sorted(charts, key=lambda path: place.get(path.stem, len(place))):
         parts.append(f"<h2>{text(TITLES.get(path.stem, path.stem.replace('-', ' ').capitalize()))}</h2>")
         parts.append(figure(path, by_stem.get(path.stem)))
         if path.stem in by_stem:

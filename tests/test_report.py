@@ -1,11 +1,12 @@
 """The report is one page that needs no network, says its numbers in words too, and hides nothing that is missing."""
 
+import csv
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 from kvlib.config import load_grid
-from kvlib.report import report_html
+from kvlib.report import TITLES, report_html
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "tiny"
@@ -39,12 +40,17 @@ def test_the_page_is_whole_in_itself_and_readable_without_pictures():
     tags = Tags(text)
     assert not tags.open and not re.search(r"(href|src)=\"(?!data:)", text) and "<script" not in text
     pictures = [attributes for tag, attributes in tags.found if tag == "img"]
-    assert len(pictures) == 2 and all(picture["src"].startswith("data:image/png;base64,") for picture in pictures)
-    assert "Chain-A, 96, 200, 40.5 (33.9 to 47.4), 13,771 (9,773 to 14,913)" in pictures[0]["alt"]
+    assert len(pictures) == len(list(RESULTS.glob("*.png"))) and all(
+        picture["src"].startswith("data:image/png;base64,") for picture in pictures
+    )
+    with (RESULTS / "measured.csv").open() as file:
+        assert ", ".join(list(csv.reader(file))[1][:5]) in pictures[0]["alt"]
     assert all(picture["alt"] for picture in pictures)
     assert "<td>40.5 (33.9 to 47.4)</td>" in text and "Incomplete" not in text
     assert "datasets: [chain-a, chain-b, chain-c, chain-d]" in text  # the study's own file
     assert "chain-d/full/bfull/s0" in text and "torch 2." in text and "Published, not measured here" in text
+    headings = re.findall("<h2>(.*?)</h2>", text)[:4]
+    assert headings == list(TITLES.values()), "what was measured stands first"
 
 
 def test_what_is_missing_stands_on_top():
