@@ -27,7 +27,7 @@ TITLES = {
     "full-eager": "full cache, no CUDA graph",
 }
 CEILINGS = ("linears", "products")
-"""Arms that decode nothing."""
+"""Arms that decode nothing: the matrix products alone, as the model has them and as kvlib has them."""
 PEER = "kvpress-"
 ONE_PER_CHART = ("model", "weights", "device", "dtype")
 

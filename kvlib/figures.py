@@ -432,7 +432,7 @@ def measured_table(df):
     rows = _measured_rows(df)
     datasets = list(dict.fromkeys(dataset for dataset, _ in rows))
     cells = sorted(rows, key=lambda cell: (datasets.index(cell[0]), cell[1] is None, cell[1] or 0))
-    table = []
+    table, halved = [], _halved(rows)
     for dataset, budget in cells:
         row = rows[dataset, budget]
         line = {
@@ -448,8 +448,8 @@ def measured_table(df):
             line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
         if hasattr(row, "truncated_share"):
             line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
-        if any(getattr(other, "batch_halved", False) for other in rows.values()):
-            line["Batch halved"] = "yes" if row.batch_halved else ""
+        if halved:
+            line["Batch halved"] = "yes" if (dataset, budget) in halved else ""
         if hasattr(row, "strict_pass_at_1"):  # of a benchmark; a chain has an exact checker
             graded = not math.isnan(row.strict_pass_at_1)
             line["Strict Pass@1 (%)"] = f"{row.strict_pass_at_1:.1f}" if graded else ""
@@ -537,11 +537,15 @@ def _measured_rows(df):
     return rows
 
 
+def _halved(rows):
+    """The cells whose batch was halved."""
+    return [cell for cell, row in rows.items() if getattr(row, "batch_halved", False)]
+
+
 def _halved_note(rows):
-    halved = [cell for cell, row in rows.items() if getattr(row, "batch_halved", False)]
-    if not halved:
+    if not _halved(rows):
         return []
-    cells = _name_cells(halved)
+    cells = _name_cells(_halved(rows))
     return [f"Ran out of GPU memory and were decoded with half the rows, whose sums round differently: {cells}."]
 
 

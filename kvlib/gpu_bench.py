@@ -29,6 +29,7 @@ from kvlib.bench import (  # fmt: skip
     check_rounds,
     copy_bandwidth,
     driver,
+    judged,
     kv_bytes_per_token,
     random_subject,
 )
@@ -478,17 +479,15 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
     save()
 
     model = random_model(scale.config, torch.bfloat16, device)
-    subject = random_subject("r1-qwen", model, Sizes(torch.bfloat16, 2, 64, 64, 128, 32))
     sizes = Sizes(torch.bfloat16, 2, 64, 64, 128, 32)
+    subject = random_subject("r1-qwen", model, sizes)
     policy = bench_policy("dynts", sizes.kv_budget, sizes)
     checks = [check_full(subject)]
     checks += [check("dynts", subject, policy, sizes.kv_budget, sizes) for check in (check_rounds, check_graphs)]
     for check in checks:
-        say(f"  {'ok ' if check.holds else 'RED'} {check.name}: {check.detail}")
-    record["gate"] = {
-        "holds": all(check.holds for check in checks) and all(row["holds"] for row in record["kernels"]),
-        "checks": [vars(check) for check in checks],
-    }
+        say(str(check))
+    record["gate"] = judged(checks)
+    record["gate"]["holds"] &= all(row["holds"] for row in record["kernels"])
     if not record["gate"]["holds"]:
         save()
         return record
