@@ -55,7 +55,7 @@ bench: env ## measure speed, correctness first: MODEL=tiny, smollm2, r1-qwen, r1
 	@"$(PY)" -m kvlib.bench --model "$(MODEL)" $(BENCH)
 
 bench-gpu: env ## on a CUDA GPU: all kernels and R1-Qwen shapes, one run of nine minutes, a record in results/bench
-	@"$(PY)" -m kvlib.gpu_bench --folder results/bench
+	@"$(PY)" -m kvlib.bench.gpu --folder results/bench
 
 # kvpress pins an older transformers, so it gets an environment of its own.
 bench-kvpress-env: env ## make the environment of the kvpress arms; then: make bench BENCH="--kvpress .kvpress-env/bin/python"
@@ -72,7 +72,7 @@ test-ui: env ## run two notebooks in JupyterLab in a headless Chromium; screensh
 	@"$(PY)" -m pytest -m "slow or not slow" -rs tests/ui
 
 test-faults: env ## survival in full: a hundred kills over a running grid, and every other fault; half an hour
-	@"$(PY)" -m pytest -m "slow or not slow" tests/faults tests/test_lease.py tests/test_cell.py tests/test_record.py
+	@"$(PY)" -m pytest -m "slow or not slow" tests/faults tests/study/test_gpus.py tests/study/test_cell_command.py tests/test_record.py
 	@"$(PY)" tests/faults/storm.py --kills 100
 
 test-slurm: env ## the grid on a real one-node Slurm with two fake GPUs, a cell cancelled half-way; skips without Slurm
@@ -84,15 +84,15 @@ lint: env ## check style and formatting
 
 bench-count: env ## count what a decode step at R1-Qwen's shapes moves and what the kernels take, without a GPU
 	@"$(PY)" -m kvlib.kernels.resources
-	@"$(PY)" -m kvlib.count
+	@"$(PY)" -m kvlib.bench.count
 
 # Keeping freed memory makes glibc's allocator, and so training, about a quarter faster.
 tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour; TRAIN_SEED=8 for another
-	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.tiny.train \
+	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.train.reasoner \
 		--seed $(TRAIN_SEED) --out runs/tiny-model$(if $(filter 7,$(TRAIN_SEED)),,-s$(TRAIN_SEED))
 
 predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen, r1-llama
-	@"$(PY)" -m kvlib.predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
+	@"$(PY)" -m kvlib.train.predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
 
 clean: ## remove caches and build leftovers; keeps .venv and everything measured
 	@rm -rf build dist kvlib.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,10 @@
-# The cells of one grid; `make charts` calls it through kvlib.study. On a Slurm cluster:
+# The cells of one grid; `make charts` calls it through kvlib.study.engine. On a Slurm cluster:
 #   make plan PROFILE=r1-qwen     first: what is missing
 #   snakemake --executor slurm --jobs 20 --retries 2 --rerun-incomplete --keep-going \
 #       --config grid=notebooks/r1-qwen.yml seed=0
 #   make sweep PROFILE=r1-qwen    afterwards, on a GPU node: timing and charts
 # grid=, runs= and seed= after --config change the defaults; paths are relative to this file. On a machine with
-# several GPUs each cell leases one (kvlib.lease); KVLIB_TIME_LIMIT=3600 stops a kernel after an hour.
+# several GPUs each cell leases one (kvlib.study.gpus); KVLIB_TIME_LIMIT=3600 stops a kernel after an hour.
 # The cell command, not Snakemake, decides what is done: it skips, resumes and locks. Snakemake only starts it again
 # where what decides a cell's samples changed; a damaged record it does not see: `make verify` finds those. Samples are
 # no declared output, because Snakemake deletes those; retries stand on the command line, because a rule's own would
@@ -32,7 +32,7 @@ workdir: str(RUNS)
 @functools.cache
 def fingerprints() -> dict[str, str]:
     """What decides each cell's samples: config, notebook, data, weights, predictor. Asked for before any job runs."""
-    from kvlib.run import run_fingerprint  # torch, seconds
+    from kvlib.cell import run_fingerprint  # torch, seconds
 
     found, code = {}, notebook_sha256(NOTEBOOK)
     with contextlib.chdir(GRID.path.parent):  # a relative path in a grid is relative to the grid
@@ -64,6 +64,6 @@ rule cell:
         config=lambda wildcards: json.dumps(CELLS[wildcards.cell].parameters()),
     # exec, so that the cell command is Snakemake's own child and dies with it
     shell:
-        "exec {params.python:q} -m kvlib.cell --notebook {params.notebook:q} --folder {params.folder:q}"
+        "exec {params.python:q} -m kvlib.study.cell_command --notebook {params.notebook:q} --folder {params.folder:q}"
         " --config {params.config:q} --parent $PPID --attempt {resources.attempt}"
         " > {params.folder:q}/run.log 2>&1"

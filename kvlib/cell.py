@@ -1,247 +1,328 @@
-"""The cell command an engine calls, any number of times: lock, skip or resume, papermill, verify.
+"""run(config) -> record: the only place that wires model, dataset, policy, decoding, grading and records together."""
 
-    python -m kvlib.cell --notebook notebooks/30_run.ipynb --folder runs/... --config '{"seed": 0, ...}'
-
-Exit codes: 0 a valid record is there, 1 an error in the notebook, 2 a bad config, 65 no record, 77 no room on the
-GPU, 124 over the time limit, 138 the kernel died. What is not 0 leaves failed.json, which the next attempt removes:
-fingerprint, code, reason, utc. The cell and its kernel die with the process that started them.
-"""
-
-import argparse
-import contextlib
 import dataclasses
-import json
-import os
-import shlex
-import shutil
-import sys
-import tempfile
-import threading
+import functools
+import gc
+import inspect
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from kvlib.config import RunConfig
+from kvlib.engine import noise
+from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.meter import Meter
+from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError, GpuMemoryError
-from kvlib.files import write_atomically
-from kvlib.lease import leased_gpu
-from kvlib.record import RecordError, explained, is_done, locked, notebook_sha256, sha256, utc_now
+from kvlib.fitted import check_fitted, fit
+from kvlib.models import Reasoner, check_model, load_reasoner, load_tokenizer, weights_sha256
+from kvlib.policies import Policy, make_policy
+from kvlib.record import SampleLog, fingerprint, provenance, publish
+from kvlib.tasks.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
+from kvlib.tasks.grade import pass_at_1, verdicts
 
-NOTEBOOK_ERROR, BAD_CONFIG, NO_RECORD, NO_MEMORY, TIMED_OUT, KERNEL_DIED = 1, 2, 65, 77, 124, 138
-# A Python module that ends with the process of the given id, its parent, whatever ends that.
-TIED = "import runpy, sys; from kvlib.cell import die_with_parent; die_with_parent(int(sys.argv[1])); "
-TIED += "sys.argv[:] = sys.argv[2:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-
-
-class NotebookError(RuntimeError):
-    """A notebook that did not run to its end; `code` is the exit code that says why."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
+INSTRUCTIONS = {
+    "math": "Please reason step by step, and put your final answer within \\boxed{}.",
+    "choice": "Please reason step by step, and put the letter of your answer within \\boxed{}.",
+}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvlib.cell", description="Run one cell, or finish it.")
-    parser.add_argument("--notebook", required=True, help="the parameterised notebook")
-    parser.add_argument("--folder", required=True, help="where the cell's samples and record go")
-    parser.add_argument("--config", required=True, help="the RunConfig as JSON")
-    limit = os.environ.get("KVLIB_TIME_LIMIT")
-    parser.add_argument("--time-limit", type=positive, default=limit, help="seconds; default: KVLIB_TIME_LIMIT or none")
-    parser.add_argument("--attempt", type=positive, default=1, help="the engine's count; default: %(default)s")
-    parser.add_argument("--parent", type=int, help="the process to die with; default: the one that started this")
-    given = parser.parse_args()
-    die_with_parent(given.parent or os.getppid())
-    notebook, folder = Path(given.notebook).absolute(), Path(given.folder).absolute()
-    try:
-        run_cell(notebook, folder, given.config, given.time_limit, given.attempt)
-    except ConfigError as error:
-        return failed(BAD_CONFIG, error)
-    except RecordError as error:
-        return failed(NO_RECORD, error)
-    except NotebookError as error:
-        return failed(error.code, error)
-    return 0
+def check(config: RunConfig, policy: Policy | None = None) -> None:
+    """Raise ConfigError for an unknown or missing model, dataset, policy or setting, before any model is loaded.
 
-
-def failed(code: int, error: Exception) -> int:
-    print(f"kvlib.cell: {error}", file=sys.stderr, flush=True)
-    return code
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
-    return int(text)
-
-
-def run_cell(notebook: Path, folder: Path, config_json: str, time_limit: int | None = None, attempt: int = 1) -> None:
-    """Bring folder to a valid record of this config; raises ConfigError, RecordError or NotebookError.
-
-    time_limit: seconds. A later attempt of one engine does not repeat what the GPU had no room for.
+    Its message has a line for each. policy: one of your own, instead of the preset config.policy.
     """
-    from kvlib.run import check, run_fingerprint
+    faults = []
 
-    config = read_config(config_json)
-    code = notebook_sha256(notebook)
-    os.chdir(notebook.parent)  # relative paths mean the same here, in the kernel and in JupyterLab
-    check(config)
-    fingerprint = run_fingerprint(config, code)
-    with contextlib.ExitStack() as held:
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder / ".lock"))
-        known = read_failure(folder)
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "failed.json").unlink()
-        if is_done(folder, fingerprint):
-            print(f"{folder} is done already", flush=True)
-            return
-        command = ["python", "-m", "kvlib.cell", "--notebook", notebook.name, "--folder", config.cell_path]
-        environment = {
-            "OMP_NUM_THREADS": str(config.threads),
-            "MKL_NUM_THREADS": str(config.threads),
-            "MPLBACKEND": "agg",
-            "KVLIB_COMMAND": shlex.join(command),
-        }
-        parameters = {**dataclasses.asdict(config), "folder": str(folder), "notebook_sha256": code}
-        check_parameters(notebook, parameters)
-        trouble = None
+    def attempt(step: Callable, *given, **options):
         try:
-            if attempt > 1 and (known.get("code"), known.get("fingerprint")) == (NO_MEMORY, fingerprint):
-                raise NotebookError(NO_MEMORY, known["reason"])
-            gpu, inherited = held.enter_context(leased_gpu()) if config.device == "cuda" else ({}, ())
-            environment |= gpu
-            execute_notebook(notebook, folder / "run.ipynb", parameters, environment, inherited, time_limit)
-        except NotebookError as error:
-            trouble = error
-        if is_done(folder, fingerprint):
-            print(f"{folder} is done" + (f", although {trouble}" if trouble else ""), flush=True)
-            return
-        trouble = trouble or NotebookError(
-            NO_RECORD, f"{notebook.name} ran to its end, yet {folder} holds no valid record of this config; see "
-            "run.ipynb there")  # fmt: skip
-        note_failure(folder, {"fingerprint": fingerprint, "code": trouble.code, "reason": str(trouble)})
-        raise trouble
+            return step(*given, **options)
+        except ConfigError as error:
+            faults.append(str(error))
+
+    attempt(check_model, config.model)
+    attempt(check_dataset, config.dataset)
+    policy = policy or attempt(make_policy, config.policy, **config.policy_options)
+    if policy:
+        attempt(check_fitted, policy, config.model)
+        if config.kv_budget is not None:
+            attempt(policy.check, config.kv_budget, 0, config.dataset)
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        faults.append(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
-def read_failure(folder: Path) -> dict:
-    """What the last attempt left of a failure, {} if it left none."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "failed.json").read_text())
-    return {}
-
-
-def note_failure(folder: Path, failure: dict) -> None:
-    with contextlib.suppress(OSError):  # a full disk is a likely reason; the message is printed too
-        write_atomically(folder / "failed.json", json.dumps({**failure, "utc": utc_now()}, indent=1).encode())
-
-
-def read_config(text: str) -> RunConfig:
-    try:
-        parameters = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--config is not JSON ({error}); quote it as one shell word") from error
-    return RunConfig.from_parameters(parameters)
-
-
-def check_parameters(notebook: Path, names, exactly: bool = True) -> None:
-    """Raise ConfigError unless the notebook's parameters cell sets these names and, if exactly, no other."""
-    import papermill
-
-    try:
-        found = set(papermill.inspect_notebook(unformatted(notebook)))
-    except Exception as error:  # papermill and nbformat raise a dozen kinds
-        raise ConfigError(f"{notebook} is no notebook that papermill can read: {error}") from error
-    lacks, extra = sorted(set(names) - found), sorted(found - set(names))
-    if lacks:
-        raise ConfigError(f"{notebook.name} does not take {', '.join(lacks)}; give each a line in its cell "
-                          "tagged parameters (papermill skips a line whose comment holds '=')")  # fmt: skip
-    if extra and exactly:
-        raise ConfigError(f"{notebook.name} has a parameter that nothing sets: {', '.join(extra)}; remove it")
-
-
-def execute_notebook(
-    notebook: Path,
-    output: Path,
-    parameters: dict,
-    environment: dict,
-    inherited: tuple[int, ...] = (),
-    time_limit: int | None = None,
-) -> None:
-    """Run a notebook with these parameters in this very Python; the executed copy goes to output.
-
-    Its folder is the working folder. inherited: descriptors that its kernel holds too. time_limit: seconds that one
-    notebook cell may take, after which the kernel is stopped. Raises ConfigError on a name it does not take,
-    NotebookError otherwise.
-    """
-    check_parameters(notebook, parameters, exactly=False)
-    import papermill
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from traitlets.config import Config
-
-    # ipykernel's own watch forgets a parent that dies before the kernel is up.
-    argv = [sys.executable, "-c", TIED, str(os.getpid()), "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = KernelSpec(argv=argv, display_name="Python 3", language="python", env=environment)
-
-    class ThisPython(AsyncKernelManager):
-        kernel_spec = spec  # a user's own "python3" kernel may be another interpreter
-
-        async def start_kernel(self, **options):
-            await super().start_kernel(pass_fds=inherited, **options)
-
-    base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"  # a socket's path is short
-    prefix = f"kv-{sha256(str(output).encode())[:10]}-"
-    for left_over in Path(base).glob(f"{prefix}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=base, ignore_cleanup_errors=True) as sockets:
-        try:
-            papermill.execute_notebook(
-                unformatted(notebook),
-                unformatted(output),
-                parameters=parameters,
-                kernel_name="python3",
-                kernel_manager_class=ThisPython,
-                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/k"}}),
-                cwd=notebook.parent,
-                progress_bar=False,
-                start_timeout=120,
-                execution_timeout=time_limit,
+def check_prompts(configs: Iterable[RunConfig]) -> None:
+    """Raise ConfigError with a line for each config that has a prompt its KV budget cannot hold; loads no model."""
+    faults, longest = [], {}
+    for config in configs:
+        of = (config.model, config.dataset, config.n_problems)
+        if of not in longest:
+            one_each = dataclasses.replace(config, n_samples=1)
+            requests = requests_of(
+                one_each, load_problems(config.dataset, config.n_problems), tokenizer_of(config.model)
             )
-        except papermill.PapermillExecutionError as error:
-            what = " ".join(f"{error.ename}: {error.evalue}".split())
-            code = NO_MEMORY if error.ename == GpuMemoryError.__name__ else NOTEBOOK_ERROR
-            raise NotebookError(code, f"{what} (see {output})") from error
-        except CellTimeoutError as error:  # an OSError too
-            why = f"{output} was stopped at its time limit of {time_limit} s; run again to continue from its samples"
-            raise NotebookError(TIMED_OUT, why) from error
-        except DeadKernelError as error:
-            raise NotebookError(KERNEL_DIED, f"the kernel of {output} died: killed, or out of memory") from error
-        except OSError as error:
-            raise NotebookError(NOTEBOOK_ERROR, f"{output} cannot be written: {error.strerror or error}") from error
-        except RuntimeError as error:
-            raise NotebookError(KERNEL_DIED, f"the kernel of {output} did not start: {error}") from error
+            longest[of] = max(requests, key=lambda request: len(request.prompt))
+        if config.kv_budget is not None:
+            policy, request = make_policy(config.policy, **config.policy_options), longest[of]
+            try:
+                policy.check(config.kv_budget, len(request.prompt), request.id)
+            except ConfigError as error:
+                faults.append(f"{config.cell_path}: {error}")
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
-def unformatted(path: Path) -> str:
-    return str(path).replace("{", "{{").replace("}", "}}")  # papermill puts paths through str.format
+tokenizer_of = functools.cache(load_tokenizer)
 
 
-def die_with_parent(parent: int) -> None:
-    """Exit within half a second once the process `parent`, which started this one, is gone, whatever killed it.
+def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | None = None) -> str:
+    """Hash of all that decides a cell's samples: config, notebook, dataset, weights and what was fitted to them.
 
-    Polls, as ipykernel does: the kernel's death signal follows the parent's thread, not its process. The parent is
-    named by whoever knows it, because it may be gone before this is called.
+    Of a policy that is given, its settings and its source code too.
     """
+    own = {} if policy is None else {"policy": policy_source(policy)}
+    policy = policy or make_policy(config.policy, **config.policy_options)
+    return fingerprint(
+        {
+            "config": config.parameters(),
+            "notebook": notebook_sha256,
+            "dataset": dataset_sha256(config.dataset, config.n_problems),
+            "model": weights_sha256(config.model),
+            "predictor": None,
+            **check_fitted(policy, config.model),
+            **own,
+        }
+    )
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(143)
 
-    threading.Thread(target=watch, daemon=True).start()
+@functools.cache
+def dataset_sha256(name: str, n_problems: int | None) -> str:
+    """Of the problems; kept, because a comparison asks for hundreds of cells of one dataset."""
+    return content_sha256(load_problems(name, n_problems))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def policy_source(policy: Policy) -> dict:
+    """What tells a policy of one's own from an edited one: its settings, and the source of the methods it defines.
+
+    Functions that it calls are not included. Method by method, because Python knows no source of a notebook's class.
+    """
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    plain = {name: value for name, value in settings.items() if isinstance(value, str | int | float | bool | None)}
+    own = [kind for kind in type(policy).__mro__ if not kind.__module__.startswith(("kvlib.policies", "builtins"))]
+    methods = {
+        f"{kind.__name__}.{name}": inspect.getsource(method.fget if isinstance(method, property) else method)
+        for kind in own
+        for name, method in vars(kind).items()
+        if (inspect.isfunction(method) or isinstance(method, property)) and not name.startswith("__")
+    }
+    return {"name": type(policy).__name__, "settings": plain, "methods": methods}
+
+
+def requests_of(config: RunConfig, problems: list[Problem], reasoner: Reasoner) -> list[Request]:
+    """One request per problem and sample, in order; its noise depends on seed, problem and sample only.
+
+    A benchmark is asked through the chat template. Raises ConfigError for a prompt that a problem's kind has not.
+    """
+    return [
+        Request(f"{problem.id}/{sample}", prompt, noise.key(config.seed, problem.id, sample))
+        for problem in problems
+        for prompt in [prompt_of(problem, config.prompt, reasoner)]
+        for sample in range(config.n_samples)
+    ]
+
+
+def prompt_of(problem: Problem, prompt: str, reasoner: Reasoner) -> tuple[int, ...]:
+    if problem.kind != "chain":
+        return reasoner.encode_problem(problem.question, INSTRUCTIONS[problem.kind] if prompt == "boxed" else "")
+    if prompt != "bare":
+        raise ConfigError(f"prompt is {prompt!r} and {problem.id} is a chain, which has no box; set prompt to 'bare'")
+    return reasoner.encode(problem.question)
+
+
+def build_decoder(
+    config: RunConfig, reasoner: Reasoner, requests: list[Request], policy: Policy | None = None, **options
+) -> Decoder:
+    """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
+    policy = policy or make_policy(config.policy, **config.policy_options)
+    check_lengths(policy, config.kv_budget, requests)
+    settings = {
+        "n_rows": config.batch_size,
+        "n_prompt_max": max(len(request.prompt) for request in requests),
+        "max_new_tokens": config.max_new_tokens,
+        "sampling": Sampling(config.temperature, config.top_p, config.top_k),
+        "eos_ids": reasoner.eos_ids,
+        "answer_id": reasoner.answer_id,
+    }
+    policy = fit(policy, config.model, reasoner)
+    return Decoder(reasoner.model, policy, config.kv_budget, **{**settings, **options})
+
+
+def check_lengths(policy: Policy, kv_budget: int | None, requests: list[Request]) -> None:
+    """Raise ConfigError naming the longest prompt if it does not fit into the budget."""
+    if kv_budget is not None:
+        for request in sorted(requests, key=lambda request: -len(request.prompt)):
+            policy.check(kv_budget, len(request.prompt), request.id)
+
+
+def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -> dict:
+    """One line of samples.jsonl: output, verdict and what the cache held."""
+    output = reasoner.decode(completion.tokens)
+    return {
+        "id": completion.request.id,
+        "problem": problem.id,
+        "sample": int(completion.request.id.rsplit("/", 1)[1]),
+        "output": output,
+        **verdicts(problem, output, completion.stop == "length"),
+        "n_prompt": len(completion.request.prompt),
+        "n_tokens": len(completion.tokens),
+        "stop": completion.stop,
+        "mean_live": sum(completion.held) / len(completion.held),
+        "peak_slots": max(completion.held),
+        "rounds": completion.rounds,
+    }
+
+
+def results_of(samples: list[dict]) -> dict:
+    """Counts of a finished cell, and Pass@1 with its 95 % interval (in [0, 1]).
+
+    Of a benchmark, n_correct, n_unanswered and pass_* are by the published rules and strict_* by the strict ones.
+    """
+    rate, low, high = pass_at_1((s["problem"], s["correct"]) for s in samples)
+    n_tokens = sum(s["n_tokens"] for s in samples)
+    return {
+        "n_problems": len({s["problem"] for s in samples}),
+        "n_samples": len(samples),
+        "n_correct": sum(s["correct"] for s in samples),
+        "n_unanswered": sum(s["answer"] is None for s in samples),
+        "n_truncated": sum(s["stop"] == "length" for s in samples),
+        "n_tokens": n_tokens,
+        "n_rounds": sum(s["rounds"] for s in samples),
+        "mean_live_slots": sum(s["mean_live"] * s["n_tokens"] for s in samples) / n_tokens,
+        "peak_slots": max(s["peak_slots"] for s in samples),
+        "pass_at_1": rate,
+        "pass_low": low,
+        "pass_high": high,
+        **(strict_results_of(samples) if "strict_correct" in samples[0] else {}),
+    }
+
+
+def strict_results_of(samples: list[dict]) -> dict:
+    rate, low, high = pass_at_1((s["problem"], s["strict_correct"]) for s in samples)
+    return {
+        "strict_n_correct": sum(s["strict_correct"] for s in samples),
+        "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
+        "strict_pass_at_1": rate,
+        "strict_pass_low": low,
+        "strict_pass_high": high,
+        "n_undecided": sum(bool(s["undecided"]) for s in samples),
+    }
+
+
+def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
+    """By verdict ("correct", ...) and problem, a 1 or 0 per sample: what pairwise comparison needs, without a text."""
+    found = {}
+    for sample in samples:
+        for name in ("correct", "strict_correct"):
+            if name in sample:
+                by_problem = found.setdefault(name, {})
+                by_problem[sample["problem"]] = by_problem.get(sample["problem"], "") + str(int(sample[name]))
+    return found
+
+
+def run(
+    config: RunConfig,
+    folder: Path | str,
+    notebook_sha256: str = "",
+    progress: Callable[[int, int], None] | None = None,
+    policy: Policy | None = None,
+) -> dict:
+    """Decode and grade one cell into `folder`, sample by sample, and publish its record last.
+
+    policy: one of your own, instead of the preset config.policy, which then only names it.
+
+    Finished samples in the folder are kept and not decoded again; a change of anything that decides the samples
+    moves them aside. progress is called with (samples done, samples in all). Returns the record.
+    Raises ConfigError before the first token if the config cannot run.
+    """
+    check(config, policy)
+    torch.set_num_threads(config.threads)
+    try:
+        reasoner = load_reasoner(config.model, config.dtype, config.device)
+    except torch.OutOfMemoryError as error:
+        raise GpuMemoryError(f"the GPU has no room for {config.model}: free it, or use a larger one") from error
+    problems = load_problems(config.dataset, config.n_problems)
+    by_id = {problem.id: problem for problem in problems}
+    requests = requests_of(config, problems, reasoner)
+    # Before older samples are moved aside.
+    check_lengths(policy or make_policy(config.policy, **config.policy_options), config.kv_budget, requests)
+    meter = Meter(config.device)
+    mark = run_fingerprint(config, notebook_sha256, policy)
+    header = {"fingerprint": mark, "config": config.parameters()}
+    header["provenance"] = {**provenance(), "model": reasoner.sha256}
+    started = time.monotonic()
+    with SampleLog(folder, header) as log:
+        n_before = len(log.done)
+
+        def decoded(n_rows: int) -> Decoder:
+            decoder = build_decoder(config, reasoner, requests, policy, meter=meter, n_rows=n_rows)
+            queues = [[r for r in requests[row::n_rows] if r.id not in log.done] for row in range(n_rows)]
+            for completion in generate(decoder, queues):
+                problem = by_id[completion.request.id.rsplit("/", 1)[0]]
+                log.append({**sample_entry(completion, problem, reasoner), "n_rows": n_rows})
+                if progress:
+                    progress(len(log.done), len(requests))
+            return decoder
+
+        decoder = halved_once(config, log.done, decoded)
+        samples = [log.done[request.id] for request in requests]
+        n_rows = len(decoder.current)
+        return publish(
+            folder,
+            {
+                "kind": "cell",
+                "fingerprint": mark,
+                "config": config.parameters(),
+                "provenance": {"finished": provenance(), "started": log.header["provenance"]},
+                "dataset": dataset_source(config.dataset),
+                "results": results_of(samples),
+                "verdicts": verdicts_of(samples),
+                "cost": {
+                    "kv_bytes": decoder.cache.nbytes(),
+                    "slots_per_row": decoder.cache.shape.n_slots,
+                    "n_rows": n_rows,
+                    "batch_halved": n_rows < config.batch_size,
+                    "seconds": time.monotonic() - started,
+                    "phase_seconds": meter.seconds(),
+                    "resumed_samples": n_before,
+                },
+            },
+        )
+
+
+def halved_once(config: RunConfig, done: dict[str, dict], decoded: Callable[[int], Decoder]) -> Decoder:
+    """decoded(config.batch_size), or, once the GPU runs out of memory, with half the rows: for the rest of the cell.
+
+    done: samples by id; those of an earlier attempt that was halved say so in n_rows. Costs of a halved cell are not
+    comparable with others, and its samples round differently: its record says cost.batch_halved. Raises
+    GpuMemoryError if there is no room for half the rows either.
+    """
+    half = max(1, config.batch_size // 2)
+    if any(sample.get("n_rows") == half for sample in done.values()):
+        sizes = [half]
+    else:
+        sizes = list(dict.fromkeys([config.batch_size, half]))
+    for n_rows in sizes:
+        try:
+            return decoded(n_rows)
+        except torch.OutOfMemoryError as error:
+            print(f"out of GPU memory at {n_rows} rows: {str(error).splitlines()[0]}", flush=True)
+        # Only now is the failed decoder free: the error's traceback held it.
+        gc.collect()
+        torch.cuda.empty_cache()
+    tried = " nor at ".join(map(str, sizes))
+    raise GpuMemoryError(f"the GPU has no room for {config.cell_path} at batch_size {tried}: lower batch_size, or free "
+                         f"the GPU; the {len(done)} finished samples are kept")  # fmt: skip

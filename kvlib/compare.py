@@ -25,13 +25,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from kvlib.compare_figures import arm_label
+from kvlib.charts.arms import arm_label
+from kvlib.charts.tables import model_title
 from kvlib.config import RunConfig, check_names, folder_name, read_yaml
-from kvlib.datasets import dataset_title
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
-from kvlib.grade import pass_at_1
-from kvlib.panels import model_title
 from kvlib.record import (  # fmt: skip
     LockedError,
     canonical,
@@ -42,7 +40,9 @@ from kvlib.record import (  # fmt: skip
     provenance,
     read_record,
 )
-from kvlib.study import Progress, StudyError, clock, cores, engine, exit_code, tied, watch
+from kvlib.study.engine import Progress, StudyError, clock, cores, engine, exit_code, tied, watch
+from kvlib.tasks.datasets import dataset_title
+from kvlib.tasks.grade import pass_at_1
 
 if TYPE_CHECKING:
     from kvlib.policies import Policy
@@ -168,7 +168,8 @@ def present_cells(comparison: Comparison, quiet: bool) -> list[Cell]:
             n = sum(cell.model == model for cell in comparison.cells)
             print(
                 f"{n} cells left out: {error}. For another training of the tiny reasoner: make tiny-model "
-                f"TRAIN_SEED=8, then python -m kvlib.predictor and kvlib.calibrate, with --model and --out {model}"
+                f"TRAIN_SEED=8, then python -m kvlib.train.predictor and kvlib.train.calibration, with --model "
+                f"and --out {model}"
             )
     cells = [cell for cell in comparison.cells if cell.model not in absent]
     if not cells:
@@ -178,7 +179,7 @@ def present_cells(comparison: Comparison, quiet: bool) -> list[Cell]:
 
 def fingerprints(cells: Mapping[Path, Cell]) -> dict[Path, str]:
     """Of every cell, each checked first, so that a wrong setting costs seconds and not hours."""
-    from kvlib.run import check, run_fingerprint
+    from kvlib.cell import check, run_fingerprint
 
     for cell in cells.values():
         check(cell.config)
@@ -213,7 +214,7 @@ def run_cells(grid: Path, runs: Path, cells: Mapping[Path, Cell], prints: Mappin
 
 def work(cells: Mapping[Path, Cell]) -> int:
     """Decode every cell that nobody else holds and that is not done; go on after one that fails."""
-    from kvlib.run import run, run_fingerprint
+    from kvlib.cell import run, run_fingerprint
 
     code = 0
     for folder, cell in cells.items():
@@ -305,10 +306,10 @@ def measure_costs(cells: Iterable[Cell], results: Path) -> None:
     """
     import torch
 
-    from kvlib.datasets import load_problems
-    from kvlib.meter import Meter
+    from kvlib.cell import build_decoder, check, requests_of
+    from kvlib.engine.meter import Meter
     from kvlib.models import load_reasoner
-    from kvlib.run import build_decoder, check, requests_of
+    from kvlib.tasks.datasets import load_problems
 
     arms = costed_cells(cells)
     config = next(config for arm, config in arms.items() if arm != "full")
@@ -381,7 +382,7 @@ def load_verdicts(results: Path) -> pd.DataFrame:
 
 
 def stage_verdicts(comparison: Comparison, stage: str, verdicts: pd.DataFrame, model: str) -> pd.DataFrame:
-    """The verdicts of a stage's cells on one model, the full cache left out, as `kvlib.paired` takes them.
+    """The verdicts of a stage's cells on one model, the full cache left out, as `kvlib.stats` takes them.
 
     verdicts: as load_verdicts returns them; arms are named as on the charts, and a seed of the noise is a sample.
     """
@@ -424,7 +425,7 @@ def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> 
 def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
     """One row per model, dataset, arm, protection and KV budget of a published comparison, these seeds pooled.
 
-    The columns that `kvlib.compare_figures` asks for: Pass@1 in percent with its 95 % interval, output length,
+    The columns that `kvlib.charts.arms` asks for: Pass@1 in percent with its 95 % interval, output length,
     truncated share, mean live slots, and, from costs.json, microseconds per row of a round and seconds of one row per
     solved problem (tokens x step and rounds x round, over the share solved).
     """

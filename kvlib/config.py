@@ -1,6 +1,6 @@
 """RunConfig: everything that decides one cell's samples, as flat literals; and the grid of cells as data.
 
-Checks form only: names, types, ranges. Whether a model, dataset or policy exists is for `kvlib.run.check`.
+Checks form only: names, types, ranges. Whether a model, dataset or policy exists is for `kvlib.cell.check`.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Grid:
     """One study: its datasets x KV budgets (slots) at one policy, read from `path`.
 
     timing, None or {batch_size, n_steps, repeats}, asks for a timing run per dataset. `shared` holds
-    the RunConfig fields that all cells have in common. expected: what `kvlib.plan` reckons its cost with.
+    the RunConfig fields that all cells have in common. expected: what `kvlib.study.plan` reckons its cost with.
     """
 
     path: Path

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from kvlib import calibrate, gate
 from kvlib.errors import ConfigError
 from kvlib.models import TINY, Reasoner, checked_file, file_sha256
 from kvlib.policies import Policy
-from kvlib.predictor import load_predictor
+from kvlib.train import calibration as calibrate
+from kvlib.train import gate, load_predictor
 
 SEPARATORS = frozenset(".,?!;:\n\t")
 """What a separator token consists of (SepLLM, arXiv 2412.12094, section 4.1)."""
@@ -25,7 +25,9 @@ class Fitted:
 
 FITTED = {
     "predictor": Fitted(
-        "dynts-predictor.safetensors", "python -m kvlib.predictor", lambda path, sha256: load_predictor(path, sha256)[0]
+        "dynts-predictor.safetensors",
+        "python -m kvlib.train.predictor",
+        lambda path, sha256: load_predictor(path, sha256)[0],
     ),
     "calibration": Fitted(calibrate.FILE, calibrate.COMMAND, calibrate.load_statistics),
     "gate": Fitted(gate.FILE, gate.COMMAND, lambda path, sha256: gate.load_gate(path, sha256)[0]),
@@ -52,7 +54,7 @@ def fitted_path(need: str, policy: Policy, model: str) -> Path:
         how = f"`{fitted.command} --model {model} --out {path.parent}`"
         if need == "predictor" and path.parent.parent.name == "predictor":  # where a profile's predictor is made
             profile = path.parent.name
-            plan = f"`python -m kvlib.predictor --profile {profile} --plan`"
+            plan = f"`python -m kvlib.train.predictor --profile {profile} --plan`"
             how = f"`make predictor PROFILE={profile}` ({plan} says what that takes)"
         elif not path.parent.is_dir():  # no folder of weights
             how = f"`{fitted.command} --model {model}`"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from kvlib.attention import IMPLEMENTATION
+from kvlib.engine.attention import IMPLEMENTATION
+from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.evict import Round, evict, look
+from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
-from kvlib.generate import Completion, Decoder, Request, generate
 from kvlib.policies import Full, Policy, View
-from kvlib.sampling import Sampling
-from kvlib.select import Round, evict, look
 
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -190,7 +190,7 @@ class _Checks:
         rows, n = np.arange(2), int(decoder.length[0])
         n_keep = np.minimum(decoder.n_keep(rows, n), n - 1)
         # The ring and the state are those of before the step that a round follows.
-        return decoder, dataclasses.replace(decoder.round(rows, n, n_keep), step=decoder.position)
+        return decoder, dataclasses.replace(decoder.round(rows, n, n_keep), n_seen=decoder.position)
 
     @torch.inference_mode()
     def pure(self) -> str | None:

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kvlib.attention import IMPLEMENTATION
+from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256, write_atomically
 

@@ -15,18 +15,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kvlib import noise
-from kvlib.attention import causal_mask, observe_trace
+from kvlib.cell import build_decoder, requests_of
 from kvlib.config import RunConfig
-from kvlib.datasets import load_problems
+from kvlib.engine import noise
+from kvlib.engine.attention import causal_mask, observe_trace
+from kvlib.engine.decoder import Decoder, Request, generate
 from kvlib.errors import ConfigError
-from kvlib.generate import Decoder, Request, generate
-from kvlib.grade import wilson_interval
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
 from kvlib.policies import Full, Golden, Policy
-from kvlib.run import build_decoder, requests_of
-from kvlib.tiny.tasks import DIGITS, NAMES, value_drill
+from kvlib.tasks.chains import DIGITS, NAMES, value_drill
+from kvlib.tasks.datasets import load_problems
+from kvlib.tasks.grade import wilson_interval
 
 N_FACTS, N_ASKED = 14, 56
 DISTANCES = (0, 16, 32, 64, 128, 256, 512, 1024)

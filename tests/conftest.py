@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from kvlib.generate import Completion, Decoder, Request, generate
+from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.sampling import Sampling
 from kvlib.invariants import FAMILIES, random_model
 from kvlib.policies import Policy, make_policy
 from kvlib.policies.triattention import QueryStatistics
-from kvlib.sampling import Sampling
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

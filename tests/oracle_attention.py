@@ -13,7 +13,7 @@ from oracle_cases import (
     view_of,
 )
 
-from kvlib.cache import CacheShape, SlotCache
+from kvlib.engine.cache import CacheShape, SlotCache
 from kvlib.policies import H2O, Policy, SnapKV
 from kvlib.policies.gkv import GKV, SCORE, SCORED
 from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvlib.cache import CacheShape, SlotCache
+from kvlib.engine.cache import CacheShape, SlotCache
+from kvlib.engine.evict import Round, evict, protection, select, share_scores
 from kvlib.policies import Policy, View
-from kvlib.select import Round, evict, protection, select, share_scores
 
 FOLDER = Path(os.environ.get("KVLIB_ORACLES") or Path(__file__).parent / "oracles")
 
@@ -54,7 +54,7 @@ def run_round(cache: SlotCache, policy: Policy, n_keep: int, n_prompt: int = 0, 
     one = torch.tensor([1])
     due = Round(
         kv_budget=n_keep + (policy.buffer or 0), rows=one * 0, n_live=int(cache.lengths[0]), n_prompt=one * n_prompt,
-        n_keep=one * n_keep, request=one, step=one * seen, scaling=cache.shape.head_dim**-0.5,
+        n_keep=one * n_keep, noise_key=one, n_seen=one * seen, scaling=cache.shape.head_dim**-0.5,
         inv_freq=inv_freq(cache.shape.head_dim),
     )  # fmt: skip
     _, finite = evict(cache, policy, due)
@@ -109,8 +109,8 @@ def view_of(
         n_keep=row * n_keep,
         scaling=D**-0.5,
         inv_freq=inv_freq(D) if frequencies is None else frequencies,
-        request=row,
-        step=row * seen,
+        noise_key=row,
+        n_seen=row * seen,
         _rows=torch.arange(R),
         _slots=order,
         _keys=keys,

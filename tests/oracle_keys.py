@@ -8,6 +8,7 @@ from oracle_cases import Case, assert_scores, kept_by, view_of
 from torch import Tensor
 
 from kvlib.kernels.redundancy import redundancy
+from kvlib.kernels.rope import rotate
 from kvlib.policies.base import Policy, View
 from kvlib.policies.cur import CUR
 from kvlib.policies.expected import ExpectedAttention
@@ -18,7 +19,6 @@ from kvlib.policies.observe import keep_window
 from kvlib.policies.triattention import TriAttention, query_scores
 from kvlib.policies.trimkv import LOG_BETA, TrimKV
 from kvlib.policies.vase import VaSE, value_magnitude
-from kvlib.rope import rotate
 
 
 def slots(mask: Tensor) -> list:

@@ -1,155 +1,304 @@
-"""The cell command may be started, killed and repeated at will: it makes its record or says what is wrong."""
+"""A run measures the model, resumes to the same samples, and refuses what cannot run, in a sentence and early."""
 
+import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import nbformat
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from kvlib import cell, record
-from kvlib.config import RunConfig
-from kvlib.errors import ConfigError
+from kvlib import cell as running
+from kvlib.cell import check, run, run_fingerprint
+from kvlib.charts.tables import measured_cells
+from kvlib.config import RunConfig, load_grid
+from kvlib.errors import ConfigError, GpuMemoryError
+from kvlib.models import TINY, load_reasoner
+from kvlib.policies import Policy
+from kvlib.record import RecordError, SampleLog, load_records, read_record
+from kvlib.study.timing import time_dataset
+from kvlib.train import FILE, load_predictor
 
-HERE = Path(__file__).parent
-NOTEBOOK = HERE / "notebooks" / "30_run.ipynb"
-NAMES = [*RunConfig.__dataclass_fields__, "folder", "notebook_sha256"]
-
-
-def environment(**more):
-    paths = [str(HERE / "stubs"), str(Path(record.__file__).parent.parent)]  # the stub run.py, no model
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | more
-
-
-def command(folder, notebook=NOTEBOOK, **parameters):
-    config = {"kv_budget": 8, "n_problems": 2} | parameters
-    words = ["--notebook", str(notebook), "--folder", str(folder), "--config", json.dumps(config)]
-    return [sys.executable, "-m", "kvlib.cell", *words]
+SMALL = {"dataset": "chain-a", "n_problems": 12, "batch_size": 6, "max_new_tokens": 400}
+DYNTS = {"policy": "dynts", "kv_budget": 128, "policy_options": {"n_recent": 16, "ratio": 0.8}}
 
 
-def run(folder, notebook=NOTEBOOK, **parameters):
-    return subprocess.run(
-        command(folder, notebook, **parameters),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
+def samples_of(folder) -> dict[str, dict]:
+    lines = (folder / "samples.jsonl").read_text().splitlines()[1:]
+    return {sample["id"]: sample for sample in map(json.loads, lines)}
+
+
+def copy_of_tiny(folder) -> str:
+    for file in TINY.iterdir():
+        shutil.copy(file, folder / file.name)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run(RunConfig(**SMALL, **DYNTS), folder)
+
+
+def test_a_record_counts_what_its_samples_say(undisturbed):
+    folder, record = undisturbed
+    samples, results = samples_of(folder).values(), record["results"]
+    assert read_record(folder) == record
+    assert results["n_samples"] == len(samples) == 12
+    assert results["n_correct"] == sum(s["correct"] for s in samples)
+    assert results["n_tokens"] == sum(s["n_tokens"] for s in samples)
+    assert results["peak_slots"] == max(s["peak_slots"] for s in samples) <= 128
+    assert results["n_rounds"] > 0
+    told = {
+        f"{p}/{i}": mark == "1" for p, marks in record["verdicts"]["correct"].items() for i, mark in enumerate(marks)
+    }
+    assert told == {s["id"]: s["correct"] for s in samples}
+    assert record["cost"]["kv_bytes"] == 4 * (2 * 4 * 6 * 2 * 129 * 32) + 4 * 2 * 6 * 129
+
+
+def test_an_interrupted_run_ends_with_the_same_samples(undisturbed, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def stop_at(done, _):
+        if done == 4:
+            raise Interrupted
+
+    config = RunConfig(**SMALL, **DYNTS)
+    with pytest.raises(Interrupted):
+        run(config, tmp_path, progress=stop_at)
+    assert not (tmp_path / "record.json").exists()
+    record = run(config, tmp_path)
+    assert record["cost"]["resumed_samples"] == 4
+    assert samples_of(tmp_path) == samples_of(undisturbed[0])
+    assert record["results"] == undisturbed[1]["results"]
+
+
+def test_another_seed_is_another_run(undisturbed, tmp_path):
+    run(RunConfig(**SMALL, **DYNTS, seed=1), tmp_path)
+    assert samples_of(tmp_path) != samples_of(undisturbed[0])
+
+
+def test_a_changed_config_moves_the_old_samples_aside(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "cell")
+    before = (tmp_path / "cell" / "samples.jsonl").read_bytes()
+    run(RunConfig(**{**SMALL, "n_problems": 6}, **DYNTS), tmp_path / "cell")
+    assert any(path.read_bytes() == before for path in (tmp_path / "cell").glob("samples*.jsonl"))
+    assert len(samples_of(tmp_path / "cell")) == 6
+
+
+FEW = {"n_problems": 10, "batch_size": 4, "max_new_tokens": 24}
+
+
+def small_gpu(monkeypatch, most_rows: int, after: int = 0, stop_after: int = 99):
+    """A GPU whose memory ends with more than so many rows, once `after` samples are made."""
+    real, n_made = running.generate, 0
+
+    def generate(decoder, queues):
+        nonlocal n_made
+        for completion in real(decoder, queues):
+            if n_made >= after and len(decoder.current) > most_rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            if n_made == stop_after:
+                raise KeyboardInterrupt
+            n_made += 1
+            yield completion
+
+    monkeypatch.setattr(running, "generate", generate)
+
+
+def rows_of(folder) -> list[int]:
+    return [sample["n_rows"] for sample in samples_of(folder).values()]
+
+
+def test_out_of_gpu_memory_halves_the_batch_once_and_flags_the_record(tmp_path, monkeypatch):
+    config = RunConfig(**{**DYNTS, **FEW})
+    small_gpu(monkeypatch, most_rows=2, after=3)
+    record = run(config, tmp_path / "halved")
+    assert rows_of(tmp_path / "halved") == [4] * 3 + [2] * 7
+    assert (record["cost"]["batch_halved"], record["cost"]["n_rows"], record["config"]["batch_size"]) == (True, 2, 4)
+    assert record["results"]["n_samples"] == 10
+    monkeypatch.undo()
+    assert run(config, tmp_path / "whole")["cost"]["batch_halved"] is False
+    frame = load_records(tmp_path)
+    assert list(frame["batch_halved"]) == [True, False] and list(frame["batch_size"]) == [4, 4]
+
+
+def test_a_halved_cell_stays_halved_when_it_is_continued(tmp_path, monkeypatch):
+    config = RunConfig(**{**DYNTS, **FEW})
+    small_gpu(monkeypatch, most_rows=2, after=3, stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path)
+    monkeypatch.undo()
+    assert run(config, tmp_path)["cost"]["batch_halved"] and rows_of(tmp_path) == [4] * 3 + [2] * 7
+
+
+def test_no_room_for_half_the_batch_is_a_failure_that_scores_nothing(tmp_path, monkeypatch):
+    config = RunConfig(**{**DYNTS, **FEW})
+    whole = run(config, tmp_path / "whole")
+    small_gpu(monkeypatch, most_rows=1, after=3)
+    with pytest.raises(
+        GpuMemoryError, match=r"dynts/b128/s0 at batch_size 4 nor at 2: .*the 3 finished samples are kept"
+    ):
+        run(config, tmp_path / "cell")
+    assert not (tmp_path / "cell" / "record.json").exists() and rows_of(tmp_path / "cell") == [4] * 3
+    monkeypatch.undo()
+    assert run(config, tmp_path / "cell")["results"] == whole["results"]
+    assert samples_of(tmp_path / "cell") == samples_of(tmp_path / "whole")
+
+
+def test_a_model_that_does_not_fit_is_a_sentence(tmp_path, monkeypatch):
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(running, "load_reasoner", load)
+    with pytest.raises(GpuMemoryError, match="no room for tiny: free it"):
+        run(RunConfig(**{**DYNTS, **FEW}), tmp_path)
+
+
+def test_weights_of_zero_fall_to_the_guessing_floor(tmp_path):
+    """The pipeline measures the model and nothing else."""
+    model = tmp_path / "zero"
+    model.mkdir()
+    copy_of_tiny(model)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(TINY / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = RunConfig(
+        model=str(model), policy="full", dataset="chain-a", n_problems=40, batch_size=40, max_new_tokens=60
     )
+    assert run(config, tmp_path / "cell")["results"]["n_correct"] <= 4
 
 
-def lines(folder):
-    path = folder / "samples.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def alive(pid):
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
-    return bool(state.strip()) and not state.startswith("Z")
-
-
-def test_a_cell_runs_in_this_python_from_any_folder_and_is_skipped_when_done(tmp_path):
-    other = tmp_path / "jupyter" / "kernels" / "python3"
-    other.mkdir(parents=True)
-    (other / "kernel.json").write_text('{"argv": ["false"], "display_name": "x", "language": "python"}')
-    folder = tmp_path / "sp ace {x} ü" / "cell"
-    notebook = tmp_path / "sp ace {x} ü" / "note book.ipynb"
-    notebook.parent.mkdir()
-    shutil.copy(NOTEBOOK, notebook)
-    process = subprocess.run(
-        command(folder, notebook), env=environment(JUPYTER_PATH=str(tmp_path / "jupyter")), timeout=120
-    )
-    assert process.returncode == 0
-    found = record.read_record(folder)
-    assert found["results"] == {"n_problems": 2, "n_correct": 2}
-    assert found["provenance"]["command"].startswith("python -m kvlib.cell --notebook 'note book.ipynb'")
-    before = (folder / "run.ipynb").stat().st_mtime_ns
-    again = run(folder, notebook)
-    assert again.returncode == 0 and "done already" in again.stdout
-    assert (folder / "run.ipynb").stat().st_mtime_ns == before
+def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
+    config = RunConfig(dataset="chain-a", n_problems=3, n_samples=3, batch_size=9, policy="full", max_new_tokens=400)
+    record = run(config, tmp_path)
+    assert (record["results"]["n_problems"], record["results"]["n_samples"]) == (3, 9)
+    assert [len(marks) for marks in record["verdicts"]["correct"].values()] == [3, 3, 3]
+    samples = samples_of(tmp_path)
+    assert len({samples[f"chain-a/0/{i}"]["output"] for i in range(3)}) > 1
 
 
 @pytest.mark.parametrize(
-    ("dataset", "code", "message"),
+    ("change", "sentence"),
     [
-        ("broken", 1, "ValueError: the stub was asked to fail"),
-        ("killed", 138, "died: killed, or out of memory"),
-        ("silent", 65, "no valid record"),
-        ("nowhere", 2, "unknown dataset 'nowhere'"),
+        ({"dataset": "chain-z"}, "unknown dataset 'chain-z'"),
+        ({"model": "tinyy"}, "unknown model 'tinyy'"),
+        ({"model": "./no/such/folder"}, "unknown model"),
+        ({"policy": "dynst"}, "unknown policy 'dynst'; did you mean 'dynts'"),
+        ({"policy_options": {"rato": 0.4}}, "did you mean 'ratio'"),
+        ({"n_problems": 500}, "use 1 to 200"),
+        ({"kv_budget": 24}, "kv_budget 24"),
+        ({"kv_budget": 40}, r"-token prompt of chain-a/\d+/0 does not fit into kv_budget 40; use \d+ or more"),
+        ({"device": "cuda"}, "sees no CUDA GPU"),
     ],
 )
-def test_a_failure_has_its_exit_code_and_a_last_line_that_says_why(tmp_path, dataset, code, message):
-    process = run(tmp_path / "cell", dataset=dataset)
-    assert process.returncode == code
-    assert message in process.stderr.splitlines()[-1]
+def test_what_cannot_run_is_refused_in_a_sentence(change, sentence, tmp_path):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    with pytest.raises(ConfigError, match=sentence):
+        run(RunConfig(**{**SMALL, **DYNTS, **change}), tmp_path / "cell")
+    assert not (tmp_path / "cell" / "record.json").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"kv_bugdet": 8}', '{"kv_budget": "8"}', '{"kv_budget": NaN}'])
-def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["cell", "--notebook", str(NOTEBOOK), "--folder", str(tmp_path / "c"), "--config", text]
+def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
+    copy_of_tiny(tmp_path)
+    monkeypatch.setattr("kvlib.models.TINY", tmp_path)
+    monkeypatch.setattr("kvlib.fitted.TINY", tmp_path)
+    check(RunConfig(**SMALL, **DYNTS))
+    for name in ("model.safetensors", FILE):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ConfigError, match=f"{name} is damaged .*git checkout"):
+            check(RunConfig(**SMALL, **DYNTS))
+        (tmp_path / name).unlink()
+        with pytest.raises(ConfigError, match=f"{name} is missing"):
+            check(RunConfig(**SMALL, **DYNTS))
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_a_predictor_of_other_weights_is_refused():
+    with pytest.raises(ConfigError, match="trained for other weights"):
+        load_predictor(TINY / FILE, "0" * 64)
+
+
+def test_the_tiny_reasoner_loads_with_plain_auto_classes_and_no_remote_code():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
+    assert sum(file.stat().st_size for file in TINY.glob("*.safetensors")) < 4e6
+    ids = tokenizer("a b +3 ; so a 2 ; b c +a ; c ? <think>", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :])
+    assert text.endswith("ans 7 <eos>")
+
+
+def test_a_timing_record_states_what_it_measured_and_fits_the_charts(tmp_path):
+    grid = expand_to_grid(tmp_path)
+    record = time_dataset(grid, "chain-a", 0, tmp_path / "timing")
+    rows = record["results"]["throughput"]
+    assert {(row["kv_budget"], row["definition"]) for row in rows} == {
+        (budget, name) for budget in (96, None) for name in ("steps", "forward", "goodput")
+    }
+    for row in rows:
+        assert len(row["repeats"]) == 2
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+    steps, forward = rows[0]["repeats"], rows[1]["repeats"]
+    assert all(all_in < forward_only for all_in, forward_only in zip(steps, forward, strict=True))
+    for config in grid.cells():
+        run(config, tmp_path / "records" / config.cell_path)
+    shutil.copytree(tmp_path / "timing", tmp_path / "records" / "chain-a" / "timing" / "s0")
+    assert len(measured_cells(grid, tmp_path / "records", 0)) == 2
+    other = dataclasses.replace(grid, shared={**grid.shared, "temperature": 0.9})
+    with pytest.raises(RecordError, match="other settings"):
+        measured_cells(other, tmp_path / "records", 0)
+    with pytest.raises(ConfigError, match="no dataset 'chain-b'"):
+        time_dataset(grid, "chain-b", 0, tmp_path / "nothing")
+
+
+def expand_to_grid(folder):
+    (folder / "grid.yml").write_text(
+        "study: small\ndatasets: [chain-a]\npolicy_options: {n_recent: 16, ratio: 0.8}\nkv_budgets: [96]\n"
+        "full_cache: true\nn_problems: 3\nbatch_size: 3\nmax_new_tokens: 60\n"
+        "timing: {batch_size: 4, n_steps: 80, repeats: 2}\n"
     )
-    monkeypatch.setattr(cell, "die_with_parent", lambda _: None)
-    monkeypatch.setitem(sys.modules, "kvlib.run", type(sys)("kvlib.run"))
-    sys.modules["kvlib.run"].check = sys.modules["kvlib.run"].run_fingerprint = None
-    assert cell.main() == 2
-    assert capsys.readouterr().err and not (tmp_path / "c").exists()
+    return load_grid(folder / "grid.yml")
 
 
-def test_a_notebook_takes_exactly_the_parameters_it_is_given(tmp_path):
-    cell.check_parameters(NOTEBOOK, NAMES)
-    with pytest.raises(ConfigError, match=r"does not take kv_bugdet; .*tagged parameters"):
-        cell.check_parameters(NOTEBOOK, [*NAMES, "kv_bugdet"])
-    with pytest.raises(ConfigError, match="a parameter that nothing sets: seed"):
-        cell.check_parameters(NOTEBOOK, [name for name in NAMES if name != "seed"])
-    cell.check_parameters(NOTEBOOK, ["seed"], exactly=False)
-    skipped = nbformat.read(NOTEBOOK, 4)
-    skipped.cells[0].source = skipped.cells[0].source.replace("seed = 0", "seed = 0  # default=0")
-    nbformat.write(skipped, tmp_path / "skipped.ipynb")
-    with pytest.raises(ConfigError, match="does not take seed"):
-        cell.check_parameters(tmp_path / "skipped.ipynb", NAMES)
-    (tmp_path / "damaged.ipynb").write_text("{")
-    with pytest.raises(ConfigError, match=r"damaged.ipynb is no notebook"):
-        cell.check_parameters(tmp_path / "damaged.ipynb", NAMES)
+def test_the_shipped_reasoner_is_the_one_its_predictor_was_trained_for():
+    _, held_out = load_predictor(TINY / FILE, load_reasoner("tiny").sha256)
+    assert held_out.n_traces >= 50
+    assert held_out.spearman > 0.4
+    assert held_out.top20_recall > 0.5
 
 
-def test_a_locked_cell_is_waited_for_naming_the_holder(tmp_path):
-    with record.locked(tmp_path / ".lock"):
-        process = subprocess.Popen(command(tmp_path), env=environment(), stdout=subprocess.PIPE, text=True)
-        assert f"in use by process {os.getpid()}" in process.stdout.readline()
-        assert not (tmp_path / "run.ipynb").exists()
-    assert process.wait(timeout=120) == 0
-    assert record.read_record(tmp_path)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_a_sentence(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(Exception, match="choose another"):
+        SampleLog(tmp_path / "cell", {"fingerprint": "x"})
 
 
-@pytest.mark.parametrize("victim", ["cell", "its parent"])
-def test_a_killed_cell_takes_its_kernel_along_and_continues(tmp_path, victim):
-    slow = environment(STUB_SLEEP="0.04")
-    start = command(tmp_path, n_problems=60)
-    parent = "import subprocess, sys; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); p.wait()"
-    outer = subprocess.Popen([sys.executable, "-c", parent, *start], env=slow, stdout=subprocess.PIPE)
-    pid = int(outer.stdout.readline())
-    wait_until(lambda: lines(tmp_path) > 5)
-    kernel = int(next(iter(record.load_samples(tmp_path / "samples.jsonl")[1].values()))["output"])
-    assert alive(kernel)
-    os.kill(pid if victim == "cell" else outer.pid, signal.SIGKILL)
-    again = subprocess.Popen(start, env=slow)  # at once, while the orphaned kernel may still write
-    wait_until(lambda: not alive(kernel) and not alive(pid), 15)
-    assert again.wait(timeout=120) == 0
-    outer.wait()
-    samples = list(record.load_samples(tmp_path / "samples.jsonl")[1].values())
-    assert [sample["problem"] for sample in samples] == list(range(60))
-    writers = [sample["output"] for sample in samples]
-    assert len(set(writers)) == 2 and writers == sorted(writers, key=writers.index)
-    assert record.read_record(tmp_path)["results"]["n_correct"] == 60
+def test_an_edited_policy_of_ones_own_decodes_anew():
+    def made(decay: float, sign: int):
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Mine(Policy):
+            decay: float = 1.0
+
+            def score(self, view, state):
+                return view.positions * sign, state
+
+        return Mine(decay=decay)
+
+    config = RunConfig(policy="mine", kv_budget=96)
+    mark = run_fingerprint(config, "", made(0.5, 1))
+    assert mark == run_fingerprint(config, "", made(0.5, 1))
+    assert mark != run_fingerprint(config, "", made(0.6, 1))
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(Policy):
+        decay: float = 1.0
+
+        def score(self, view, state):
+            return -view.positions, state
+
+    assert mark != run_fingerprint(config, "", Mine(decay=0.5))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvlib.charts.arms import cells_table
 from kvlib.compare import (  # fmt: skip
     costed_cells,
     load_cells,
@@ -21,10 +22,9 @@ from kvlib.compare import (  # fmt: skip
     present_cells,
     work,
 )
-from kvlib.compare_figures import cells_table
 from kvlib.errors import ConfigError
-from kvlib.paired import differences_to
 from kvlib.record import load_samples
+from kvlib.stats import differences_to
 
 GRID = Path(__file__).parent.parent / "notebooks" / "compare.yml"
 CONTENT = {
@@ -154,7 +154,7 @@ def test_a_setting_that_cannot_run_is_told_before_anything_is_decoded(tmp_path, 
 
 
 def test_the_shipped_comparison_is_sound():
-    from kvlib.run import check
+    from kvlib.cell import check
 
     comparison = load_comparison(GRID)
     settings = {(cell.config.policy, json.dumps(cell.config.policy_options)): cell for cell in comparison.cells}
@@ -183,14 +183,14 @@ def test_cells_of_a_model_that_is_not_there_are_left_out_with_the_way_to_get_it(
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    import kvlib.run
+    import kvlib.cell
 
     def fails_once(config, folder):
         if config.policy == "random":
             raise IndexError("a bug in a policy")
         return {"results": {"pass_at_1": 0.5}}
 
-    monkeypatch.setattr(kvlib.run, "run", fails_once)
+    monkeypatch.setattr(kvlib.cell, "run", fails_once)
     cells = {tmp_path / cell.path: cell for cell in parse_comparison(CONTENT).cells}
     assert work(cells) == 1
     said = capsys.readouterr().out

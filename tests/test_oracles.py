@@ -20,11 +20,11 @@ from oracle_cases import (
 from oracle_keys import CHECKS as KEYS
 
 import kvlib.policies
-from kvlib.attention import PrefillStep
-from kvlib.cache import MASS
+from kvlib.engine.attention import PrefillStep
 from kvlib.kernels.append import append as append_token
 from kvlib.kernels.attention import decode_attention
 from kvlib.policies import H2O, PRESETS, RKV, Policy, SnapKV, StreamingLLM, View, make_policy
+from kvlib.policies.base import MASS
 from kvlib.policies.dynts import IMPORTANCE
 
 

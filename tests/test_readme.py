@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kvlib.bench_figures import load_bench, throughput_table
+from kvlib.charts.measured import measured_table
+from kvlib.charts.tables import expected_cells, measured_cells
+from kvlib.charts.throughput import load_bench, throughput_table
 from kvlib.compare import load_cells, load_comparison
 from kvlib.config import load_grid
-from kvlib.datasets import dataset_title
-from kvlib.figures import measured_table
-from kvlib.panels import expected_cells, measured_cells
+from kvlib.tasks.datasets import dataset_title
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

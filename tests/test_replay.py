@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import prompts, small_policy
 
+from kvlib.engine.decoder import Request
 from kvlib.errors import ConfigError
-from kvlib.generate import Request
 from kvlib.models import Reasoner, load_reasoner
 from kvlib.policies.golden import Golden
 from kvlib.replay import (

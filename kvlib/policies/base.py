@@ -10,6 +10,9 @@ from torch import Tensor
 from kvlib.errors import ConfigError
 from kvlib.kernels.noise import uniform
 
+MASS = "mass"
+"""The state that sums the attention each slot has received; the engine adds to it."""
+
 Share = Literal["head", "layer", "head_across_layers", "model"]
 
 
@@ -124,8 +127,8 @@ class View:
 
     positions int32 `[L or 1, R, H or 1, N]`; n_prompt `[R]`: prompt tokens; n_keep `[R]`: slots that stay; keys,
     values `[L, R, H, N, D]` (after RoPE); queries `[L, R, HQ, W, D]`: the last W, oldest first; scaling: of q.k;
-    inv_freq `[D / 2]`: radians per position of RoPE; request `[R]`: noise key of what each row decodes; step `[R]`:
-    tokens seen so far, so that the newest has position step - 1.
+    inv_freq `[D / 2]`: radians per position of RoPE; noise_key `[R]`: of what each row decodes; n_seen `[R]`: tokens
+    seen so far, so that the newest has position n_seen - 1.
     """
 
     kv_budget: int
@@ -134,8 +137,8 @@ class View:
     n_keep: Tensor
     scaling: float
     inv_freq: Tensor
-    request: Tensor
-    step: Tensor
+    noise_key: Tensor
+    n_seen: Tensor
     _rows: Tensor = field(repr=False)
     _slots: Tensor = field(repr=False)
     _keys: Tensor = field(repr=False)
@@ -162,7 +165,7 @@ class View:
     @cached_property
     def queries(self) -> Tensor:
         W = self._ring.shape[3]
-        seen = (self.step[:, None] + torch.arange(-W, 0, device=self.step.device)) % W
+        seen = (self.n_seen[:, None] + torch.arange(-W, 0, device=self.n_seen.device)) % W
         return self._take(self._ring, seen[None, :, None])
 
     @property
@@ -183,8 +186,8 @@ class View:
         """Noise in (0, 1) `[L or 1, R, H or 1, N]`, keyed by request, round, layer, head and position."""
         layers, _, heads, _ = self.positions.shape
         return uniform(
-            self.request[None, :, None, None],
-            self.step[None, :, None, None],
+            self.noise_key[None, :, None, None],
+            self.n_seen[None, :, None, None],
             torch.arange(layers, device=self.positions.device)[:, None, None, None],
             self.heads(heads)[None, None, :, None],
             self.positions,

@@ -19,8 +19,8 @@ def gaussian_projection(view: View) -> Tensor:
     L, _, H, _, D = view.keys.shape
     device = view.keys.device
     drawn = uniform(
-        view.request[None, :, None, None, None],
-        view.step[None, :, None, None, None],
+        view.noise_key[None, :, None, None, None],
+        view.n_seen[None, :, None, None, None],
         torch.arange(L, device=device)[:, None, None, None, None],
         view.heads(H)[None, None, :, None, None],
         torch.arange(D, device=device)[:, None],

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvlib.kernels.rope import rotate
 from kvlib.policies.base import Policy
-from kvlib.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class ExpectedAttention(Policy):
         keys, queries = view.keys.to(wide), view.queries[..., -self.n_obs :, :].to(wide)
         L, R, H, _, D = keys.shape
         ago = torch.arange(self.n_obs, 0, -1, device=keys.device)
-        queries = rotate(queries, -(view.step[:, None, None] - ago), view.inv_freq)
+        queries = rotate(queries, -(view.n_seen[:, None, None] - ago), view.inv_freq)
         ahead = torch.arange(self.n_future, device=keys.device)
-        phase = (view.step[:, None] + ahead).double()[..., None] * view.inv_freq.double()
+        phase = (view.n_seen[:, None] + ahead).double()[..., None] * view.inv_freq.double()
         cos, sin = (mean.to(wide)[:, None, None] for mean in (phase.cos().mean(1), phase.sin().mean(1)))
         first, second = queries.chunk(2, -1)
         queries = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

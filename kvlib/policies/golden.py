@@ -47,5 +47,5 @@ class Golden(Policy):
         return ((query - step[:, None]).div(self.block, rounding_mode="floor") == i).to(self.attention.dtype)
 
     def score(self, view, state):
-        future = self.future(view.step)
+        future = self.future(view.n_seen)
         return future.gather(-1, view.positions.long().expand(*future.shape[:3], -1)), state

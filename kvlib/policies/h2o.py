@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlib.cache import MASS
-from kvlib.policies.base import Policy
+from kvlib.policies.base import MASS, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,5 +31,5 @@ class H2O(Policy):
     def score(self, view, state):
         mass = state[MASS]
         if self.per_query:
-            mass = mass / (view.step[None, :, None, None] - view.positions) / view.group
+            mass = mass / (view.n_seen[None, :, None, None] - view.positions) / view.group
         return mass, state

@@ -51,6 +51,6 @@ class LazyEviction(Hits):
     def score(self, view, state):
         state = self.hits(view, state)
         gap = state[LONGEST_GAP]
-        since = (view.step - view.n_prompt)[None, :, None, None] - state[LAST_HIT]
+        since = (view.n_seen - view.n_prompt)[None, :, None, None] - state[LAST_HIT]
         overdue = 2 * (-(1 + since / (gap + 1e-5))).sigmoid()
         return overdue + torch.where(gap > 0, 2 * (1 - gap).sigmoid(), 0.0), state

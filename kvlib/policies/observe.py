@@ -14,7 +14,7 @@ Pooling = Literal["max", "avg"]
 
 def query_positions(view: View, n_queries: int) -> Tensor:
     """Positions `[R, W]` of the last W queries, oldest first."""
-    return view.step[:, None] + torch.arange(-n_queries, 0, device=view.step.device)
+    return view.n_seen[:, None] + torch.arange(-n_queries, 0, device=view.n_seen.device)
 
 
 def observe(view: View, n_obs: int, among: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -31,7 +31,7 @@ def query_scores(view: View, calibration: QueryStatistics, max_offset: int, redu
     mean_abs = calibration.mean_abs.to(wide).view(L, 1, H, -1, D // 2)
     re, im = (x.double().view(L, 1, H, -1, D // 2) for x in (calibration.mean_re, calibration.mean_im))
     offsets = 2 ** torch.arange(max_offset.bit_length(), device=keys.device)
-    phase = (view.step[:, None] + offsets).double()[..., None] * view.inv_freq.double()
+    phase = (view.n_seen[:, None] + offsets).double()[..., None] * view.inv_freq.double()
     cos, sin = phase.cos(), phase.sin()
     if reduce == "mean":
         cos, sin = cos.mean(1, keepdim=True), sin.mean(1, keepdim=True)
@@ -64,8 +64,8 @@ class TriAttention(Policy):
     all heads and layers: what ranks in the first n of all also ranks in the first n of its head). With
     protect_prompt=False, its vLLM default, the prompt is ranked like the rest.
 
-    calibration: query statistics (`python -m kvlib.calibrate`), or the path of their file; None: the file beside the
-    model's weights.
+    calibration: query statistics (`python -m kvlib.train.calibration`), or the path of their file; None: the file
+    beside the model's weights.
     """
 
     protect_prompt: bool = True

@@ -18,7 +18,7 @@ class TrimKV(Policy):
 
     `TrimKVCache.compress_layer` (ngocbh/trimkv): `age * log beta`, where the newest has age 2; use_knorm adds
     `log |k|` (its `knorm_alpha`); a round every 512 tokens. The published gates read each layer's own input and are
-    trained with the whole model's loss; those of `kvlib.gate` read the last hidden state.
+    trained with the whole model's loss; those of `kvlib.train.gate` read the last hidden state.
 
     gate: log beta `[L, B, H]` from the last hidden state `[B, d]` (after the final norm), or the path of its file;
     None: the file beside the model's weights.
@@ -38,7 +38,7 @@ class TrimKV(Policy):
         return {LOG_BETA: self.gate(hidden).float()}
 
     def score(self, view, state):
-        score = state[LOG_BETA] * (view.step[None, :, None, None] + 1 - view.positions)
+        score = state[LOG_BETA] * (view.n_seen[None, :, None, None] + 1 - view.positions)
         if self.use_knorm:
             score = score + view.keys.norm(dim=-1, dtype=torch.promote_types(view.keys.dtype, torch.float32)).log()
         return score, state

@@ -40,13 +40,13 @@ timing: {batch_size: 4, n_steps: 8, repeats: 1}
 JOURNAL = """
 import os
 
-import kvlib.run
+import kvlib.cell
 
 def journal(what, request):
     with open(os.path.join(folder, "journal"), "a") as file:
         file.write(f"{os.getpid()} {what} {request.id}\\n")
 
-def journaled(decoder, queues, generate=kvlib.run.generate):
+def journaled(decoder, queues, generate=kvlib.cell.generate):
     admit = decoder.admit
     def admitted(row, request):
         journal("admitted", request)
@@ -56,7 +56,7 @@ def journaled(decoder, queues, generate=kvlib.run.generate):
         journal("finished", completion.request)
         yield completion
 
-kvlib.run.generate = journaled
+kvlib.cell.generate = journaled
 """
 KINDS = ["engine", "cell", "kernel"]
 
@@ -143,7 +143,7 @@ class Storm:
                 words = process.cmdline()
                 if "ipykernel_launcher" in words:
                     running["kernel"].append(process)
-                elif "kvlib.cell" in words and "--folder" in words:
+                elif "kvlib.study.cell_command" in words and "--folder" in words:
                     running["cell"].append(process)
                 elif process == top or "snakemake" in words:
                     running["engine"].append(process)
@@ -224,7 +224,7 @@ def make_home(home: Path, grid: str = GRID) -> None:
 UNDISTURBED = """
 import sys
 from kvlib.config import load_grid
-from kvlib.run import run
+from kvlib.cell import run
 for cell in load_grid(sys.argv[1]).cells(int(sys.argv[2])):
     run(cell, f"{sys.argv[3]}/{cell.cell_path}")
 """

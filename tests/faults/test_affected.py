@@ -6,11 +6,12 @@ import shutil
 import nbformat
 import pytest
 from storm import ROOT
-from test_run import copy_of_tiny
+from test_cell import copy_of_tiny
 
-from kvlib import record, run
+from kvlib import cell as run
+from kvlib import record
 from kvlib.config import load_grid
-from kvlib.study import Study, cell_fingerprints, unfinished
+from kvlib.study.engine import Study, cell_fingerprints, unfinished
 
 GRID = """
 study: small

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 from storm import Storm
-from test_cell import alive, command, environment, lines, wait_until
+from test_cell_command import alive, command, environment, lines, wait_until
 from test_damage import fill_up, small_disk
 from test_study import edit, home, run, samples
 
-from kvlib import cell, record
-from kvlib.study import SNAKEFILE
+from kvlib import record
+from kvlib.study import cell_command as cell
+from kvlib.study.engine import SNAKEFILE
 
 __all__ = ["home", "small_disk"]
 

@@ -1,0 +1,219 @@
+"""What a notebook shows of single traces: text with kept and evicted tokens told apart, and small pictures."""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from kvlib.charts.measured import BLUE, GREY, INK, ORANGE, style
+from kvlib.errors import ConfigError
+
+KEPT = "background:#cfe3f5;color:#000;font-weight:600"
+EVICTED = "color:#666;text-decoration:line-through"
+NEWER = "background:#fdebd3;color:#000;text-decoration:underline"
+CAPTION = "margin:.4em 0;font-weight:600"
+BOX = (
+    "font-family:monospace;line-height:1.9;max-width:70em;border:1px solid #ccc;padding:.6em;background:#fff;color:#000"
+)
+
+
+def present(figure: Figure, table: pd.DataFrame | None = None, save_as: str = "") -> None:
+    """Display a figure in a notebook and its table beneath; save_as "folder/name" also writes name.png and name.csv."""
+    from IPython.display import display
+
+    display(figure)
+    if table is not None:
+        display(table)
+    if save_as:
+        path = Path(save_as)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+        if table is not None:
+            table.to_csv(path.with_suffix(".csv"), index=False)
+
+
+def paint_trace(words: Sequence[str], kept: Collection[int], caption: str) -> str:
+    """HTML of the tokens seen so far: words[i] is the token at position i; kept: the positions still in the cache.
+
+    Kept tokens stand bold on blue, evicted ones are grey and struck through, so colour is not the only sign.
+    """
+    kept = set(kept)
+    spans = (f'<span style="{KEPT if i in kept else EVICTED}">{escape(word)}</span>' for i, word in enumerate(words))
+    counts = f"{len(kept)} of {len(words)} tokens kept"
+    return f'<p style="{CAPTION}">{escape(caption)}: {counts}</p><div style="{BOX}">{" ".join(spans)}</div>'
+
+
+def compare_traces(
+    words: Sequence[str],
+    rounds: Mapping[str, Sequence[tuple[int, Collection[int]]]],
+    n_prompt: int,
+    most_rounds: int = 12,
+) -> str:
+    """HTML of one trace under several policies side by side, to be stepped through round by round.
+
+    words[i]: the token at position i. rounds: by policy, (tokens seen, positions kept) of each round at one layer and
+    KV head, in order, as Completion.kept gives them. n_prompt: tokens of the prompt, whose end is marked ‖.
+    At most most_rounds rounds are shown, evenly chosen, the last one open.
+
+    Every step is a <details> element that needs neither script nor style sheet. Kept tokens are <b> on blue, evicted
+    ones <s> in grey, and those that came since the policy's last round <u> on orange: where a viewer strips styles,
+    the elements still tell them apart. Raises ConfigError if there is no round.
+    """
+    if not any(rounds.values()):
+        raise ConfigError("no policy had a round on this trace; use a smaller KV budget, and decode with trace=True")
+    steps = sorted({seen for several in rounds.values() for seen, _ in several})
+    chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(most_rounds, len(steps)))})
+    # Details of one name close each other, where a viewer leaves them the name; each view has its own.
+    name = "kv" + hashlib.sha256(repr((words, list(rounds), steps)).encode()).hexdigest()[:8]
+    parts = [
+        f'<p style="{CAPTION}">One trace under {escape(" and ".join(rounds))}: {len(chosen)} of {len(steps)} rounds</p>'
+        f'<p><b style="{KEPT}">kept</b> · <s style="{EVICTED}">evicted</s> · '
+        f'<u style="{NEWER}">newer than the last round</u> · ‖ end of the prompt</p>'
+    ]
+    for i in chosen:
+        cells, counts = [], []
+        for policy, several in rounds.items():
+            last, kept = max(((r for r in several if r[0] <= steps[i])), default=(0, ()), key=lambda r: r[0])
+            kept = set(kept)
+            states = ["b" if p in kept else "s" if p < last else "u" for p in range(steps[i])]
+            counts.append(f"{policy} holds {states.count('b') + states.count('u')}")
+            cells.append(
+                f'<td style="vertical-align:top;text-align:left;width:{100 // len(rounds)}%">'
+                f'<p>{escape(policy)}</p><div style="{BOX}">{_runs(words, states, n_prompt)}</div></td>'
+            )
+        summary = escape(f"after {steps[i]} tokens: {', '.join(counts)}")
+        parts.append(
+            f'<details name="{name}"{" open" if i == chosen[-1] else ""}><summary>{summary}</summary>'
+            f'<table style="width:100%;table-layout:fixed"><tr>{"".join(cells)}</tr></table></details>'
+        )
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _runs(words: Sequence[str], states: Sequence[str], n_prompt: int) -> str:
+    """The words in one element per run of equal states, ‖ after the prompt."""
+    looks = {"b": KEPT, "s": EVICTED, "u": NEWER}
+    html = []
+    for (in_prompt, tag), run in groupby(range(len(states)), key=lambda p: (p < n_prompt, states[p])):
+        positions = list(run)
+        if not in_prompt and positions[0] == n_prompt:
+            html.append("‖")
+        html.append(f'<{tag} style="{looks[tag]}">{escape(" ".join(words[p] for p in positions))}</{tag}>')
+    return " ".join(html)
+
+
+def held_map(rounds: Sequence[tuple[int, Collection[int]]], n_prompt: int, n_seen: int) -> np.ndarray:
+    """Bool `[n_seen, n_seen - n_prompt + 1]`: whether position p (row) is held with n_prompt + j tokens (column) seen.
+
+    rounds: (tokens seen, positions kept) of one layer and KV head, in order.
+    """
+    held = np.tri(n_seen, dtype=bool).T[:, n_prompt - 1 :]
+    for seen, kept in rounds:
+        if seen <= n_seen:
+            gone = np.ones(seen, dtype=bool)
+            gone[list(kept)] = False
+            held[:seen, seen - n_prompt :][gone] = False
+    return held
+
+
+def keep_map_figure(
+    kept: Sequence[tuple[int, Sequence[Sequence[Sequence[int]]]]],
+    n_prompt: int,
+    n_seen: int,
+    panels: Sequence[tuple[int, int]] | None = None,
+) -> Figure:
+    """Which positions (upwards) are held at each step (rightwards), as small multiples of layers and KV heads.
+
+    kept: Completion.kept. n_seen: tokens of prompt and output. panels: (layer, KV head) to draw; None: all, a row per
+    layer, or the one that is shared. Held is dark, evicted light, what was not yet written white; so the picture reads
+    in grey. Raises ConfigError if there was no round, or no such layer or head.
+    """
+    if not kept:
+        raise ConfigError("no round evicted anything; use a smaller KV budget, and decode with trace=True")
+    n_layers, n_heads = len(kept[0][1]), len(kept[0][1][0])
+    panels = panels or [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    for layer, head in panels:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise ConfigError(
+                f"no layer {layer} with KV head {head} in this trace; it has keep sets for {n_layers} layers and "
+                f"{n_heads} heads (1 where they share one)"
+            )
+    heads = len({head for _, head in panels}) if len(panels) > 1 else 1
+    n_rows = -(-len(panels) // heads)
+    with style():
+        fig = Figure(figsize=(max(4.6, 1.2 + 2.6 * heads), 1.3 + 2.0 * n_rows), layout="constrained")
+        axes = fig.subplots(n_rows, heads, sharex=True, sharey=True, squeeze=False)
+        written = np.tri(n_seen, dtype=bool).T[:, n_prompt - 1 :]
+        for ax, (layer, head) in zip(axes.flat, panels, strict=False):
+            held = held_map([(seen, sets[layer][head]) for seen, sets in kept], n_prompt, n_seen)
+            # Cell (p, j) is centred on position p at n_prompt + j tokens.
+            ax.imshow(
+                written.astype(int) + held,
+                cmap=ListedColormap(["white", "#D5D5D5", "#0B3C5D"]),
+                vmin=0,
+                vmax=2,
+                origin="lower",
+                aspect="auto",
+                interpolation="nearest",
+                extent=(n_prompt - 0.5, n_seen + 0.5, -0.5, n_seen - 0.5),
+            )
+            ax.axhline(n_prompt - 0.5, color=ORANGE, linewidth=1.3, linestyle="--")
+            name = {1: "all layers"}.get(n_layers, f"layer {layer}"), {1: "all heads"}.get(n_heads, f"KV head {head}")
+            ax.set_title(", ".join(name), size=10, color=INK)
+        for ax in axes.flat[len(panels) :]:
+            ax.set_visible(False)
+        fig.supxlabel("tokens seen", size=10.5)
+        fig.supylabel("position", size=10.5)
+        fig.suptitle("held: dark · evicted: light · dashed: end of the prompt", size=10, color=INK)
+    return fig
+
+
+def slots_figure(held: Mapping[str, Sequence[int]], kv_budget: int) -> Figure:
+    """Slots held per KV head against tokens written, one line per decoded output, and the budget as a level."""
+    fig = Figure(figsize=(8, 3.2), layout="constrained")
+    ax = fig.add_subplot()
+    ax.axhline(kv_budget, color=GREY, linestyle=":", linewidth=1.2)
+    ax.annotate(
+        f"KV budget {kv_budget}",
+        (1, kv_budget),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        color=INK,
+    )
+    for (name, slots), color, dashes in zip(held.items(), (INK, BLUE, ORANGE), ("-", "-", "--"), strict=False):
+        ax.plot(range(1, len(slots) + 1), slots, dashes, color=color, label=name)
+    ax.set(xlabel="tokens written", ylabel="slots held per KV head", ylim=(0, None))
+    ax.legend(frameon=False, loc="lower right")
+    return fig
+
+
+def importance_figure(attention: Sequence[float], predicted: Sequence[float]) -> Figure:
+    """Along one trace: the attention each thinking token will get from the answer, and the predictor's score for it.
+
+    Both are scaled to their maximum; the prediction points down, so that bars of one token face each other.
+    """
+    fig = Figure(figsize=(9, 3.2), layout="constrained")
+    ax = fig.add_subplot()
+    position = range(len(attention))
+    ax.bar(
+        position, [value / max(attention) for value in attention], 1.0, color=BLUE, label="attention from the answer"
+    )
+    ax.bar(
+        position,
+        [-value / max(predicted) for value in predicted],
+        1.0,
+        color=ORANGE,
+        hatch="//",
+        label="predicted when written",
+    )
+    ax.axhline(0, color=INK, linewidth=0.8)
+    ax.set(xlabel="thinking token", ylabel="share of the largest", yticks=(-1, 0, 1), yticklabels=("1", "0", "1"))
+    ax.legend(frameon=False, loc="upper right", ncols=2)
+    return fig

@@ -1,0 +1,83 @@
+"""SlotCache: preallocated keys, values and positions. A slot is a storage index, a position a token index."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlib.kernels.compact import compact
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What decides the memory of a cache. `shared_layers` and `shared_heads`: one slot map for all of them."""
+
+    n_layers: int
+    n_rows: int
+    n_kv_heads: int
+    n_query_heads: int
+    n_slots: int
+    head_dim: int
+    shared_layers: bool = False
+    shared_heads: bool = False
+    n_queries: int = 0
+    state_names: tuple[str, ...] = ()
+
+    @property
+    def slot_map(self) -> tuple[int, int, int, int]:
+        """Shape of everything kept per slot: `[L or 1, B, H or 1, N]`."""
+        layers = 1 if self.shared_layers else self.n_layers
+        heads = 1 if self.shared_heads else self.n_kv_heads
+        return layers, self.n_rows, heads, self.n_slots
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes of keys, values, the query ring (itemsize each), positions (int32) and policy state (float32)."""
+        L, B, H, D = self.n_layers, self.n_rows, self.n_kv_heads, self.head_dim
+        keys_and_values = 2 * L * B * H * self.n_slots * D * itemsize
+        ring = L * B * self.n_query_heads * self.n_queries * D * itemsize
+        layers, _, heads, N = self.slot_map
+        per_slot = 4 * (1 + len(self.state_names)) * layers * B * heads * N
+        return keys_and_values + ring + per_slot
+
+
+class SlotCache:
+    """Static storage of B rows with up to N slots each; memory never grows and evicted slots are reused.
+
+    keys, values `[L, B, H, N, D]`, positions int32 `[L or 1, B, H or 1, N]` (-1 = empty), state: named float32
+    tensors of the same shape, ring `[L, B, HQ, W, D]`: the last W queries, that of position p at p mod W.
+    lengths `[B]`: live slots, the same in every layer and head; live slots are 0 .. length - 1, in any order.
+    """
+
+    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device | str):
+        self.shape = shape
+        L, B, H, N, D = shape.n_layers, shape.n_rows, shape.n_kv_heads, shape.n_slots, shape.head_dim
+        self.keys = torch.zeros(L, B, H, N, D, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.positions = torch.full(shape.slot_map, -1, dtype=torch.int32, device=device)
+        self.state = {name: torch.zeros(shape.slot_map, device=device) for name in shape.state_names}
+        self.ring = torch.zeros(L, B, shape.n_query_heads, shape.n_queries, D, dtype=dtype, device=device)
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.rows = torch.arange(B, device=device)
+        self.zero = torch.zeros((), device=device)  # a number of Python's would be sent from the host at every step
+        self.layer_keys, self.layer_values = self.keys.unbind(0), self.values.unbind(0)
+
+    def claim(self, positions: Tensor) -> None:
+        """Give each row's next free slot to the token at positions `[B]`, its state 0. The caller advances lengths."""
+        self.positions[:, self.rows, :, self.lengths] = positions.to(torch.int32)[:, None, None]
+        for state in self.state.values():
+            state[:, self.rows, :, self.lengths] = self.zero
+
+    def nbytes(self) -> int:
+        """Bytes really held; equals shape.nbytes."""
+        tensors = (self.keys, self.values, self.positions, self.ring, *self.state.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def keep(self, rows: Tensor, mask: Tensor, n_keep: Tensor) -> None:
+        """Free the slots of `rows [R]` that are False in `mask [L or 1, R, H or 1, n]`; n_keep `[R]` are True per head.
+
+        All rows hold n live slots. Afterwards row r holds n_keep[r], at slots 0 .. n_keep[r] - 1.
+        """
+        compact((self.keys, self.values, self.positions, *self.state.values()), rows, mask, n_keep)
+        freed = torch.arange(self.shape.n_slots, device=mask.device) >= n_keep[:, None]
+        self.positions[:, rows] = self.positions[:, rows].masked_fill(freed[None, :, None, :], -1)
+        self.lengths[rows] = n_keep.to(self.lengths.dtype)

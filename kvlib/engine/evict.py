@@ -1,0 +1,100 @@
+"""One round of eviction, the same for every policy: score, share, protect, select, compact."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlib.engine.cache import SlotCache
+from kvlib.kernels.rope import rotate
+from kvlib.policies.base import Policy, Share, View
+
+
+def share_scores(scores: Tensor, share: Share) -> Tensor:
+    """Average scores `[L or 1, R, H or 1, N]` over what shares one keep set."""
+    over = {"head": (), "layer": (2,), "head_across_layers": (0,), "model": (0, 2)}[share]
+    return scores.mean(over, keepdim=True) if over else scores
+
+
+def protection(positions: Tensor, n_prompt: Tensor, n_sink: int, protect_prompt: bool, n_recent: int) -> Tensor:
+    """Bool, like positions `[L or 1, R, H or 1, N]` (ascending): sinks, prompt (n_prompt `[R]`), newest n_recent."""
+    N = positions.shape[-1]
+    recent = torch.arange(N, device=positions.device) >= N - n_recent
+    first = n_prompt.clamp(min=n_sink) if protect_prompt else torch.full_like(n_prompt, n_sink)
+    return (positions < first[None, :, None, None]) | recent
+
+
+def select(scores: Tensor, protected: Tensor, n_keep: Tensor) -> Tensor:
+    """The keep mask, bool like scores `[L or 1, R, H or 1, N]` in position order: n_keep `[R]` True per head.
+
+    Protected slots come first, then the highest scores; the newer of two equals wins.
+    """
+    # Protected slots outrank a policy's own +inf.
+    ranked = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(protected, torch.inf)
+    order = ranked.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(scores.shape[-1], device=scores.device) < n_keep.view(1, -1, 1, 1)
+    return torch.zeros_like(protected).scatter(-1, order, chosen.expand_as(order)).flip(-1)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round knows of its rows `[R]`: n_live slots are held by each, n_keep `[R]` stay.
+
+    n_prompt, noise_key and n_seen (tokens so far) are `[R]`; inv_freq `[D / 2]` is RoPE's.
+    """
+
+    kv_budget: int
+    rows: Tensor
+    n_live: int
+    n_prompt: Tensor
+    n_keep: Tensor
+    noise_key: Tensor
+    n_seen: Tensor
+    scaling: float
+    inv_freq: Tensor
+
+
+def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]:
+    """The rows' live slots in position order, their policy state, and the slot of each: `[L or 1, R, H or 1, N]`."""
+    rows, n = due.rows, due.n_live
+    positions, slots = cache.positions[:, rows, :, :n].sort(-1)
+    view = View(
+        kv_budget=due.kv_budget,
+        positions=positions,
+        n_prompt=due.n_prompt,
+        n_keep=due.n_keep,
+        scaling=due.scaling,
+        inv_freq=due.inv_freq,
+        noise_key=due.noise_key,
+        n_seen=due.n_seen,
+        _rows=rows,
+        _slots=slots,
+        _keys=cache.keys,
+        _values=cache.values,
+        _ring=cache.ring,
+    )
+    state = {name: tensor[:, rows, :, :n].gather(-1, slots) for name, tensor in cache.state.items()}
+    return view, state, slots
+
+
+def evict(cache: SlotCache, policy: Policy, due: Round) -> tuple[Tensor, Tensor]:
+    """Run one round, without waiting for the device.
+
+    Returns the keep mask in position order, `[L or 1, R, H or 1, N]`, and whether all scores were numbers, a bool on
+    the device: False means that the model's keys, values or queries are not finite, and the caller must raise.
+    """
+    rows, n = due.rows, due.n_live
+    view, state, slots = look(cache, due)
+    scores, state = policy.score(view, state)
+    scores = share_scores(scores, policy.share).expand_as(view.positions)
+    recent = policy.recent(due.kv_budget)
+    protected = protection(view.positions, due.n_prompt, policy.n_sink, policy.protect_prompt, recent)
+    kept = select(scores, protected, due.n_keep)
+    for name, tensor in cache.state.items():
+        tensor[:, rows, :, :n] = tensor[:, rows, :, :n].scatter(-1, slots, state[name])
+    if policy.reindex:
+        n_newer_evicted = (~kept).flip(-1).cumsum(-1).flip(-1)
+        shift = torch.zeros_like(n_newer_evicted).scatter(-1, slots, n_newer_evicted)
+        cache.keys[:, rows, :, :n] = rotate(cache.keys[:, rows, :, :n], shift, due.inv_freq)
+    cache.keep(rows, torch.zeros_like(kept).scatter(-1, slots, kept), due.n_keep)
+    return kept, ~scores.isnan().any()

@@ -1,0 +1,1 @@
+"""Many cells, resumable: a grid planned, decoded, timed, drawn, verified."""

@@ -1,0 +1,134 @@
+"""What stands in the way of a study, found in seconds and said all at once, before minutes are spent."""
+
+import csv
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvlib.errors import ConfigError
+from kvlib.record import RecordError, explained, locked
+from kvlib.study.gpus import named_gpus
+
+RIVAL = """
+import sys
+from pathlib import Path
+from kvlib.record import LockedError, locked
+try:
+    with locked(Path(sys.argv[1]), wait=False):
+        sys.exit(0)
+except LockedError:
+    sys.exit(3)
+"""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """As nvidia-smi sees it; memory in GB, infinite where it is not known (a MIG slice)."""
+
+    index: str
+    name: str
+    total_gb: float
+    free_gb: float
+
+
+def find_faults(checks: Iterable[Callable[[], None]]) -> list[str]:
+    """What the checks complain of (ConfigError, RecordError), line by line, each line once."""
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except (ConfigError, RecordError) as error:
+            faults += str(error).splitlines()
+    return list(dict.fromkeys(faults))
+
+
+def check_disk(folder: Path, need_gb: float, free_gb: float | None = None) -> None:
+    """Raise ConfigError if the disk that holds folder has less than need_gb free. free_gb: as found, unless given."""
+    folder = existing(folder)
+    free = shutil.disk_usage(folder).free / 1e9 if free_gb is None else free_gb
+    if free < need_gb:
+        raise ConfigError(
+            f"the disk of {folder} has {free:.1f} GB free and about {need_gb:.1f} GB are needed: free some, or have "
+            "this folder on a larger disk (a link is fine)"
+        )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def check_gpus(n_needed: int, need_gb: float | None, gpus: list[GPU] | None) -> None:
+    """Raise ConfigError unless n_needed GPUs have need_gb free each. None for what is not known: not checked."""
+    if gpus is None:
+        return
+    if not gpus:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            "nvidia-smi lists no GPU: run this where there is one"
+            if named is None
+            else f"CUDA_VISIBLE_DEVICES={named!r} hides all GPUs: unset it, or name GPUs in it"
+        )
+    if len(gpus) < n_needed:
+        raise ConfigError(f"{n_needed} GPUs are asked for and {len(gpus)} can be seen: use GPUS={len(gpus)}")
+    if need_gb is None:
+        return
+    small = [gpu for gpu in gpus if gpu.free_gb < need_gb]
+    if len(gpus) - len(small) < n_needed:
+        found = ", ".join(f"{gpu.index} ({gpu.name}) {gpu.free_gb:.1f} of {gpu.total_gb:.1f} GB" for gpu in small)
+        raise ConfigError(
+            f"a cell needs about {need_gb:.1f} GB of GPU memory, and free are on GPU {found}: stop what else runs "
+            "there, name other GPUs in CUDA_VISIBLE_DEVICES, or lower batch_size or the largest KV budget"
+        )
+
+
+def gpus_with_memory() -> list[GPU] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where nvidia-smi is missing or silent."""
+    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_gpus(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES")) if done.returncode == 0 else None
+
+
+def parse_gpus(table: str, visible: str | None) -> list[GPU]:
+    """The GPUs of nvidia-smi's CSV (MiB) that CUDA_VISIBLE_DEVICES, `visible`, names (kvlib.study.gpus.named_gpus)."""
+    known = {
+        uuid: GPU(index, name, float(total) * 2**20 / 1e9, float(free) * 2**20 / 1e9)
+        for index, uuid, name, total, free in csv.reader(table.splitlines(), skipinitialspace=True)
+    }
+    names = named_gpus(visible, list(known))
+    return [known.get(name, GPU(name, "not in nvidia-smi's list", math.inf, math.inf)) for name in names]
+
+
+def other_process_gets(path: Path) -> bool:
+    """Whether another process gets the lock at path, which this one holds."""
+    done = subprocess.run([sys.executable, "-c", RIVAL, str(path)], capture_output=True, timeout=60)
+    return done.returncode == 0
+
+
+def check_locks(folder: Path, other_gets: Callable[[Path], bool] = other_process_gets) -> None:
+    """Raise ConfigError if two processes can hold one lock in folder, RecordError if the folder has no locks.
+
+    Of a folder that is not there yet, the nearest one above it is tried, and nothing made.
+    """
+    folder = existing(folder)
+    path = folder / ".lock-check"
+    with explained(folder):
+        with locked(path, wait=False):
+            both = other_gets(path)
+        path.unlink(missing_ok=True)
+    if both:
+        raise ConfigError(
+            f"file locks do not hold in {folder}: two processes got the same one, so two runs could write one cell. "
+            "Have the folder on a local disk, or mount it with locks (Lustre: -o flock; NFS: without nolock)"
+        )

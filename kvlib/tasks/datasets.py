@@ -1,0 +1,340 @@
+"""Problems by name: embedded chains of rising difficulty, benchmarks from the hub, or a file of one's own."""
+
+import difflib
+import functools
+import hashlib
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kvlib.errors import ConfigError
+from kvlib.files import file_sha256
+from kvlib.tasks.answers import last_boxed
+from kvlib.tasks.chains import make_chain
+from kvlib.tasks.rows import SUFFIXES, read_rows
+
+N_PROBLEMS = 200
+TUNE_SUFFIX = "-tune"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """id "chain-a/12"; question: prompt text; answer: what a right output must give.
+
+    kind says how an output is graded: "chain" exactly, "math" as a number or expression, "choice" as a letter.
+    choices: the options of a choice in the order asked (answer "A" means the first); the question lists them already.
+    """
+
+    id: str
+    question: str
+    answer: str
+    kind: str = "chain"
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChainDataset:
+    """Chains of min_steps to max_steps steps; level_weights: how often a step has 1, 2, 3, 4 operators."""
+
+    title: str
+    min_steps: int
+    max_steps: int
+    level_weights: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of n_problems: one file of one revision of a dataset on the hub, known by its sha256."""
+
+    title: str
+    n_problems: int
+    hub_id: str
+    revision: str
+    file: str
+    sha256: str
+
+
+CHAINS = {
+    "chain-a": ChainDataset("Chain-A", 4, 10, (1.0, 0.0, 0.0, 0.0)),
+    "chain-b": ChainDataset("Chain-B", 5, 11, (0.8, 0.1, 0.1, 0.0)),
+    "chain-c": ChainDataset("Chain-C", 5, 12, (0.6, 0.15, 0.22, 0.03)),
+    "chain-d": ChainDataset("Chain-D", 6, 12, (0.5, 0.15, 0.25, 0.1)),
+}
+# docs/DATA.md says where each revision and sha256 comes from.
+BENCHMARKS = {
+    "aime24": Benchmark(
+        "AIME24",
+        30,
+        "HuggingFaceH4/aime_2024",
+        "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+        "data/train-00000-of-00001.parquet",
+        "26139847601a5037c237d5928b195e7260ca8074cf4f264b794af42847f79ccf",
+    ),
+    "aime25": Benchmark(
+        "AIME25",
+        30,
+        "math-ai/aime25",
+        "563bb8404243c5f09de6ec262f2db674fe5bce9b",
+        "test.jsonl",
+        "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331",
+    ),
+    "amc23": Benchmark(
+        "AMC23",
+        40,
+        "math-ai/amc23",
+        "80815d37005feb82cd7f8fbc6901d5d3eff43057",
+        "test-00000-of-00001.parquet",
+        "b696e87ba47be4e879a60fd4ef1d4aa522ba78c5ae013c6aff5cc9788a397c5e",
+    ),
+    "gpqa-diamond": Benchmark(
+        "GPQA-D",
+        198,
+        "Idavidrein/gpqa",
+        "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
+        "gpqa_diamond.csv",
+        "41d1213cd7a4998605a26c2798500652572007161b3a92817ba46b35befcd305",
+    ),
+}
+ROWS = Path(__file__).parent / "benchmark_rows.json"
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "solution")
+GPQA_COLUMNS = ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
+LETTERS = "ABCDE"
+CHOICE_SEED = 0  # of the order in which the options of GPQA are asked
+
+
+def check_dataset(name: str) -> None:
+    """Raise ConfigError unless the dataset can be loaded; a benchmark is fetched for that if it is not cached."""
+    if name.removesuffix(TUNE_SUFFIX) in CHAINS:
+        return
+    _load_benchmark(name)
+
+
+def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
+    """The first n_problems (default all) of a dataset.
+
+    "chain-a" to "chain-d" are reported; "chain-a-tune" and so on are other problems of the same kind, for choosing
+    budgets and hyper-parameters. Neither shares a seed with training. "aime24", "aime25", "amc23" and "gpqa-diamond"
+    come from the hub (or, offline, from its cache), at a pinned revision and with a pinned sha256. A path ending in
+    .jsonl, .json, .csv or .parquet is read as it is: a column problem, question or prompt and a column answer,
+    expected_answer, final_answer or solution (which boxes it), or the columns of GPQA's official CSV; a file called
+    as a benchmark is (aime24.jsonl, gpqa_diamond.csv) must have as many rows.
+
+    Raises ConfigError for an unknown name, more problems than there are, and data that is missing, gated or damaged.
+    """
+    chain = name.removesuffix(TUNE_SUFFIX)
+    found = None if chain in CHAINS else _load_benchmark(name)
+    n_known = N_PROBLEMS if found is None else len(found)
+    if n_problems is not None and not 1 <= n_problems <= n_known:
+        raise ConfigError(f"n_problems is {n_problems}; {name} has {n_known}, use 1 to {n_known}")
+    if found is not None:
+        return found[:n_problems]
+    spec = CHAINS[chain]
+    split = "tune" if name.endswith(TUNE_SUFFIX) else "test"
+    problems = []
+    for i in range(n_problems or N_PROBLEMS):
+        rng = random.Random(f"{split} {chain} {i}")
+        drawn = make_chain(rng, rng.randint(spec.min_steps, spec.max_steps), spec.level_weights)
+        problems.append(Problem(f"{name}/{i}", drawn.question, drawn.answer))
+    return problems
+
+
+def dataset_title(name: str) -> str:
+    """The name on a chart, e.g. "Chain-A" or "AIME24"; needs no data."""
+    chain = name.removesuffix(TUNE_SUFFIX)
+    if chain in CHAINS:
+        return CHAINS[chain].title
+    benchmark = _benchmark_of(name)
+    return benchmark.title if benchmark else Path(name).stem
+
+
+def content_sha256(problems: list[Problem]) -> str:
+    """Hash of ids, questions and answers, and, beyond chains, of kinds and choices."""
+    entries = [
+        {
+            key: value
+            for key, value in asdict(problem).items()
+            if problem.kind != "chain" or key not in ("kind", "choices")
+        }
+        for problem in problems
+    ]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def dataset_source(name: str) -> dict:
+    """What a record says about where its problems come from.
+
+    source: "kvlib", hub id and revision, or the file's name; sha256 of that file; rows_as_pinned: how many of its
+    problems are, word for word and with their answer, the ones whose hashes kvlib ships (None where it ships none).
+    """
+    if name.removesuffix(TUNE_SUFFIX) in CHAINS:
+        return {"source": "kvlib"}
+    path = _fetch(name)
+    on_hub = BENCHMARKS.get(name)
+    pinned = _pinned_rows(name)
+    return {
+        "source": f"{on_hub.hub_id}@{on_hub.revision}" if on_hub else path.name,
+        "sha256": file_sha256(path),
+        "choice_seed": CHOICE_SEED,
+        "rows_as_pinned": sum(row_sha256(p) in pinned for p in load_problems(name)) if pinned else None,
+    }
+
+
+def row_sha256(problem: Problem) -> str:
+    """Hash of one problem's question and answer."""
+    return hashlib.sha256(f"{problem.question}\n{problem.answer}".encode()).hexdigest()
+
+
+def _pinned_rows(name: str) -> set[str]:
+    key = Path(name).stem.replace("_", "-").lower()
+    return set(json.loads(ROWS.read_text()).get(key, []))
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in SUFFIXES
+
+
+def _benchmark_of(name: str) -> Benchmark | None:
+    """The benchmark a name or a file's name stands for; None for another file. Raises ConfigError if unknown."""
+    if _is_file(name):
+        return BENCHMARKS.get(Path(name).stem.replace("_", "-").lower())
+    if name not in BENCHMARKS:
+        known = [*CHAINS, *(chain + TUNE_SUFFIX for chain in CHAINS), *BENCHMARKS]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"unknown dataset {name!r}{hint} (known: {', '.join(known)}, or the path of a file: {', '.join(SUFFIXES)})"
+        )
+    return BENCHMARKS[name]
+
+
+def _load_benchmark(name: str) -> list[Problem]:
+    benchmark = _benchmark_of(name)
+    path = _fetch(name)
+    problems = _problems(read_rows(path), Path(name).stem, path)
+    if benchmark and len(problems) != benchmark.n_problems:
+        raise ConfigError(
+            f"{path} has {len(problems)} problems and {benchmark.title} has {benchmark.n_problems}; give the whole "
+            "benchmark and choose with n_problems, or give the file another name"
+        )
+    return problems
+
+
+def _fetch(name: str) -> Path:
+    """The file of a benchmark, from the hub or its cache, or the file that a path names."""
+    if _is_file(name):
+        if not Path(name).is_file():
+            raise ConfigError(f"there is no file {name} (seen from {Path.cwd()}); check the path")
+        return Path(name)
+    spec = _benchmark_of(name)
+    page = f"https://huggingface.co/datasets/{spec.hub_id}"
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, LocalEntryNotFoundError
+
+    at = {"repo_type": "dataset", "revision": spec.revision}
+    unreachable = (
+        f"{name} is not in the hub's cache and the hub cannot be reached; where there is a network run "
+        f"`hf download --repo-type dataset {spec.hub_id} {spec.file} --revision {spec.revision}` and copy "
+        "the cache (HF_HOME), or set dataset to the path of a local file"
+    )
+    try:
+        if not constants.is_offline_mode() and not try_to_load_from_cache(spec.hub_id, spec.file, **at):
+            trouble = _network_trouble(spec.hub_id, spec.revision, int(time.monotonic() // 120))
+            if trouble:
+                raise trouble
+        path = Path(hf_hub_download(spec.hub_id, spec.file, **at))
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{name} is gated: accept its terms at {page}, then log in with `hf auth login` (or set HF_TOKEN)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(unreachable) from error
+    except (OSError, EntryNotFoundError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{name} could not be had from {page} ({reason}); check network and login, or set dataset to a local file"
+        ) from error
+    except HTTPError as error:  # the network's, which is no OSError
+        raise ConfigError(unreachable) from error
+    if file_sha256(path) != spec.sha256:
+        raise ConfigError(f"{path} is not the {name} that kvlib knows (its sha256 differs); delete it and run again")
+    return path
+
+
+@functools.cache
+def _network_trouble(hub_id: str, revision: str, period: int) -> Exception | None:
+    """What keeps the hub from answering for a dataset; raises what it answers. A download would try for half a minute.
+
+    Asked once a period: every cell asks, and behind a firewall that swallows packets each question takes 15 s.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        HfApi().repo_info(hub_id, repo_type="dataset", revision=revision, timeout=15)
+    except HfHubHTTPError:
+        raise
+    except (OSError, HTTPError) as error:
+        return error
+    return None
+
+
+def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
+    """Rows to problems "<prefix>/<row>", checked for what is missing, empty or there twice."""
+    columns = {str(column).strip().lower(): column for column in rows[0]}
+    question = next((columns[name] for name in QUESTION_COLUMNS if name in columns), None)
+    answer = next((columns[name] for name in ANSWER_COLUMNS if name in columns), None)
+    is_gpqa = question is not None and all(name in columns for name in GPQA_COLUMNS)
+    if question is None or (answer is None and not is_gpqa):
+        raise ConfigError(
+            f"{path} has the columns {', '.join(map(str, rows[0]))}; needed are one of {', '.join(QUESTION_COLUMNS)} "
+            f"and one of {', '.join(ANSWER_COLUMNS)}, or the columns of GPQA's official CSV"
+        )
+    problems, seen = [], {}
+    for i, row in enumerate(rows):
+        where = f"{path}: row {i + 1}"
+        if is_gpqa:
+            options = [_text(row, columns[name], where) for name in GPQA_COLUMNS]
+            asked = _text(row, question, where)
+            key = str(row.get(columns.get("record id"), "") or "").strip() or asked
+            problem = _choice_problem(f"{prefix}/{i}", asked, options, key)
+        else:
+            stated = _text(row, answer, where)
+            if answer.strip().lower() == "solution" or "\\boxed" in stated:
+                stated = last_boxed(stated) or ""
+                if not stated:
+                    raise ConfigError(f"{where} boxes no answer in the column {answer}; add a column answer")
+            problem = Problem(f"{prefix}/{i}", _text(row, question, where), stated, "math")
+        if problem.question in seen:
+            raise ConfigError(f"{where} asks the same as row {seen[problem.question]}; remove one")
+        seen[problem.question] = i + 1
+        problems.append(problem)
+    if not is_gpqa and all(problem.answer in LETTERS for problem in problems):
+        return [Problem(p.id, p.question, p.answer, "choice", tuple(LETTERS)) for p in problems]
+    return problems
+
+
+def _text(row: dict, column: str, where: str) -> str:
+    """A field as text, 27.0 as 27. Raises ConfigError if there is none."""
+    value = row.get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
+        raise ConfigError(f"{where} has no text in the column {column} but {value!r}; fill it in")
+    text = str(value).strip()
+    if not text:
+        raise ConfigError(f"{where} is empty in the column {column}; fill it in")
+    return text
+
+
+def _choice_problem(id: str, question: str, options: list[str], key: str) -> Problem:
+    """A question with its options lettered, in an order drawn from CHOICE_SEED and the row's key.
+
+    options[0] is the right one.
+    """
+    order = sorted(range(len(options)), key=lambda i: hashlib.sha256(f"{CHOICE_SEED} {key} {i}".encode()).hexdigest())
+    choices = tuple(options[i] for i in order)
+    lettered = "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return Problem(id, f"{question}\n\n{lettered}", LETTERS[order.index(0)], "choice", choices)

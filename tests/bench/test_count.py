@@ -1,0 +1,79 @@
+"""What is counted of a step is what it moves, and at R1-Qwen's shapes that is near the least it could move."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kvlib.bench.count import Counting, count_step, dynts, minimum_bytes
+from kvlib.bench.shapes import r1_qwen_config
+from kvlib.policies import make_policy
+
+triton = pytest.importorskip("triton")
+META = {"device": "meta", "dtype": torch.bfloat16}
+
+
+def counted(work, live: int = 1) -> Counting:
+    with torch.inference_mode(), Counting(live) as counting:
+        work()
+    return counting
+
+
+def test_a_product_reads_its_inputs_and_writes_its_output_once():
+    x, w = torch.empty(4, 8, **META), torch.empty(16, 8, **META)
+    assert sum(counted(lambda: torch.nn.functional.linear(x, w)).bytes.values()) == 2 * (4 * 8 + 16 * 8 + 4 * 16)
+
+
+def test_views_move_nothing_and_repeated_elements_are_read_once():
+    x = torch.empty(4, 8, **META)
+    assert not counted(lambda: x.view(2, 16)[:, None].transpose(0, 1)).bytes
+    row = torch.empty(1, 8, **META)
+    assert sum(counted(lambda: x + row.expand(4, 8)).bytes.values()) == 2 * (4 * 8 + 8 + 4 * 8)
+
+
+def test_a_gather_reads_what_it_picks_and_a_scatter_writes_what_it_is_given():
+    table, ids = torch.empty(1000, 8, **META), torch.empty(4, dtype=torch.int64, device="meta")
+    assert sum(counted(lambda: torch.nn.functional.embedding(ids, table)).bytes.values()) == 4 * 8 + 2 * (2 * 4 * 8)
+    rows = torch.empty(4, 8, **META)
+
+    def put():
+        table[ids] = rows
+
+    assert sum(counted(put).bytes.values()) == 4 * 8 + 2 * (2 * 4 * 8)
+
+
+def test_a_wait_for_the_device_is_counted():
+    x = torch.ones(3)
+    assert counted(lambda: x.sum().item()).syncs == 1
+    assert counted(lambda: x.nonzero()).syncs == 1
+    assert counted(lambda: x + 1).syncs == 0
+
+
+@pytest.mark.parametrize("live", [2350, 4100])
+def test_a_step_of_r1_qwen_moves_at_most_a_twentieth_more_than_the_least(live):
+    config = r1_qwen_config()
+    step, least = count_step(config, dynts(config), 20, live), minimum_bytes(config, 20, live)
+    assert least == pytest.approx(14.141e9 + 57_344 * 20 * live, rel=1e-4)
+    assert least < step["bytes_per_step"] <= 1.05 * least
+    assert step["host_syncs"] == step["graph_breaks"] == 0
+    kv = step["by_operation"]["kvlib::decode_attention"]
+    assert kv >= 57_344 * 20 * live, "the live slots are in the count"
+
+
+@pytest.mark.parametrize("name", ["h2o", "rkv", "dynts"])
+def test_no_kind_of_policy_makes_a_step_wait_or_leave_the_graph(name):
+    policy = make_policy(name, **({"predictor": lambda hidden: hidden[:, 0]} if name == "dynts" else {}))
+    step = count_step(r1_qwen_config(), policy, 20, 2500)
+    assert step["host_syncs"] == step["graph_breaks"] == 0
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_json_list():
+    run = subprocess.run([sys.executable, "-m", "kvlib.bench.count"], capture_output=True, text=True, check=True)
+    rows = json.loads(run.stdout.splitlines()[-1])
+    wanted = {"model", "batch", "live_slots", "bytes_per_step", "minimum_bytes", "host_syncs", "graph_breaks"}
+    assert rows and all(wanted <= set(row) for row in rows)
+    at_20 = [row for row in rows if row["model"] == "r1-qwen" and row["batch"] == 20]
+    assert {row["live_slots"] for row in at_20} == {2350, 4100}

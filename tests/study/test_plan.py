@@ -1,0 +1,101 @@
+"""What a study will take is reckoned from its file alone, by arithmetic that can be followed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvlib.config import Grid, load_grid, parse_grid
+from kvlib.errors import ConfigError
+from kvlib.study.plan import Step, estimate, load_expected, mean_live, plan_text
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PROFILES = ["tiny", "smollm2", "r1-qwen", "r1-llama"]
+STEP = {"weights_gb": 10, "kv_bytes": 1000, "gb_per_s": 2000, "efficiency": 0.5, "launch_ms": 10, "live_rows": 0.5}
+
+
+def grid(**changes) -> Grid:
+    expected = {"source": "made up", "prompt_tokens": 100, "model_gb": 10, "output_tokens": {}, "step": STEP}
+    content = {"study": "s", "datasets": ["d"], "kv_budgets": [400], "policy": "window", "n_problems": 30}
+    content |= {"n_samples": 2, "batch_size": 20, "max_new_tokens": 1000, "expected": expected}
+    return parse_grid({**content, **changes}, Path("g.yml"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_is_a_grid_that_can_be_reckoned(profile):
+    study = load_grid(NOTEBOOKS / f"{profile}.yml")
+    assert study.study == profile
+    cost = estimate(study, 0, {})
+    text = plan_text(study, 0, cost, 1, 0)
+    n_problems = study.shared.get("n_problems")
+    if not n_problems:
+        assert all(row.n_problems and 0 < row.hours < row.most_hours and row.timing_hours > 0 for row in cost.costs)
+    assert " ".join(study.expected["source"].split()) in text
+
+
+@pytest.mark.parametrize(("profile", "ratio"), [("r1-qwen", 0.4), ("r1-llama", 0.3)])
+def test_the_r1_profiles_are_the_published_protocol(profile, ratio):
+    cells = load_grid(NOTEBOOKS / f"{profile}.yml").cells()
+    assert [cell.kv_budget for cell in cells[:6]] == [2500, 3000, 3500, 4000, 4500, 5000] and len(cells) == 24
+    for cell in cells:
+        assert (cell.n_samples, cell.temperature, cell.top_p, cell.top_k) == (5, 0.6, 0.95, 20)
+        assert (cell.max_new_tokens, cell.batch_size, cell.dtype) == (16384, 20, "bfloat16")
+        assert (cell.policy_options["n_recent"], cell.policy_options["ratio"]) == (2000, ratio)
+        assert cell.n_problems is None and cell.model.split("@")[1].isalnum()
+    predictor = Path(cells[0].policy_options["predictor"])
+    assert (NOTEBOOKS / predictor).resolve().parent == NOTEBOOKS.parent / "runs" / "predictor" / profile
+    assert profile in yaml.safe_load((NOTEBOOKS / "predictors.yml").read_text())
+
+
+def test_a_step_is_bytes_over_bandwidth_and_a_cell_is_its_steps():
+    assert Step(**STEP).seconds(20, 50_000) == pytest.approx(0.010 + (10e9 + 1e9) / 1e12)
+    study = grid(expected={**grid().expected, "output_tokens": {"d": 200}})
+    live = mean_live(study.cells()[0], 100, 200)
+    assert live == 200.5  # 101 to 300: never full
+    (cost,) = estimate(study, 0, {"d": 30}).costs
+    step = 0.010 + (10e9 + 1000 * 20 * live) / 1e12
+    assert cost.hours == pytest.approx(60 * 200 / (20 * 0.5) * step / 3600)
+    assert cost.n_samples == 60 and cost.most_hours > 4 * cost.hours
+
+
+def test_a_row_never_holds_more_than_its_budget_on_average():
+    cell = grid().cells()[0]
+    assert 390 < mean_live(cell, 100, 100_000) <= 400
+    full = grid(full_cache=True).cells()[-1]
+    assert mean_live(full, 100, 1000) == 600
+
+
+def test_a_file_is_called_as_on_the_charts():
+    study = grid(datasets=["../somewhere/sets/amc23.jsonl", "nowhere"])
+    text = plan_text(study, 0, estimate(study, 0, {}), 1, 0)
+    assert "\nAMC23 " in text and "sets/" not in text and "\nnowhere " in text and "prompt bare" in text
+
+
+def test_a_misspelt_file_is_answered_with_near_ones():
+    with pytest.raises(ConfigError, match=r"r1-qwne.yml .*; did you mean r1-qwen.yml"):
+        load_grid(NOTEBOOKS / "r1-qwne.yml")
+
+
+def test_what_is_not_known_is_marked_and_not_guessed():
+    study = grid(n_problems=None)
+    cost = estimate(study, 0, {})
+    text = plan_text(study, 0, cost, 1, 0)
+    assert cost.costs[0].hours is None and "?" in text and "come on top" in text
+    plain = grid(expected=None)
+    assert "hours cannot be reckoned" in plan_text(plain, 0, estimate(plain, 0, {"d": 30}), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"step": None}, "needs either step, or decode_rate and timing_rate"),
+        ({"decode_rate": 5, "timing_rate": 5}, "needs either step, or decode_rate"),
+        ({"sourec": "x"}, "unknown key in expected in g.yml 'sourec'; did you mean source"),
+        ({"model_gb": "ten"}, "model_gb='ten' must be a number"),
+        ({"output_tokens": {"e": 5}}, "unknown dataset in output_tokens"),
+        ({"step": {"weights_gb": 1}}, "step of expected in g.yml lacks kv_bytes"),
+    ],
+)
+def test_a_malformed_expectation_names_the_key(changes, says):
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
+        load_expected(grid(expected={**grid().expected, **changes}))

@@ -1,0 +1,73 @@
+"""What stands in the way is said before anything starts: all of it, each with the next step."""
+
+import pytest
+
+from kvlib.errors import ConfigError
+from kvlib.record import RecordError
+from kvlib.study.preflight import GPU, check_disk, check_gpus, check_locks, find_faults, parse_gpus
+
+SMALL, LARGE = GPU("0", "A", 24.0, 20.0), GPU("1", "B", 80.0, 79.0)
+
+
+def refuse(message: str, kind=ConfigError):
+    raise kind(message)
+
+
+def test_all_faults_are_found_and_each_is_said_once():
+    checks = [
+        lambda: refuse("no model\nno data"),
+        lambda: None,
+        lambda: refuse("no data"),
+        lambda: refuse("no locks", RecordError),
+    ]
+    assert find_faults(checks) == ["no model", "no data", "no locks"]
+
+
+def test_a_full_disk(tmp_path):
+    check_disk(tmp_path / "not" / "yet", 5, free_gb=6)
+    with pytest.raises(ConfigError, match=r"disk of .* has 4.0 GB free and about 5.0 GB are needed: free some"):
+        check_disk(tmp_path / "not" / "yet", 5, free_gb=4)
+    with pytest.raises(ConfigError, match="needed"):
+        check_disk(tmp_path, 1e9)
+
+
+def test_too_few_or_too_small_gpus():
+    check_gpus(2, 20, [SMALL, LARGE])
+    check_gpus(1, 30, [SMALL, LARGE])
+    check_gpus(9, 9, None)
+    with pytest.raises(ConfigError, match="4 GPUs are asked for and 2 can be seen: use GPUS=2"):
+        check_gpus(4, None, [SMALL, LARGE])
+    with pytest.raises(ConfigError, match=r"needs about 30.0 GB .* GPU 0 \(A\) 20.0 of 24.0 GB: stop what else runs"):
+        check_gpus(2, 30, [SMALL, LARGE])
+
+
+def test_no_gpu_at_all_says_what_hides_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES='-1' hides all GPUs: unset it"):
+        check_gpus(1, None, [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ConfigError, match="nvidia-smi lists no GPU"):
+        check_gpus(1, None, [])
+
+
+def test_a_slice_that_nvidia_smi_does_not_list_is_a_gpu_of_unknown_memory():
+    found = parse_gpus("0, GPU-aa11, NVIDIA H100, 81559, 81000\n", "MIG-5c")
+    assert [gpu.index for gpu in found] == ["MIG-5c"]
+    check_gpus(1, 70, found)
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, "01"), ("1", "1"), ("GPU-aa", "0"), ("1,0", "10"), ("", ""), ("-1", "")]
+)
+def test_gpus_are_those_that_the_environment_leaves(visible, seen):
+    table = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, 81000\n1, GPU-bb22, NVIDIA H100 80GB HBM3, 81559, 10\n"
+    found = parse_gpus(table, visible)
+    assert "".join(gpu.index for gpu in found) == seen
+    assert all(gpu.total_gb == pytest.approx(85.5, abs=0.1) for gpu in found)
+
+
+def test_locks_are_tried_by_two_processes(tmp_path):
+    check_locks(tmp_path / "runs" / "tiny")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"file locks do not hold in .*two processes got the same one"):
+        check_locks(tmp_path, other_gets=lambda path: True)
