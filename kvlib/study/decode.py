@@ -50,7 +50,7 @@ def decode(study: Study, jobs: int | None) -> None:
         prints = cell_fingerprints(study)
     left = unfinished(prints)
     text = f"{len(prints) - len(left)} of {len(prints)} cells done"
-    seconds = planned_seconds(study.grid, [study.cells[folder] for folder in left], study.problems())
+    seconds = planned_seconds(study.grid, [study.cells[folder] for folder in left])
     if seconds:
         n = study.workers(jobs)
         text += f"; the others take about {clock(seconds / n)}, {n} at a time, if this machine is like the plan's"
@@ -78,7 +78,7 @@ def all_faults(study: Study, jobs: int | None) -> list[str]:
     """What stands in the way of running the study's cells and drawing its charts, a sentence each."""
     from kvlib.cell import prepare  # torch
 
-    cost = estimate(study.grid, study.seed, study.problems())
+    cost = estimate(study.grid, study.seed)
     checks = [functools.partial(prepare, config) for config in study.cells.values()]
     checks.append(functools.partial(check_compared, study.grid))
     if study.on_gpu:

@@ -1,6 +1,5 @@
 """One command brings a study to its charts, from whatever was left, and says what stands in the way."""
 
-import os
 import re
 import shutil
 import signal
@@ -98,7 +97,7 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
     (full / "record.json").write_text("{")
     edit(home, "n_problems: 2", "n_problems: 3")
     code, output = run(home, "publish")
-    assert code == 1 and "not finished" in output and "kvlib.study charts" in output
+    assert code == 1 and "are not done" in output and "kvlib.study charts" in output
     code, output = run(home, "verify")
     assert code == 1 and str(full / "record.json") in output and "2 bad, 0 missing" in output
     code, output = run(home)
