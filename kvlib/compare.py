@@ -40,9 +40,9 @@ from kvlib.record import (  # fmt: skip
     provenance,
     read_record,
 )
+from kvlib.stats import pass_at_1
 from kvlib.study.engine import Progress, StudyError, clock, cores, engine, exit_code, tied, watch
 from kvlib.tasks.datasets import dataset_title
-from kvlib.tasks.grade import pass_at_1
 
 if TYPE_CHECKING:
     from kvlib.policies import Policy

@@ -24,9 +24,9 @@ from kvlib.errors import ConfigError
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
 from kvlib.policies import Full, Golden, Policy
+from kvlib.stats import wilson_interval
 from kvlib.tasks.chains import DIGITS, NAMES, value_drill
 from kvlib.tasks.datasets import load_problems
-from kvlib.tasks.grade import wilson_interval
 
 N_FACTS, N_ASKED = 14, 56
 DISTANCES = (0, 16, 32, 64, 128, 256, 512, 1024)

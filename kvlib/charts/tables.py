@@ -10,7 +10,7 @@ from kvlib.config import Grid, folder_name
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, read_record
 from kvlib.tasks.datasets import dataset_title
-from kvlib.tasks.grade import wilson_interval
+from kvlib.stats import wilson_interval
 
 POLICY_TITLES = {
     "window": "Window",
