@@ -461,6 +461,7 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
                 "pass_low": 100 * low,
                 "pass_high": 100 * high,
                 "mean_tokens": n_tokens / len(verdicts),
+                "max_new_tokens": seeds[0]["config"]["max_new_tokens"],
                 "truncated_share": n_truncated / len(verdicts),
                 "mean_live_slots": sum(seed["results"]["mean_live_slots"] for seed in seeds) / n,
                 "kib_per_row": seeds[0]["cost"]["kv_bytes"] / seeds[0]["config"]["batch_size"] / 1024,

@@ -48,6 +48,15 @@ def pass_at_1(verdicts: Iterable[tuple[str, bool]]) -> tuple[float, float, float
     return correct.sum() / count.sum(), float(low), float(high)
 
 
+def mean_interval(values: np.ndarray, n_boot: int = N_BOOT, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile interval over resampled values; an interval of one value is none: NaN."""
+    if len(values) == 1:
+        return float(values[0]), math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Difference:
     """Pass@1 of arm A minus that of arm B, in points, with a 95 % percentile interval over resampled problems.
