@@ -119,7 +119,8 @@ def looks(labels: Sequence[str]) -> dict[str, dict]:
         arm = label.partition(" (n = ")[0]
         name = arm.casefold().removesuffix(PROMPT)
         dashes = (0, (5, 1.5)) if f"{arm}{PROMPT}" in labels else "-"
-        look = {"linewidth": 1.7, "markersize": 6.2, "markeredgecolor": "white", "linestyle": dashes}
+        look = {"linewidth": 1.7, "markersize": 7, "markeredgewidth": 0.8, "markeredgecolor": "white"}
+        look["linestyle"] = dashes
         if label == FULL:
             look = {"color": INK, "linestyle": (0, (4, 2.5)), "linewidth": 1.3}
         elif name in NULLS:

@@ -29,6 +29,8 @@ TITLES = {
 CEILINGS = ("linears", "products")
 """Arms that decode nothing: the matrix products alone, as the model has them and as kvlib has them."""
 PEER = "kvpress-"
+BUSY = 0.03
+"""Two runs of equal work that differ by more were not measured on a quiet machine."""
 ONE_PER_CHART = ("model", "weights", "device", "dtype")
 
 
@@ -38,7 +40,9 @@ def load_bench(folder: Path | str, model: str) -> pd.DataFrame:
     Columns: model, weights, device, dtype, batch, arm, policy, kv_budget (NaN: none), tokens_per_s (all-inclusive
     steps), low, high (slowest and fastest round), live_slots (mean), roof (tokens/s at which the step's least bytes
     would take all of the copy bandwidth measured in the same call), linears (tokens/s of the linear layers alone, NaN
-    if not measured), rounds, rounds_asked, complete (bool), evicted (bool: whether anything was). Raises ConfigError if there is no record of the model, or one is damaged or has a red gate.
+    if not measured), rounds, complete (bool), noise (speed of two runs of equal work over one another; NaN), evicted
+    (bool: whether anything was). Raises ConfigError if there is no record of the model, or one is damaged or has a red
+    gate.
     """
     folder, rows = Path(folder), []
     for path in sorted(folder.glob("*.json")):
@@ -97,8 +101,8 @@ def _arms(record: dict) -> list[dict]:
                 "roof": batch * ceilings["copy_bandwidth"] / moved,
                 "linears": row.get("linears", alone),
                 "rounds": len(rounds),
-                "rounds_asked": record.get("rounds_asked", len(rounds)),
                 "complete": record.get("complete", True),
+                "noise": (record.get("noise") or {}).get("ratio", float("nan")),
                 # Without eviction the slots grow with the steps, whatever the budget.
                 "evicted": budget is None or keeps_all is None or live < keeps_all - 0.5,
             }
@@ -137,14 +141,18 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
         raise ConfigError("no arm has a KV budget, so there is nothing to put on the x axis; measure one, e.g. knorm")
     one, batches = df.iloc[0], sorted(df["batch"].unique())
     budgets = [int(budget) for budget in sorted(evicting["kv_budget"].unique())]
-    marks = [f"UNFINISHED: {row.rounds} of {row.rounds_asked} rounds at batch {batch}"
-             for batch, row in ((b, df[df["batch"] == b].iloc[0]) for b in batches) if not row.complete]  # fmt: skip
+    marks = []
+    for batch, here in df.groupby("batch"):
+        if not here["complete"].all():
+            marks.append(f"UNFINISHED at batch {batch}: {here['rounds'].min()} of the rounds that were asked for")
+        if (abs(here["noise"] - 1) > BUSY).any():
+            marks.append(f"NOISY at batch {batch}: two runs of equal work differ {here['noise'].iloc[0]:.2f} times")
     idle = evicting[~evicting["evicted"]]
     marks += [f"NOTHING WAS EVICTED at KV budget {budget:.0f}: {', '.join(map(arm_title, here['policy'].unique()))}"
               for budget, here in idle.groupby("kv_budget")]  # fmt: skip
     weights = "" if one["weights"] == "real" else f", {one['weights']}"
     notes = [
-        f"{one['device']}, {one['dtype']}{weights}; {df['rounds'].min()} rounds or more, whiskers: slowest to fastest. "
+        f"{one['device']}, {one['dtype']}{weights}; {_rounds(df)}. "
         "All-inclusive steps. Policies stand side by side at their KV budget; hollow: by kvpress. HF's linear layers: "
         "alone, as the model has them. Roofline: the least bytes of a step (weights, live keys and values once) at the "
         "copy bandwidth measured in the same call."
@@ -163,6 +171,11 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
         fig.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=place, frameon=False,
                    borderaxespad=0)  # fmt: skip
     return fig
+
+
+def _rounds(df: pd.DataFrame) -> str:
+    n = df["rounds"].min()
+    return f"{n} rounds, whiskers: slowest to fastest" if n > 1 else "one round, so without an interval"
 
 
 def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
@@ -191,9 +204,7 @@ def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
         ax.plot(x, rows["tokens_per_s"], label=arm_title(name), **look)
     ax.set_yscale("log")
     low, high = here[["low", "tokens_per_s"]].min(axis=None), max(here["high"].max(), roof.max())
-    ticks = [
-        tick for tick in (m * 10**k for k in range(-2, 7) for m in (1, 2, 3, 5)) if low / 1.3 <= tick <= high * 1.2
-    ]
+    ticks = [m * 10**k for k in range(-2, 7) for m in (1, 2, 3, 5) if low / 1.3 <= m * 10**k <= high * 1.2]
     ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xticks([*place.values()], [str(budget) for budget in budgets])
@@ -208,16 +219,11 @@ def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "Batch": df["batch"].map(str),
-            "KV budget": [
-                "none"
-                if pd.isna(row.kv_budget)
-                else f"{row.kv_budget:.0f}{'' if row.evicted else ' (nothing evicted)'}"
-                for row in df.itertuples()
-            ],
+            "KV budget": [_budget(row) for row in df.itertuples()],
             "Arm": df["policy"].map(arm_title),
             "Tokens/s (slowest to fastest round)": [
-                f"{row.tokens_per_s:,.1f} "
-                + (f"({row.low:,.1f} to {row.high:,.1f})" if row.rounds > 1 else "(one round)")
+                f"{row.tokens_per_s:,.1f} ("
+                + (f"{row.low:,.1f} to {row.high:,.1f})" if row.rounds > 1 else "one round)")
                 for row in df.itertuples()
             ],
             "Mean live slots": df["live_slots"].map("{:.0f}".format),
@@ -228,3 +234,9 @@ def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
             ),
         }
     ).reset_index(drop=True)
+
+
+def _budget(row) -> str:
+    if pd.isna(row.kv_budget):
+        return "none"
+    return f"{row.kv_budget:.0f}{'' if row.evicted else ' (nothing evicted)'}"
