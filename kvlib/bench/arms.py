@@ -47,7 +47,7 @@ from kvlib.study.timing import device_name, synchronise
 from kvlib.tasks.datasets import load_problems
 from kvlib.train.head import ImportanceHead
 
-SCHEMA = "kvlib.bench.arms/1"
+SCHEMA = "kvlib.bench/1"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2}
 """Most that our logits may differ from transformers', as a share of their norm; or twice what its own two attention
 functions differ by on the same tokens, if that is more: of bfloat16 and random weights that is a tenth."""
