@@ -20,8 +20,9 @@ from kvlib.fitted import check_fitted, fit
 from kvlib.models import Reasoner, check_model, load_reasoner, load_tokenizer, weights_sha256
 from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
+from kvlib.stats import pass_at_1
 from kvlib.tasks.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
-from kvlib.tasks.grade import pass_at_1, verdicts
+from kvlib.tasks.grade import verdicts
 
 INSTRUCTIONS = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
