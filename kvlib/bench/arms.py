@@ -33,7 +33,7 @@ from kvlib.bench.shapes import r1_llama_config, r1_qwen_config, random_model
 from kvlib.charts.throughput import CEILINGS
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Decoder, Request
-from kvlib.engine.layers import DecodeLayers, Layer, fuse
+from kvlib.engine.fast import Layer, fuse
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
@@ -47,7 +47,7 @@ from kvlib.study.timing import device_name, synchronise
 from kvlib.tasks.datasets import load_problems
 from kvlib.train.head import ImportanceHead
 
-SCHEMA = "kvlib.bench.arms/1"
+SCHEMA = "kvlib.bench/1"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2}
 """Most that our logits may differ from transformers', as a share of their norm; or twice what its own two attention
 functions differ by on the same tokens, if that is more: of bfloat16 and random weights that is a tenth."""
@@ -182,22 +182,22 @@ def admit_prompts(decoder: Decoder, subject: Subject) -> None:
 def without_part(decoder: Decoder, part: str) -> None:
     """unfused: a product per matrix of the model, joined afterwards. unpacked: products of the weights as they are.
     eager: no CUDA graph. On a CPU unfused also leaves the matrices unpacked that are small alone."""
-    layers = decoder.layers
+    fast = decoder.model
     if part == "unfused":
-        layers.layers = [
+        fast.layers = [
             replace(
                 own,
                 qkv=apart(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 gate_up=apart(layer.mlp.gate_proj, layer.mlp.up_proj),
             )
-            for own, layer in zip(layers.layers, decoder.model.base_model.layers, strict=True)
+            for own, layer in zip(fast.layers, fast.base.layers, strict=True)
         ]
     elif part == "unpacked":
-        layers.layers = [
+        fast.layers = [
             replace(own, **{name: replace(getattr(own, name), packed=None) for name in Layer.products})
-            for own in layers.layers
+            for own in fast.layers
         ]
-        decoder.head = replace(decoder.head, packed=None)
+        fast.head = replace(fast.head, packed=None)
     else:
         decoder.forward, decoder.sample = Decoder._forward, Decoder._sample
         decoder.replay_round = lambda *due: decoder.evict_rows(decoder.round(*due))
@@ -293,7 +293,7 @@ class Linears:
         if kind == "linears":
             self.linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         else:
-            layers = DecodeLayers(model).layers
+            layers = [Layer.of(layer) for layer in model.base_model.layers]
             self.linears = [getattr(layer, name) for layer in layers for name in Layer.products]
             self.linears.append(fuse(model.get_output_embeddings()))
         sizes = {linear.weight.shape[1] for linear in self.linears}
@@ -566,7 +566,7 @@ def wrong_slots(decoder: Decoder, prompts: Tensor, kv_budget: int) -> str | None
         for held_by_head in held.flatten(0, 1).tolist():
             if not wanted <= set(held_by_head):
                 return f"row {row} lost position {min(wanted - set(held_by_head))}, which is protected"
-        keys, values = first_layer(decoder.model, tokens)
+        keys, values = first_layer(decoder.model.model, tokens)
         positions = cache.positions[0, row, :, :n].long().expand(keys.shape[0], -1)
         for what, stored, own in (("key", cache.keys, keys), ("value", cache.values, values)):
             own = own.gather(1, positions[..., None].expand(-1, -1, own.shape[-1]))
