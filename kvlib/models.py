@@ -28,7 +28,9 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kvlib.engine.attention import IMPLEMENTATION
+from kvlib.engine.attention import text_config
+from kvlib.engine.fast import why_not_fast
+from kvlib.engine.probe import probe
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256, write_atomically
 
@@ -36,7 +38,6 @@ TINY = Path(__file__).parent / "tiny" / "weights"
 MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 MODEL_FILES += ("special_tokens_map.json", "chat_template.jinja")
-FAMILIES = ("llama", "qwen2", "qwen3")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 INSTALL_SMOLLM2 = (
@@ -286,7 +287,7 @@ def from_pretrained(kind, name: str, **options):
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"model {name!r} runs code of its own, which kvlib does not; tested are {', '.join(FAMILIES)}"
+                f"model {name!r} runs code of its own, which kvlib does not; use one whose code is in transformers"
             ) from error
         raise ConfigError(f"model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
 
@@ -312,24 +313,24 @@ def no_progress_bar():
 def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Reasoner:
     """Load "tiny", "smollm2", a .gguf file, a folder in transformers' format, or a hub id; no pickle, no remote code.
 
-    Raises ConfigError in a sentence for what is unknown, missing or damaged.
+    A model that the general step decodes is probed. Raises ConfigError in a sentence for what is unknown, missing or
+    damaged, or decodes in a way of its own.
     """
     check_model(name)
     fetch_model(name)
-    config = from_pretrained(AutoConfig, name)
-    if config.model_type not in FAMILIES:
-        raise ConfigError(f"model {name!r} is of type {config.model_type}; tested are {', '.join(FAMILIES)}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ConfigError(f"model {name!r} has sliding-window layers, which the slot cache does not hold; use another")
+    from_pretrained(AutoConfig, name)  # says first what cannot be loaded at all
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     tokenizer = from_pretrained(AutoTokenizer, name)
-    options = {"dtype": DTYPES[dtype], "attn_implementation": IMPLEMENTATION, "use_safetensors": True}
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True}
     with no_progress_bar():
         model = from_pretrained(AutoModelForCausalLM, name, **options)
     model = model.to(device).eval().requires_grad_(False)
-    eos = model.generation_config.eos_token_id or model.config.eos_token_id
-    return described(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,), weights_sha256(name))
+    if why_not_fast(model):
+        probe(model)
+    eos = model.generation_config.eos_token_id or text_config(model).eos_token_id
+    ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    return described(model, tokenizer, ends, weights_sha256(name))
 
 
 def described(model, tokenizer, eos_ids: tuple[int, ...], sha256: str) -> Reasoner:

@@ -11,7 +11,10 @@ from kvlib.policies.base import Policy
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What decides the memory of a cache. `shared_layers` and `shared_heads`: one slot map for all of them."""
+    """What decides the memory of a cache. `shared_layers` and `shared_heads`: one slot map for all of them.
+
+    head_dim: of keys and queries, and of values unless they have a value_dim of their own.
+    """
 
     n_layers: int
     n_rows: int
@@ -42,19 +45,16 @@ class CacheShape:
         return keys_and_values + ring + per_slot
 
 
-def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape:
-    """The cache that a policy needs for a model of this transformers config."""
+def cache_shape(policy: Policy, n_rows: int, n_slots: int, **of_model: int) -> CacheShape:
+    """The cache that a policy needs; of_model: CacheShape's layers, heads and widths."""
     return CacheShape(
-        n_layers=config.num_hidden_layers,
         n_rows=n_rows,
-        n_kv_heads=config.num_key_value_heads,
-        n_query_heads=config.num_attention_heads,
         n_slots=n_slots,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         shared_layers=policy.share in ("head_across_layers", "model") or not policy.evicts,
         shared_heads=policy.share in ("layer", "model") or not policy.evicts,
         n_queries=policy.n_queries,
         state_names=policy.state_names,
+        **of_model,
     )
 
 

@@ -83,11 +83,12 @@ class Decoder:
             )
         self.policy, self.kv_budget, self.sampling = policy, kv_budget, sampling
         self.max_new_tokens, self.trace = max_new_tokens, trace
-        self.device = next(model.parameters()).device
-        self.meter = meter or Meter(self.device)
-        n_slots = n_prompt_max + max_new_tokens if kv_budget is None else kv_budget + 1
-        self.model = step_for(model, policy, n_rows, n_slots)
+        n_positions = n_prompt_max + max_new_tokens
+        n_slots = n_positions if kv_budget is None else kv_budget + 1
+        self.model = step_for(model, policy, n_rows, n_slots, n_positions)
         self.cache = self.model.cache
+        self.device = self.cache.keys.device
+        self.meter = meter or Meter(self.device)
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.answer_id = answer_id
 
@@ -108,12 +109,13 @@ class Decoder:
         self.kept: list[list[tuple[int, list]]] = [[] for _ in range(n_rows)]
         self.limit = np.zeros(n_rows, dtype=np.int64)
         self.was_live = np.zeros(n_rows, dtype=bool)
-        n_vocabulary = len(model.get_output_embeddings().weight)
-        self.logits = torch.zeros(n_rows, n_vocabulary, dtype=model.dtype, device=self.device)
+        self.logits = torch.zeros(n_rows, self.model.vocab_size, dtype=self.cache.keys.dtype, device=self.device)
         self.n_max = 1
         # Their replays follow one another on one stream, so they can share what they allocate inside.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.forward = Graph("forward", Decoder._forward, self.device, self.pool)
+        if self.model.name == "general":  # modules of transformers may wait for the device, and n_max is a number
+            self.forward = Decoder._forward
         self.sample = Graph("sampling", Decoder._sample, self.device, self.pool)
         self.rounds: dict[int, tuple[Tensor, Round, Graph]] = {}
 

@@ -8,39 +8,35 @@ in transformers' own layers. The attention is torch's on every device, also wher
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
-from kvlib.engine.cache import CacheShape, SlotCache
+from kvlib.engine.attention import Scoring, text_config, through_kvlib
+from kvlib.engine.cache import CacheShape, SlotCache, cache_shape
 from kvlib.errors import ConfigError
 from kvlib.kernels.rope import rotate
 from kvlib.policies.base import MASS, Policy
 
-IMPLEMENTATION = "kvlib_general"
-LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "moe", "sparse", "dense"}
-NEEDLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
-"""Keyword arguments that some layers pass on to attention, and that change nothing in a decode step."""
+LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "linear_attention",
+    "conv",
+    "hybrid",
+    "moe",
+    "mlp",
+    "sparse",
+    "dense",
+}
 QUERIES_AT_ONCE = 256
 """Of a prompt: bounds the memory of attention probabilities."""
 SHIFT = 61
 """Positions between two trials that show how a key turns with its position."""
 STATES = ("conv_states", "recurrent_states")
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How q.k becomes a logit: times scaling, through softcap * tanh(x / softcap); sinks `[HQ]`: a logit without value."""
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
@@ -61,41 +57,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scorin
     probabilities = logits.softmax(-1)[..., :N]
     out = probabilities.to(value.dtype).reshape(B, H, -1, N) @ value
     return out.view(B, HQ, Q, -1).transpose(1, 2).contiguous(), probabilities
-
-
-STEP: ContextVar["Step"] = ContextVar("step")
-"""The step whose forward runs. Not an argument, because some models pass none that they do not know."""
-
-
-def slot_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **other
-):
-    """transformers' attention interface: query `[B, HQ, Q, D]` -> output `[B, Q, HQ, DV]`, no weights."""
-    step = STEP.get(None)
-    if step is None:
-        raise RuntimeError("kvlib is decoding with this model at this moment; call it before or afterwards")
-    unknown = [name for name, given in other.items() if given is not None and given is not False]
-    unknown = sorted(set(unknown) - NEEDLESS)
-    if attention_mask is not None or unknown:
-        what = f"the arguments {', '.join(unknown)}" if unknown else "a mask of its own"
-        raise ConfigError(f"{type(module).__name__} attends with {what}, which kvlib does not apply; use another model")
-    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    return step.attend(query, key, value, sliding_window, scoring), None
-
-
-AttentionInterface.register(IMPLEMENTATION, slot_attention)
-
-
-@contextmanager
-def through(model: nn.Module, step: "Step") -> Iterator[None]:
-    config = model.config.get_text_config(decoder=True)
-    before, token = config._attn_implementation, STEP.set(step)
-    try:
-        config._attn_implementation = IMPLEMENTATION
-        yield
-    finally:
-        config._attn_implementation = before
-        STEP.reset(token)
 
 
 class Step(Cache):
@@ -125,13 +86,11 @@ class Step(Cache):
 
 @dataclass(frozen=True)
 class Read:
-    """One call of attention: query heads, widths of queries and keys, the window it slides in (None: full), scaling."""
+    """One call of attention."""
 
     n_query_heads: int
-    query_dim: int
     key_dim: int
-    window: int | None
-    scaling: float
+    scoring: Scoring
 
 
 class Trial(Step):
@@ -146,8 +105,8 @@ class Trial(Step):
         self.cached[layer] = key, value
         return key, value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scoring: Scoring) -> Tensor:
-        read = Read(query.shape[1], query.shape[3], key.shape[3], window, scoring.scaling)
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        read = Read(query.shape[1], key.shape[3], scoring)
         self.reads[self.layer_of(key)].append(read)
         visible = torch.ones(1, 1, key.shape[2], dtype=torch.bool, device=key.device)
         return attention(query, key, value, visible, scoring)[0]
@@ -174,7 +133,7 @@ class Prefill(Step):
         values[self.row][:, last % keys.shape[2]] = value[0][:, last]
         return key, value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scoring: Scoring) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         P, Q, cache = self.n_prompt, query.shape[2], self.of.cache
         evicted = self.of.evicted.get(self.layer_of(key))
         outs = []
@@ -182,7 +141,7 @@ class Prefill(Step):
             self.positions[P - Q :].split(QUERIES_AT_ONCE), query.split(QUERIES_AT_ONCE, 2), strict=True
         ):
             gap = asked[:, None] - self.positions
-            visible = (gap >= 0) & (gap < (P if window is None else window))
+            visible = (gap >= 0) & (gap < (scoring.window or P))
             out, probabilities = attention(queries, key, value, visible[None], scoring)
             outs.append(out)
             if evicted is not None and MASS in cache.state:
@@ -211,7 +170,7 @@ class Decode(Step):
         values[cache.rows, :, at] = value[:, :, 0]
         return keys[:, :, :n], values[:, :, :n]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scoring: Scoring) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         cache, evicted = self.of.cache, self.of.evicted.get(self.layer_of(key))
         live = self.live
         if evicted is None:
@@ -233,9 +192,11 @@ class GeneralModel:
     a model that decodes in a way of its own, and for a policy that cannot score it.
     """
 
+    name: ClassVar = "general"
+
     def __init__(self, model: nn.Module, policy: Policy, n_rows: int, n_slots: int, n_positions: int):
-        self.model, self.config = model, model.config.get_text_config(decoder=True)
-        self.name = self.config.model_type
+        self.model, self.config = model, text_config(model)
+        self.family = self.config.model_type
         check_config(self.config, n_positions)
         self.reads_hidden = type(policy).creation_score is not Policy.creation_score
         self.options = {"output_hidden_states": True} if self.reads_hidden else {}
@@ -245,7 +206,7 @@ class GeneralModel:
         windows = self._windows(trial)
         self.evicted = {layer: i for i, layer in enumerate(layer for layer in windows if windows[layer] is None)}
         if not self.evicted:
-            raise ConfigError(f"{self.name}: no layer attends to all tokens, so there is nothing to evict")
+            raise ConfigError(f"{self.family}: no layer attends to all tokens, so there is nothing to evict")
         self.inv_freq = self._rotation(trial, self._try(SHIFT)[0]) if policy.evicts else None
         self._refuse(policy, trial)
         shape = self._shape(policy, trial, n_rows, n_slots)
@@ -290,16 +251,16 @@ class GeneralModel:
         return hidden[:, 0], logits
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held by kind of layer: evicted (full attention), sliding, state (convolution and recurrent)."""
+        """Bytes held, by kind of layer; state: of convolution and recurrent layers."""
         states = [state for *_, state in states_of(self.states)]
         sliding, state = (sum(x.numel() * x.element_size() for x in held) for held in (self.rings, states))
-        return {"evicted": self.cache.nbytes(), "sliding": sliding, "state": state}
+        return {"full_attention": self.cache.nbytes(), "sliding_attention": sliding, "state": state}
 
     def close(self) -> None:
         """Nothing: between forwards the model is as it was."""
 
     def _forward(self, step: Step, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        with through(self.model, step):
+        with through_kvlib(self.model, step):
             out = self.model(
                 input_ids=ids, position_ids=positions, past_key_values=step, use_cache=True, **self.options
             )
@@ -309,7 +270,8 @@ class GeneralModel:
     @torch.inference_mode()
     def _try(self, position: int) -> tuple[Trial, int]:
         """A token alone at this position, and the size of the vocabulary."""
-        device = self.model.get_input_embeddings().weight.device
+        devices = [parameter.device for parameter in self.model.parameters() if parameter.device.type != "meta"]
+        device = devices[0] if devices else "cpu"
         trial, ids = Trial(self.fresh_states()), torch.zeros(1, 1, dtype=torch.int64, device=device)
         try:
             _, logits = self._forward(trial, ids, ids + position)
@@ -318,10 +280,10 @@ class GeneralModel:
         except Exception as error:
             reason = str(error).split("\n", 1)[0][:200]
             raise ConfigError(
-                f"{self.name} does not decode through kvlib ({type(error).__name__}: {reason}); use another model"
+                f"{self.family} does not decode through kvlib ({type(error).__name__}: {reason}); use another model"
             ) from error
         if set(trial.reads) != set(trial.cached):
-            raise ConfigError(f"{self.name} has an attention that transformers' interface does not reach; "
+            raise ConfigError(f"{self.family} has an attention that transformers' interface does not reach; "
                               "use another model")  # fmt: skip
         return trial, logits.shape[-1]
 
@@ -329,11 +291,11 @@ class GeneralModel:
         """The window of each layer that caches, None for full attention; it must be what transformers caches for it."""
         known, windows = DynamicCache(config=self.config).is_sliding, {}
         for layer, reads in sorted(trial.reads.items()):
-            sliding = {read.window for read in reads}
+            sliding = {read.scoring.window for read in reads}
             windows[layer] = sliding.pop()
             if sliding or (layer < len(known) and known[layer] != (windows[layer] is not None)):
                 raise ConfigError(
-                    f"{self.name}: layer {layer} limits what its attention sees in a way that transformers' interface "
+                    f"{self.family}: layer {layer} limits what its attention sees in a way that transformers' interface "
                     "does not tell; use another model"
                 )
         return windows
@@ -356,7 +318,7 @@ class GeneralModel:
     def _refuse(self, policy: Policy, trial: Trial) -> None:
         """Raise ConfigError for a policy that cannot score this model, by name."""
         reads = [trial.reads[layer] for layer in self.evicted]
-        self.scaling = reads[0][0].scaling
+        self.scaling = reads[0][0].scoring.scaling
         latent = any(read.key_dim != trial.cached[i][0].shape[3] for i in self.evicted for read in trial.reads[i])
         scores_attention = policy.n_queries or MASS in policy.state_names
         if not policy.evicts:
@@ -367,12 +329,12 @@ class GeneralModel:
             reason = "turns keys or queries by RoPE, and not all layers that are evicted turn theirs that way"
         elif scores_attention and any(len(own) != 1 for own in reads):
             reason = "scores by attention, and slots of this model are read by more than one attention"
-        elif policy.n_queries and len({own[0].scaling for own in reads}) > 1:
+        elif policy.n_queries and len({own[0].scoring.scaling for own in reads}) > 1:
             reason = "scores by attention, and the layers of this model scale theirs differently"
         else:
             reason = None
         if reason:
-            raise ConfigError(f"{type(policy).__name__} cannot score {self.name}: it {reason}; use another policy")
+            raise ConfigError(f"{type(policy).__name__} cannot score {self.family}: it {reason}; use another policy")
 
     def _shape(self, policy: Policy, trial: Trial, n_rows: int, n_slots: int) -> CacheShape:
         kinds = {
@@ -381,20 +343,17 @@ class GeneralModel:
             if layer in self.evicted
         }
         if len(kinds) > 1:
-            raise ConfigError(f"{self.name}: its full-attention layers differ in heads or width; use another model")
+            raise ConfigError(f"{self.family}: its full-attention layers differ in heads or width; use another model")
         (n_kv_heads, key_dim, value_dim, n_query_heads) = kinds.pop()
-        return CacheShape(
+        return cache_shape(
+            policy,
+            n_rows,
+            n_slots,
             n_layers=len(self.evicted),
-            n_rows=n_rows,
             n_kv_heads=n_kv_heads,
             n_query_heads=n_query_heads,
-            n_slots=n_slots,
             head_dim=key_dim,
             value_dim=value_dim,
-            shared_layers=policy.share in ("head_across_layers", "model") or not policy.evicts,
-            shared_heads=policy.share in ("layer", "model") or not policy.evicts,
-            n_queries=policy.n_queries,
-            state_names=policy.state_names,
         )
 
 
