@@ -8,6 +8,8 @@ in transformers' own layers. The attention is torch's on every device, also wher
 
 import inspect
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,13 +86,21 @@ class Step(Cache):
         return next((layer for layer, handed in self.handed if handed is key), self.handed[-1][0])
 
 
+def same_heads(some: Tensor, others: Tensor) -> Tensor:
+    """Bool `[H, H']`: which heads of `[1, H, T, D]` are equal to which of `[1, H', T', D']`."""
+    if some.shape[2:] != others.shape[2:]:
+        return torch.zeros(some.shape[1], others.shape[1], dtype=torch.bool, device=some.device)
+    return (some[0, :, None] == others[0]).all((2, 3))
+
+
 @dataclass(frozen=True)
 class Read:
-    """One call of attention."""
+    """One call of attention. paired: keys and values of its heads are of one cached head; grouped: in that order."""
 
     n_query_heads: int
-    key_dim: int
     scoring: Scoring
+    paired: bool
+    grouped: bool
 
 
 class Trial(Step):
@@ -106,8 +116,11 @@ class Trial(Step):
         return key, value
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        read = Read(query.shape[1], key.shape[3], scoring)
-        self.reads[self.layer_of(key)].append(read)
+        layer = self.layer_of(key)
+        same = [same_heads(x, cached) for x, cached in zip((key, value), self.cached[layer], strict=True)]
+        pairs, H = same[0] & same[1], same[0].shape[1]
+        grouped = pairs.unflatten(0, (H, -1)).diagonal(dim1=0, dim2=2).all() if len(pairs) % H == 0 else False
+        self.reads[layer].append(Read(query.shape[1], scoring, bool(pairs.any(1).all()), bool(grouped)))
         visible = torch.ones(1, 1, key.shape[2], dtype=torch.bool, device=key.device)
         return attention(query, key, value, visible, scoring)[0]
 
@@ -198,6 +211,8 @@ class GeneralModel:
         self.model, self.config = model, text_config(model)
         self.family = self.config.model_type
         check_config(self.config, n_positions)
+        if not model._can_set_attn_implementation():
+            raise ConfigError(f"{self.family} has an attention that transformers lets nobody set; use another model")
         self.reads_hidden = type(policy).creation_score is not Policy.creation_score
         self.options = {"output_hidden_states": True} if self.reads_hidden else {}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -207,11 +222,11 @@ class GeneralModel:
         self.evicted = {layer: i for i, layer in enumerate(layer for layer in windows if windows[layer] is None)}
         if not self.evicted:
             raise ConfigError(f"{self.family}: no layer attends to all tokens, so there is nothing to evict")
-        self.inv_freq = self._rotation(trial, self._try(SHIFT)[0]) if policy.evicts else None
-        self._refuse(policy, trial)
-        shape = self._shape(policy, trial, n_rows, n_slots)
+        self.inv_freq = self._rotation(trial, min(SHIFT, n_positions - 1)) if policy.evicts else None
         key = trial.cached[next(iter(self.evicted))][0]
-        self.cache = SlotCache(shape, key.dtype, key.device)
+        self.scaling = trial.reads[next(iter(self.evicted))][0].scoring.scaling
+        self.cache = SlotCache(self._shape(policy, trial, n_rows, n_slots), key.dtype, key.device)
+        self._refuse(policy, trial)
         self.slots, self.rings = {}, []
         for layer, (key, value) in trial.cached.items():
             if layer in self.evicted:
@@ -272,19 +287,11 @@ class GeneralModel:
         """A token alone at this position, and the size of the vocabulary."""
         devices = [parameter.device for parameter in self.model.parameters() if parameter.device.type != "meta"]
         device = devices[0] if devices else "cpu"
-        trial, ids = Trial(self.fresh_states()), torch.zeros(1, 1, dtype=torch.int64, device=device)
-        try:
-            _, logits = self._forward(trial, ids, ids + position)
-        except ConfigError:
-            raise
-        except Exception as error:
-            reason = str(error).split("\n", 1)[0][:200]
-            raise ConfigError(
-                f"{self.family} does not decode through kvlib ({type(error).__name__}: {reason}); use another model"
-            ) from error
+        trial, ids = Trial(self.fresh_states()), torch.full((1, 1), self.config.vocab_size // 3, device=device)
+        with in_a_sentence(self.family):
+            _, logits = self._forward(trial, ids, torch.full_like(ids, position))
         if set(trial.reads) != set(trial.cached):
-            raise ConfigError(f"{self.family} has an attention that transformers' interface does not reach; "
-                              "use another model")  # fmt: skip
+            raise ConfigError(f"{self.family} caches keys that it does not attend to by kvlib; use another model")
         return trial, logits.shape[-1]
 
     def _windows(self, trial: Trial) -> dict[int, int | None]:
@@ -295,41 +302,40 @@ class GeneralModel:
             windows[layer] = sliding.pop()
             if sliding or (layer < len(known) and known[layer] != (windows[layer] is not None)):
                 raise ConfigError(
-                    f"{self.family}: layer {layer} limits what its attention sees in a way that transformers' interface "
-                    "does not tell; use another model"
+                    f"{self.family}: layer {layer} limits what its attention sees in a way that does not reach kvlib; "
+                    "use another model"
                 )
         return windows
 
-    def _rotation(self, trial: Trial, later: Trial) -> Tensor | None:
+    def _rotation(self, trial: Trial, shift: int) -> Tensor | None:
         """The inverse frequencies by which all keys that are evicted turn with their position, if there are such."""
+        later = self._try(shift)[0]
         pairs = [(trial.cached[layer][0], later.cached[layer][0]) for layer in self.evicted]
-        for name, inv_freq in self.model.named_buffers():
-            if not name.endswith("inv_freq") or any(2 * len(inv_freq) != key.shape[-1] for key, _ in pairs):
-                continue
-            for key, turned in pairs:
-                shift = torch.full(key.shape[:-1], SHIFT, device=key.device)
-                error = (rotate(key, shift, inv_freq.to(key.device)) - turned).norm() / key.norm()
-                if not error < max(1e-3, 4 * torch.finfo(key.dtype).eps):
-                    break
-            else:
-                return inv_freq
-        return None
+
+        def turns(key: Tensor, turned: Tensor, inv_freq: Tensor) -> bool:
+            if 2 * len(inv_freq) != key.shape[-1]:
+                return False
+            expected = rotate(key, torch.full(key.shape[:-1], shift, device=key.device), inv_freq.to(key.device))
+            return bool((expected - turned).norm() < max(1e-3, 4 * torch.finfo(key.dtype).eps) * key.norm())
+
+        known = [buffer for name, buffer in self.model.named_buffers() if name.endswith("inv_freq")]
+        return next((buffer for buffer in known if all(turns(*pair, buffer) for pair in pairs)), None)
 
     def _refuse(self, policy: Policy, trial: Trial) -> None:
         """Raise ConfigError for a policy that cannot score this model, by name."""
-        reads = [trial.reads[layer] for layer in self.evicted]
-        self.scaling = reads[0][0].scoring.scaling
-        latent = any(read.key_dim != trial.cached[i][0].shape[3] for i in self.evicted for read in trial.reads[i])
+        reads = [read for layer in self.evicted for read in trial.reads[layer]]
         scores_attention = policy.n_queries or MASS in policy.state_names
+        one_head = self.cache.shape.n_kv_heads == 1
+        by_head = policy.reads_heads or not (self.cache.shape.shared_heads or one_head)
         if not policy.evicts:
             reason = None
-        elif latent and (policy.n_queries or policy.reads_heads):
-            reason = "reads keys, values or queries, and all heads of this model share one latent slot"
+        elif by_head and not all(read.paired for read in reads):
+            reason = "tells heads apart, and the attention of this model mixes what it caches by head"
         elif self.inv_freq is None and (policy.reindex or policy.reads_rope):
             reason = "turns keys or queries by RoPE, and not all layers that are evicted turn theirs that way"
-        elif scores_attention and any(len(own) != 1 for own in reads):
-            reason = "scores by attention, and slots of this model are read by more than one attention"
-        elif policy.n_queries and len({own[0].scoring.scaling for own in reads}) > 1:
+        elif scores_attention and (len(reads) > len(self.evicted) or not (one_head or all(r.grouped for r in reads))):
+            reason = "scores by attention, and this model does not read each slot once by the query heads of its group"
+        elif policy.n_queries and len({read.scoring.scaling for read in reads}) > 1:
             reason = "scores by attention, and the layers of this model scale theirs differently"
         else:
             reason = None
@@ -344,17 +350,8 @@ class GeneralModel:
         }
         if len(kinds) > 1:
             raise ConfigError(f"{self.family}: its full-attention layers differ in heads or width; use another model")
-        (n_kv_heads, key_dim, value_dim, n_query_heads) = kinds.pop()
-        return cache_shape(
-            policy,
-            n_rows,
-            n_slots,
-            n_layers=len(self.evicted),
-            n_kv_heads=n_kv_heads,
-            n_query_heads=n_query_heads,
-            head_dim=key_dim,
-            value_dim=value_dim,
-        )
+        of_model = zip(("n_kv_heads", "head_dim", "value_dim", "n_query_heads"), kinds.pop(), strict=True)
+        return cache_shape(policy, n_rows, n_slots, n_layers=len(self.evicted), **dict(of_model))
 
 
 def states_of(layers: list) -> list[tuple[object, str, int, Tensor]]:
@@ -369,20 +366,32 @@ def states_of(layers: list) -> list[tuple[object, str, int, Tensor]]:
     ]
 
 
+@contextmanager
+def in_a_sentence(family: str) -> Iterator[None]:
+    """Make a ConfigError of what a model's forward raises, but of a lack of memory."""
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:200]
+        raise ConfigError(f"{family} does not decode through kvlib ({reason}); use another model") from error
+
+
 def check_config(config, n_positions: int) -> None:
-    """Raise ConfigError for what a config says that a trial could not show: kinds of layers, RoPE that changes."""
+    """Raise ConfigError for what a trial could not show: other kinds of layers, positions beyond what they are for."""
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if odd:
         raise ConfigError(f"{config.model_type} has layers of type {', '.join(odd)}, which kvlib does not decode")
+    most = getattr(config, "max_position_embeddings", n_positions)
     ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in [ropes, *ropes.values()]:
-        if not isinstance(rope, dict) or rope.get("rope_type") not in ("dynamic", "longrope"):
-            continue
-        limit = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", config.max_position_embeddings
+    ends = [] if ropes else [most]
+    for rope in (ropes, *ropes.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+            original = getattr(config, "original_max_position_embeddings", most)
+            ends.append(rope.get("original_max_position_embeddings") or original)
+    if n_positions > min(ends, default=n_positions):
+        raise ConfigError(
+            f"{config.model_type} has {'another RoPE' if ropes else 'no positions'} beyond {min(ends)} tokens, and "
+            f"prompt and new tokens make {n_positions}; lower max_new_tokens"
         )
-        if n_positions > limit:
-            raise ConfigError(
-                f"{config.model_type} changes the frequencies of its RoPE ({rope['rope_type']}) beyond {limit} tokens, "
-                f"and prompt and new tokens make {n_positions}; lower max_new_tokens"
-            )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from kvlib.engine.attention import text_config
-from kvlib.engine.general import GeneralModel
+from kvlib.engine.general import GeneralModel, in_a_sentence
 from kvlib.errors import ConfigError
 from kvlib.policies import Full
 
@@ -25,18 +25,9 @@ def probe(model: nn.Module) -> None:
     device = step.cache.keys.device
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(step.vocab_size // 2, (n,), generator=draw).to(device) for n in LENGTHS]
-    try:
+    with in_a_sentence(step.family):
         alone = torch.stack([_alone(model, prompt) for prompt in prompts], 1)
         together = _together(step, prompts, alone.argmax(-1))
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = str(error).split("\n", 1)[0][:200]
-        raise ConfigError(
-            f"{step.family} does not decode through kvlib ({type(error).__name__}: {reason}); use another model"
-        ) from error
-    finally:
-        step.close()
     allowed = max(0.01, 42 * torch.finfo(alone.dtype).eps)
     error = ((together - alone).float().std(-1) / alone.float().std(-1)).max().item()
     if not error <= allowed:
