@@ -12,7 +12,7 @@ import torch
 
 from kvlib.config import RunConfig
 from kvlib.engine import noise
-from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError, GpuMemoryError
@@ -148,17 +148,15 @@ def build_decoder(
 ) -> Decoder:
     """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
     policy = policy or make_policy(config.policy, **config.policy_options)
-    check_lengths(policy, config.kv_budget, requests)
     settings = {
         "n_rows": config.batch_size,
-        "n_prompt_max": max(len(request.prompt) for request in requests),
         "max_new_tokens": config.max_new_tokens,
         "sampling": Sampling(config.temperature, config.top_p, config.top_k),
         "eos_ids": reasoner.eos_ids,
         "answer_id": reasoner.answer_id,
     }
     policy = fit(policy, config.model, reasoner)
-    return Decoder(reasoner.model, policy, config.kv_budget, **{**settings, **options})
+    return decoder_for(reasoner.model, policy, config.kv_budget, requests, **{**settings, **options})
 
 
 def check_lengths(policy: Policy, kv_budget: int | None, requests: list[Request]) -> None:
@@ -269,8 +267,7 @@ def run(
 
         def decoded(n_rows: int) -> Decoder:
             decoder = build_decoder(config, reasoner, requests, policy, meter=meter, n_rows=n_rows)
-            queues = [[r for r in requests[row::n_rows] if r.id not in log.done] for row in range(n_rows)]
-            for completion in generate(decoder, queues):
+            for completion in completions(decoder, requests, set(log.done)):
                 problem = by_id[completion.request.id.rsplit("/", 1)[0]]
                 log.append({**sample_entry(completion, problem, reasoner), "n_rows": n_rows})
                 if progress:
@@ -279,7 +276,7 @@ def run(
 
         decoder = halved_once(config, log.done, decoded)
         samples = [log.done[request.id] for request in requests]
-        n_rows = len(decoder.current)
+        n_rows = len(decoder.rows)
         return publish(
             folder,
             {

@@ -50,6 +50,7 @@ LINEAR = {
 CONV = {"layer_types": ["conv", "full_attention"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 8}
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
+GEMMA4 = SLIDING | {"vocab_size_per_layer_input": 64, "global_head_dim": 16}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
 
 FAMILIES = {
@@ -80,7 +81,9 @@ FAMILIES = {
     "gemma2": SLIDING | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "gemma3_text": SLIDING | {"query_pre_attn_scalar": 4},
     "vaultgemma": SLIDING,
-    "gemma4_text": SLIDING | {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 64, "global_head_dim": 16},
+    "gemma4_text": GEMMA4 | {"num_kv_shared_layers": 0},
+    "gemma4_text, shared": GEMMA4
+    | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": 2 * SLIDING["layer_types"]},
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "glm4_moe_lite": MLA,
@@ -118,13 +121,16 @@ FAMILIES = {
     "biogpt": {},
     "ctrl": GPT2 | {"dff": 48},
 }
-"""By model type, what its config needs beside SHAPE."""
+"""By model type (up to a comma), what its config needs beside SHAPE."""
+CORE = ("llama", "mistral", "mixtral", "phi3", "olmo2", "olmo3", "granite", "glm4", "smollm3", "cohere2", "qwen3_moe")
+CORE += ("gpt_oss", "gemma2", "gemma3_text", "gemma4_text", "gemma4_text, shared", "deepseek_v3", "qwen3_next")
+CORE += ("qwen3_5_text", "lfm2", "falcon_h1", "diffllama", "jetmoe", "stablelm", "gpt2")
+"""Those tried in every run of the tests: the best known, and one of each way to differ."""
 
 
-def random_family(model_type: str, dtype: torch.dtype = torch.float64, **given) -> torch.nn.Module:
+def random_family(name: str, dtype: torch.dtype = torch.float64, **given) -> torch.nn.Module:
     """A model with weights so large that attention matters; eager experts, since grouped ones take no double."""
-    options = {**SHAPE, **given}
-    config = AutoConfig.for_model(model_type, **{name: x for name, x in options.items() if x is not ...})
+    config = AutoConfig.for_model(name.split(",")[0], **{**SHAPE, **FAMILIES.get(name, {}), **given})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")

@@ -1,10 +1,8 @@
 """The general step decodes families of transformers as `generate` does, also what is left after an eviction."""
 
-import functools
-
 import pytest
 import torch
-from families import FAMILIES, random_family
+from families import CORE, FAMILIES, random_family
 from transformers.cache_utils import DynamicCache
 
 from kvlib.engine.general import GeneralModel
@@ -16,9 +14,6 @@ EVICT_AFTER = 6
 ROUNDED = {"glm4_moe", "mimo_v2_flash", "gemma2", "vaultgemma", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "dots1"}
 ROUNDED |= {"solar_open", "olmo_hybrid"}
 """Families with a step in float32 inside: a router, a soft cap, a norm."""
-
-family = functools.cache(lambda name: random_family(name, **FAMILIES[name]))
-
 
 MIXED = {"diffllama"}
 """Families whose heads mix what is cached by head, so that they share a keep set."""
@@ -68,9 +63,11 @@ def cut_by_hand(model, prompt: tuple[int, ...], evicted: dict[int, int]) -> torc
     return torch.stack(made)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_a_family_decodes_as_generate_and_evicted_as_a_cache_cut_by_hand(name):
-    model = family(name)
+    model = random_family(name)
     options = {"max_new_tokens": N_NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     alone = [model.generate(torch.tensor([prompt]), **options) for prompt in PROMPTS]
     logits, step = together(model, None)
