@@ -289,7 +289,9 @@ def run(
                 "results": results_of(samples),
                 "verdicts": verdicts_of(samples),
                 "cost": {
-                    "kv_bytes": decoder.model.nbytes(),
+                    "step": decoder.model.name,
+                    "kv_bytes": decoder.cache.nbytes(),
+                    "bytes_by_layer": decoder.model.nbytes(),
                     "slots_per_row": decoder.cache.shape.n_slots,
                     "n_rows": n_rows,
                     "batch_halved": n_rows < config.batch_size,
