@@ -212,7 +212,9 @@ def _check_folder(name: str, folder: Path, files: tuple) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise ConfigError(f"model {name!r} is of type {config.model_type}, which is no causal language model") from error
+        raise ConfigError(
+            f"model {name!r} is of type {config.model_type}, which is no causal language model"
+        ) from error
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     base = f"{model.base_model_prefix}."
     if not any(key.startswith(base) for key in found):
