@@ -7,7 +7,6 @@ import json
 import math
 import random
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -250,56 +249,12 @@ def _fetch(name: str) -> Path:
             raise ConfigError(f"there is no file {name} (seen from {Path.cwd()}); check the path")
         return Path(name)
     spec = _benchmark_of(name)
-    page = f"https://huggingface.co/datasets/{spec.hub_id}"
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, LocalEntryNotFoundError
+    from kvlib.hub import Source  # takes half a second, and most names are of no benchmark
 
-    at = {"repo_type": "dataset", "revision": spec.revision}
-    unreachable = (
-        f"{name} is not in the hub's cache and the hub cannot be reached; where there is a network run "
-        f"`hf download --repo-type dataset {spec.hub_id} {spec.file} --revision {spec.revision}` and copy "
-        "the cache (HF_HOME), or set dataset to the path of a local file"
-    )
-    try:
-        if not constants.is_offline_mode() and not try_to_load_from_cache(spec.hub_id, spec.file, **at):
-            trouble = _network_trouble(spec.hub_id, spec.revision, int(time.monotonic() // 120))
-            if trouble:
-                raise trouble
-        path = Path(hf_hub_download(spec.hub_id, spec.file, **at))
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"{name} is gated: accept its terms at {page}, then log in with `hf auth login` (or set HF_TOKEN)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(unreachable) from error
-    except (OSError, EntryNotFoundError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"{name} could not be had from {page} ({reason}); check network and login, or set dataset to a local file"
-        ) from error
-    except HTTPError as error:  # the network's, which is no OSError
-        raise ConfigError(unreachable) from error
+    path = Source(spec.hub_id, spec.revision, spec.file, "dataset").fetch()
     if file_sha256(path) != spec.sha256:
         raise ConfigError(f"{path} is not the {name} that kvlib knows (its sha256 differs); delete it and run again")
     return path
-
-
-@functools.cache
-def _network_trouble(hub_id: str, revision: str, period: int) -> Exception | None:
-    """What keeps the hub from answering for a dataset; raises what it answers. A download would try for half a minute.
-
-    Asked once a period: every cell asks, and behind a firewall that swallows packets each question takes 15 s.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    try:
-        HfApi().repo_info(hub_id, repo_type="dataset", revision=revision, timeout=15)
-    except HfHubHTTPError:
-        raise
-    except (OSError, HTTPError) as error:
-        return error
-    return None
 
 
 def _made(name: str) -> list[Problem]:

@@ -4,25 +4,18 @@ import random
 import re
 
 from kvlib.errors import ConfigError
+from kvlib.hub import Source
 from kvlib.tasks.answers import solution_answer
 from kvlib.tasks.chains import make_chain
 from kvlib.tasks.datasets import Problem, is_ones_own, load_problems
 from kvlib.tasks.grade import verdicts
-from kvlib.tasks.rows import SUFFIXES
+from kvlib.tasks.rows import SUFFIXES, read_rows
 
 LEVEL_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
 MATH = "EleutherAI/hendrycks_math"
 MATH_REVISION = "21a5633873b6a120296cce3e2df9d5550074f4a3"
 N_MATH = 7500
-SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
+SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Leo")
 THINGS = ("apples", "books", "stickers", "marbles", "coins", "pencils", "cards", "shells", "stamps", "buttons")
 
@@ -39,8 +32,8 @@ def training_problems(name: str, n: int, seed: int) -> list[Problem]:
         return [_sum(i, seed) for i in range(n)]
     if name != "math" and not is_ones_own(name):
         raise ConfigError(
-            f"unknown training set {name!r}; use 'chains', 'sums', 'math' or the path of a file ({', '.join(SUFFIXES)}), "
-            "or a generator of reasoning-gym"
+            f"unknown training set {name!r}; use 'chains', 'sums', 'math' or the path of a file "
+            f"({', '.join(SUFFIXES)}), or a generator of reasoning-gym"
         )
     found = math_train() if name == "math" else load_problems(name)
     if n > len(found):
@@ -92,27 +85,10 @@ def _sum(i: int, seed: int) -> Problem:
 
 def math_train() -> list[Problem]:
     """The 7,500 problems of MATH train from the hub, at a pinned revision, with what their solutions box."""
-    try:
-        import pandas as pd
-        import pyarrow  # noqa: F401
-        from huggingface_hub import hf_hub_download
-
-        files = [
-            hf_hub_download(
-                MATH, f"{subject}/train-00000-of-00001.parquet", repo_type="dataset", revision=MATH_REVISION
-            )
-            for subject in SUBJECTS
-        ]
-        frames = [pd.read_parquet(file) for file in files]
-    except ImportError as error:
-        raise ConfigError(f"MATH train is stored as parquet ({error}); pip install 'kvlib[math]'") from error
-    except OSError as error:
-        raise ConfigError(
-            f"MATH train could not be had from the hub ({str(error).splitlines()[0]}); check the network, or set "
-            "problems to a JSONL file with the fields problem and answer"
-        ) from error
-    # A problem whose solution boxes nothing stays, and no trace of it counts as right.
-    rows = [row for frame in frames for row in frame.itertuples()]
+    files = [f"{subject}/train-00000-of-00001.parquet" for subject in SUBJECTS]
+    rows = [row for file in files for row in read_rows(Source(MATH, MATH_REVISION, file, "dataset").fetch())]
     if len(rows) != N_MATH:
         raise ConfigError(f"MATH train has {len(rows)} problems instead of {N_MATH}; clear the hub's cache")
-    return [Problem(f"math/{i}", r.problem, solution_answer(r.solution) or "", "math") for i, r in enumerate(rows)]
+    # A problem whose solution boxes nothing stays, and no trace of it counts as right.
+    answers = [solution_answer(row["solution"]) or "" for row in rows]
+    return [Problem(f"math/{i}", rows[i]["problem"], answer, "math") for i, answer in enumerate(answers)]
