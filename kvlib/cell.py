@@ -23,7 +23,8 @@ from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.stats import pass_at_1
 from kvlib.tasks.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
-from kvlib.tasks.grade import verdicts
+from kvlib.tasks.grade import AFTER_THINKING, verdicts
+from kvlib.tasks.metrics import agreement_of
 
 INSTRUCTIONS = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
@@ -198,7 +199,7 @@ def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -
         "problem": problem.id,
         "sample": int(completion.request.id.rsplit("/", 1)[1]),
         "output": output,
-        **verdicts(problem, output, completion.stop == "length"),
+        **verdicts(problem, output, completion.stop == "length", reasoner.answer_id is not None),
         "n_prompt": len(completion.request.prompt),
         "n_tokens": len(completion.tokens),
         "stop": completion.stop,
@@ -206,6 +207,13 @@ def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -
         "peak_slots": max(completion.held),
         "rounds": completion.rounds,
     }
+
+
+def regraded(sample: dict, by_id: dict[str, Problem], reasoner: Reasoner) -> dict:
+    """A sample, graded again where an older kvlib looked for a `</think>` that the tokenizer has not."""
+    if reasoner.answer_id is not None or "strict_rule" in sample or "strict_correct" not in sample:
+        return sample
+    return sample | verdicts(by_id[sample["problem"]], sample["output"], sample["stop"] == "length", thinks=False)
 
 
 def results_of(samples: list[dict]) -> dict:
@@ -234,7 +242,10 @@ def results_of(samples: list[dict]) -> dict:
 
 def strict_results_of(samples: list[dict]) -> dict:
     rate, low, high = pass_at_1((s["problem"], s["strict_correct"]) for s in samples)
+    own = {"scorer_n_correct": sum(s["scorer_correct"] for s in samples)} if "scorer_correct" in samples[0] else {}
     return {
+        **own,
+        "strict_rule": samples[0].get("strict_rule", AFTER_THINKING),
         "strict_n_correct": sum(s["strict_correct"] for s in samples),
         "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
         "strict_pass_at_1": rate,
@@ -248,7 +259,7 @@ def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
     """By verdict ("correct", ...) and problem, a 1 or 0 per sample: what pairwise comparison needs, without a text."""
     found = {}
     for sample in samples:
-        for name in ("correct", "strict_correct"):
+        for name in ("correct", "strict_correct", "scorer_correct"):
             if name in sample:
                 by_problem = found.setdefault(name, {})
                 by_problem[sample["problem"]] = by_problem.get(sample["problem"], "") + str(int(sample[name]))
@@ -295,7 +306,7 @@ def run(
             return decoder
 
         decoder = halved_once(config, log.done, decoded)
-        samples = [log.done[request.id] for request in requests]
+        samples = [regraded(log.done[request.id], by_id, reasoner) for request in requests]
         n_rows = len(decoder.rows)
         return publish(
             folder,
@@ -307,6 +318,7 @@ def run(
                 "dataset": dataset_source(config.dataset),
                 "results": results_of(samples),
                 "verdicts": verdicts_of(samples),
+                "agreement": agreement_of(samples),
                 "cost": {
                     "step": decoder.model.name,
                     "kv_bytes": decoder.cache.nbytes(),
