@@ -56,7 +56,7 @@ def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", 
 def make_charts(study: Study, given: argparse.Namespace) -> None:
     start = time.monotonic()
     with alone(study.folder):
-        decode(study, given.jobs)
+        decode(study, given.jobs, charts=True)
         measure_throughput(study)
         draw(study)
     for path in drawn(study):
@@ -75,7 +75,7 @@ def make_plan(study: Study, given: argparse.Namespace) -> None:
     states = cell_states(study, known_fingerprints(study))
     n_done = sum(state.state == "done" for state in states)
     print(plan_text(study.grid, study.seed, cost, study.workers(given.jobs), n_done), flush=True)
-    faults = all_faults(study, given.jobs) if n_done < len(states) else []
+    faults = all_faults(study, given.jobs, charts=True) if n_done < len(states) else []
     print("\n  - ".join(["\nmissing", *faults, *relative_to(study)]) if faults else "\nnothing is missing")
 
 
