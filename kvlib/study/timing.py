@@ -189,10 +189,10 @@ def measure_costs(cells: Sequence[Cell], results: Path) -> None:
                 decoder.admit(row, request)
             for _ in range(warm_up):
                 decoder.step()
-            before, decoder.meter = sum(map(len, decoder.rows.rounds_at)), Meter(its.device)
+            before, decoder.meter = sum(map(len, decoder.rows.rounds)), Meter(its.device)
             for _ in range(COST_STEPS):
                 decoder.step()
-            seconds, rounds = decoder.meter.seconds(), sum(map(len, decoder.rows.rounds_at)) - before
+            seconds, rounds = decoder.meter.seconds(), sum(map(len, decoder.rows.rounds)) - before
             per_step = 1e6 * (seconds["forward"] + seconds["sample"]) / COST_ROWS / COST_STEPS
             if repeat:  # the first is a warm-up
                 measured[arm].append((per_step, 1e6 * seconds["evict"] / rounds if rounds else None))
