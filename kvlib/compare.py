@@ -168,8 +168,8 @@ def present_cells(comparison: Comparison, quiet: bool) -> list[Cell]:
             n = sum(cell.model == model for cell in comparison.cells)
             print(
                 f"{n} cells left out: {error}. For another training of the tiny reasoner: make tiny-model "
-                f"TRAIN_SEED=8, then python -m kvlib.train.predictor and kvlib.train.calibration, with --model "
-                f"and --out {model}"
+                "TRAIN_SEED=8, then python -m kvlib.train predictor and python -m kvlib.train calibration, with "
+                f"--model and --out {model}"
             )
     cells = [cell for cell in comparison.cells if cell.model not in absent]
     if not cells:

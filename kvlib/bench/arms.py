@@ -42,10 +42,10 @@ from kvlib.fitted import fit
 from kvlib.kernels.rope import rotate
 from kvlib.models import load_reasoner
 from kvlib.policies import Full, Policy, make_policy
+from kvlib.policies.dynts import ImportanceHead
 from kvlib.record import provenance
 from kvlib.study.timing import device_name, synchronise
 from kvlib.tasks.datasets import load_problems
-from kvlib.train.head import ImportanceHead
 
 SCHEMA = "kvlib.bench.arms/1"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2}

@@ -22,7 +22,7 @@ from kvlib.bench.shapes import r1_llama_config, r1_qwen_config, random_model
 from kvlib.engine.decoder import Decoder
 from kvlib.engine.sampling import Sampling
 from kvlib.policies import Policy, make_policy
-from kvlib.train.head import ImportanceHead
+from kvlib.policies.dynts import ImportanceHead
 
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::item")
 LIVE_SLOTS = (2350, 4100)

@@ -90,7 +90,11 @@ class ObservedStep(Cache):
 
 @torch.no_grad()
 def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> Tensor:
-    """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
+    """Run the model over a trace; its hidden states `[T, d]` (after the final norm). The model is as before then."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
-    step = ObservedStep(observer)
-    return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]
+    step, before = ObservedStep(observer), model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]
+    finally:
+        model.set_attn_implementation(before)
