@@ -47,7 +47,7 @@ from kvlib.record import provenance
 from kvlib.study.timing import device_name, synchronise
 from kvlib.tasks.datasets import load_problems
 
-SCHEMA = "kvlib.bench.arms/1"
+SCHEMA = "kvlib.bench/1"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2}
 """Most that our logits may differ from transformers', as a share of their norm; or twice what its own two attention
 functions differ by on the same tokens, if that is more: of bfloat16 and random weights that is a tenth."""
@@ -561,8 +561,7 @@ def wrong_slots(decoder: Decoder, prompts: Tensor, kv_budget: int) -> str | None
         held = cache.positions[:, row, :, :n].sort(-1).values
         if (held.diff(dim=-1) < 1).any() or held.min() < 0 or held.max() != seen - 1:
             return f"row {row} holds a position twice, an empty slot, or not its newest token"
-        wanted = {*range(policy.n_sink), *range(P if policy.protect_prompt else 0)}
-        wanted |= set(range(at[row][-1] - policy.recent(kv_budget), seen))
+        wanted = {*policy.protected(kv_budget, P, at[row][-1]), *range(at[row][-1], seen)}
         for held_by_head in held.flatten(0, 1).tolist():
             if not wanted <= set(held_by_head):
                 return f"row {row} lost position {min(wanted - set(held_by_head))}, which is protected"
