@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvlib.engine.cache import CacheShape, SlotCache
-from kvlib.engine.evict import Round, evict, protection, select, share_scores
+from kvlib.engine.evict import Round, evict, select, share_scores
 from kvlib.policies import Policy, View
 
 FOLDER = Path(os.environ.get("KVLIB_ORACLES") or Path(__file__).parent / "oracles")
@@ -122,7 +122,4 @@ def view_of(
 def kept_by(policy: Policy, view: View, scores: torch.Tensor) -> torch.Tensor:
     """The keep mask that the engine selects from a policy's scores, in position order `[L or 1, R, H or 1, N]`."""
     scores = share_scores(scores, policy.share)
-    positions = view.positions.expand(scores.shape)
-    recent = policy.recent(view.kv_budget)
-    protected = protection(positions, view.n_prompt, policy.n_sink, policy.protect_prompt, recent)
-    return select(scores, protected, view.n_keep)
+    return select(scores, policy.protection(view).expand(scores.shape), view.n_keep)

@@ -41,10 +41,10 @@ from kvlib.fitted import fit
 from kvlib.kernels.rope import rotate
 from kvlib.models import load_reasoner
 from kvlib.policies import Full, Policy, make_policy
+from kvlib.policies.dynts import ImportanceHead
 from kvlib.record import provenance
 from kvlib.study.timing import device_name, synchronise
 from kvlib.tasks.datasets import load_problems
-from kvlib.train.head import ImportanceHead
 
 SCHEMA = "kvlib.bench/1"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2}
@@ -551,8 +551,7 @@ def wrong_slots(decoder: Decoder, prompts: Tensor, kv_budget: int) -> str | None
         held = cache.positions[:, row, :, :n].sort(-1).values
         if (held.diff(dim=-1) < 1).any() or held.min() < 0 or held.max() != seen - 1:
             return f"row {row} holds a position twice, an empty slot, or not its newest token"
-        wanted = {*range(policy.n_sink), *range(P if policy.protect_prompt else 0)}
-        wanted |= set(range(at[row][-1] - policy.recent(kv_budget), seen))
+        wanted = {*policy.protected(kv_budget, P, at[row][-1]), *range(at[row][-1], seen)}
         for held_by_head in held.flatten(0, 1).tolist():
             if not wanted <= set(held_by_head):
                 return f"row {row} lost position {min(wanted - set(held_by_head))}, which is protected"

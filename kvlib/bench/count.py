@@ -23,7 +23,7 @@ from kvlib.cost import minimum_bytes
 from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.sampling import Sampling
 from kvlib.policies import Policy, make_policy
-from kvlib.train.head import ImportanceHead
+from kvlib.policies.dynts import ImportanceHead
 
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::item")
 LIVE_SLOTS = (2350, 4100)

@@ -58,7 +58,7 @@ class RPC(Policy):
         as_published = done >= 1 and not early and grown - per_round + self.interval <= kv_budget + 1
         if not as_published:
             return kv_budget - self.buffer
-        return min(kv_budget - self.buffer, max(grown, self.protected(kv_budget, n_prompt)))
+        return min(kv_budget - self.buffer, max(grown, len(self.protected(kv_budget, n_prompt, n_seen))))
 
     def score(self, view, state):
         n_older = view.positions.shape[-1] - self.n_obs
