@@ -157,6 +157,12 @@ def minimum_bytes(config, batch: int, live: int, itemsize: int = 2) -> int:
     return itemsize * (weights + config.num_hidden_layers * 2 * kv * batch * live)
 
 
+def kv_bytes_per_token(model) -> int:
+    """Of keys and values, all layers."""
+    itemsize = model.dtype.itemsize
+    return minimum_bytes(model.config, 1, 1, itemsize) - minimum_bytes(model.config, 1, 0, itemsize)
+
+
 def dynts(config) -> Policy:
     """The policy of the published charts, with a predictor of the model's width in float32, as one is loaded."""
     with torch.device("meta"):

@@ -1,9 +1,19 @@
-"""The published dimensions of R1-Qwen-7B and R1-Llama-8B, for speed on random weights where the checkpoints are not."""
+"""What is measured: models at their published dimensions or as they are, prompts, and the policies' settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from kvlib.engine.attention import IMPLEMENTATION
+from kvlib.errors import ConfigError
+from kvlib.fitted import fit
+from kvlib.models import load_reasoner
+from kvlib.policies import Policy, make_policy
+from kvlib.tasks.datasets import load_problems
+from kvlib.train.head import ImportanceHead
 
 
 def r1_qwen_config() -> Qwen2Config:
@@ -63,3 +73,77 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=config.initializer_range)
     return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows, tokens per prompt and to decode, KV budget (slots), tokens between rounds of eviction."""
+
+    dtype: torch.dtype
+    batch: int
+    n_prompt: int
+    n_new: int
+    kv_budget: int
+    interval: int
+
+
+SIZES = {
+    "tiny": Sizes(torch.float32, 8, 64, 256, 128, 32),
+    "smollm2": Sizes(torch.float32, 8, 64, 512, 256, 64),
+    "r1-qwen": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
+    "r1-llama": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
+}
+CONFIGS = {"r1-qwen": r1_qwen_config, "r1-llama": r1_llama_config}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model in transformers' form and the prompts `[B, P]`. fit fills in what a policy needs."""
+
+    name: str
+    weights: str
+    model: nn.Module
+    prompts: Tensor
+    eos_ids: tuple[int, ...]
+    fit: Callable[[Policy], Policy]
+
+
+def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
+    """A model by the name of its sizes, with prompts cut from the embedded problems, or of random ids where the weights
+    are random. Raises ConfigError."""
+    if name not in CONFIGS:
+        reasoner = load_reasoner(name, str(sizes.dtype).removeprefix("torch."), device)
+        ids = [i for problem in load_problems("chain-a") for i in reasoner.encode(problem.question)]
+        need = sizes.batch * sizes.n_prompt
+        ids = (ids * (need // len(ids) + 1))[:need]
+        prompts = torch.tensor(ids, device=device).view(sizes.batch, sizes.n_prompt)
+        return Subject(name, "real", reasoner.model, prompts, reasoner.eos_ids, lambda p: fit(p, name, reasoner))
+    if device == "cpu":
+        raise ConfigError(f"{name} has 7 billion parameters and is measured on a CUDA GPU; torch sees none here")
+    model = random_model(CONFIGS[name](), sizes.dtype, device)
+    return random_subject(name, model, sizes)
+
+
+def random_subject(name: str, model: nn.Module, sizes: Sizes) -> Subject:
+    """Random ids as prompts, and a random head as the predictor of dynts."""
+    device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.config.vocab_size, (sizes.batch, sizes.n_prompt), generator=draw).to(device)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        head = ImportanceHead(model.config.hidden_size).to(sizes.dtype).requires_grad_(False)
+    return Subject(name, "random weights", model, prompts, (), lambda p: replace(p, predictor=head) if p.needs else p)
+
+
+def bench_policy(name: str, kv_budget: int, sizes: Sizes) -> Policy:
+    """A preset whose rounds come every sizes.interval tokens and leave kv_budget - interval slots."""
+    options = {"buffer": sizes.interval}
+    if name == "snapkv-kvpress":
+        options |= {"n_obs": observed(sizes), "n_recent": observed(sizes)}
+    if name.startswith("dynts"):
+        options["n_recent"] = max(0, kv_budget - sizes.interval - sizes.n_prompt) // 2
+    return make_policy(name, **options)
+
+
+def observed(sizes: Sizes) -> int:
+    """SnapKV's window. kvpress buffers the hidden states of one interval only, and asks for more of them than this."""
+    return min(64, sizes.interval // 2)

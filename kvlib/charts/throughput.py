@@ -14,7 +14,7 @@ from kvlib.charts.arms import COLORS, MARKERS
 from kvlib.charts.measured import GREY, INK, dress, style
 from kvlib.errors import ConfigError
 
-SCHEMAS = ("kvlib.bench.arms/1", "kvlib.gpu-bench/1")
+SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
 LEVELS = {"full": ("full cache", INK, "-"), "hf-sdpa": ("HF generate", GREY, (0, (1, 1.2)))}
 """Arms without a KV budget that are drawn as a level: label, colour, dashes."""
 TITLES = {

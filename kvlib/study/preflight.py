@@ -1,6 +1,5 @@
 """What stands in the way of a study, found in seconds and said all at once, before minutes are spent."""
 
-import csv
 import math
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, explained, locked
-from kvlib.study.gpus import named_gpus
+from kvlib.study.gpus import named_gpus, nvidia_smi
 
 RIVAL = """
 import sys
@@ -91,20 +90,15 @@ def check_gpus(n_needed: int, need_gb: float | None, gpus: list[GPU] | None) -> 
 
 def gpus_with_memory() -> list[GPU] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where nvidia-smi is missing or silent."""
-    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return parse_gpus(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES")) if done.returncode == 0 else None
+    table = nvidia_smi("index", "uuid", "name", "memory.total", "memory.free")
+    return None if table is None else gpus_of(table, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def parse_gpus(table: str, visible: str | None) -> list[GPU]:
-    """The GPUs of nvidia-smi's CSV (MiB) that CUDA_VISIBLE_DEVICES, `visible`, names (kvlib.study.gpus.named_gpus)."""
+def gpus_of(table: list[list[str]], visible: str | None) -> list[GPU]:
+    """The GPUs of nvidia-smi's table (MiB) that CUDA_VISIBLE_DEVICES, `visible`, names (named_gpus)."""
     known = {
         uuid: GPU(index, name, float(total) * 2**20 / 1e9, float(free) * 2**20 / 1e9)
-        for index, uuid, name, total, free in csv.reader(table.splitlines(), skipinitialspace=True)
+        for index, uuid, name, total, free in table
     }
     names = named_gpus(visible, list(known))
     return [known.get(name, GPU(name, "not in nvidia-smi's list", math.inf, math.inf)) for name in names]
