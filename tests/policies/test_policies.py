@@ -83,7 +83,8 @@ def test_random_draws_repeat_by_key_and_differ_between_keys(qwen2):
     requests = as_requests(prompts(1))
     one = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
     again = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
-    other = decode(qwen2, small_policy("random"), 28, [dataclasses.replace(requests[0], noise=7)], 1, trace=True)["0"]
+    rekeyed = [dataclasses.replace(requests[0], noise_key=7)]
+    other = decode(qwen2, small_policy("random"), 28, rekeyed, 1, trace=True)["0"]
     assert one.kept == again.kept
     assert one.kept != other.kept
 

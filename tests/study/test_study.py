@@ -96,7 +96,7 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
     (full / "record.json").write_text("{")
     edit(home, "n_problems: 2", "n_problems: 3")
     code, output = run(home, "publish")
-    assert code == 1 and "not finished" in output and "kvlib.study.engine charts" in output
+    assert code == 1 and "not finished" in output and "kvlib.study charts" in output
     code, output = run(home, "verify")
     assert code == 1 and str(full / "record.json") in output and "2 bad, 0 missing" in output
     code, output = run(home)
@@ -111,7 +111,7 @@ def test_a_failed_cell_is_named_with_its_reason_and_the_others_finish(home):
     code, output = run(home)
     assert code == 1 and "1 of 2 cells failed" in output
     assert "broken/dynts/b8/s0: ValueError: the stub was asked to fail" in output
-    assert "kvlib.study.engine charts --grid" in output
+    assert "kvlib.study charts --grid" in output
     assert record.read_record(home / "runs/small/chain-a/dynts/b8/s0") and not (home / "figures").exists()
 
 
