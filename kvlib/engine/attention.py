@@ -4,7 +4,8 @@ A step is passed to the model twice, as `past_key_values` (transformers hands it
 values) and as `kv_step` (unknown keyword arguments reach the attention function). No hook, no patch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,30 @@ from kvlib.policies.base import MASS
 IMPLEMENTATION = "kvlib"
 
 
-def slot_attention(module, query, key, value, attention_mask, *, scaling, kv_step, **_):
+def slot_attention(module, query, key, value, attention_mask, *, scaling, kv_step=None, **_):
     """transformers' attention interface: query `[B, HQ, Q, D]` -> output `[B, Q, HQ, D]`, no weights."""
+    if kv_step is None:
+        raise RuntimeError("kvlib is decoding with this model at this moment; call it before or afterwards")
     return kv_step.attend(module.layer_idx, query, key, value, scaling), None
 
 
 AttentionInterface.register(IMPLEMENTATION, slot_attention)
+
+
+@contextmanager
+def through_kvlib(model: nn.Module) -> Iterator[None]:
+    """The model evaluates with kvlib's attention inside, whatever it was loaded with; afterwards it is as before."""
+    config, training = model.base_model.config, [module for module in model.modules() if module.training]
+    before = config._attn_implementation
+    try:
+        config._attn_implementation = IMPLEMENTATION
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        config._attn_implementation = before
+        for module in training:
+            module.training = True
 
 
 def causal_mask(n: int, device: torch.device | str) -> Tensor:
@@ -93,4 +112,5 @@ def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> T
     """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     step = ObservedStep(observer)
-    return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]
+    with through_kvlib(model):
+        return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]

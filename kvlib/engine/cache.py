@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.compact import compact
+from kvlib.policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,22 @@ class CacheShape:
         layers, _, heads, N = self.slot_map
         per_slot = 4 * (1 + len(self.state_names)) * layers * B * heads * N
         return keys_and_values + ring + per_slot
+
+
+def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape:
+    """The cache that a policy needs for a model of this transformers config."""
+    return CacheShape(
+        n_layers=config.num_hidden_layers,
+        n_rows=n_rows,
+        n_kv_heads=config.num_key_value_heads,
+        n_query_heads=config.num_attention_heads,
+        n_slots=n_slots,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        shared_layers=policy.share in ("head_across_layers", "model") or not policy.evicts,
+        shared_heads=policy.share in ("layer", "model") or not policy.evicts,
+        n_queries=policy.n_queries,
+        state_names=policy.state_names,
+    )
 
 
 class SlotCache:

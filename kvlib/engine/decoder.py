@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.engine.attention import PrefillStep
-from kvlib.engine.cache import CacheShape, SlotCache
 from kvlib.engine.evict import Round, evict
 from kvlib.engine.graph import Graph
-from kvlib.engine.layers import DecodeLayers, fuse
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
+from kvlib.engine.step import step_for
 from kvlib.errors import ConfigError
 from kvlib.policies import Policy
 
@@ -44,22 +42,6 @@ class Completion:
     held: tuple[int, ...]
     rounds: int
     kept: tuple[tuple[int, list[list[list[int]]]], ...] = ()
-
-
-def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape:
-    """The cache that a policy needs for a model of this transformers config."""
-    return CacheShape(
-        n_layers=config.num_hidden_layers,
-        n_rows=n_rows,
-        n_kv_heads=config.num_key_value_heads,
-        n_query_heads=config.num_attention_heads,
-        n_slots=n_slots,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        shared_layers=policy.share in ("head_across_layers", "model") or not policy.evicts,
-        shared_heads=policy.share in ("layer", "model") or not policy.evicts,
-        n_queries=policy.n_queries,
-        state_names=policy.state_names,
-    )
 
 
 class Decoder:
@@ -99,13 +81,13 @@ class Decoder:
                 f"reindex turns stored keys again in each round, and in {model.dtype} their rounding adds up to noise; "
                 "use dtype float32, or reindex=False"
             )
-        self.model, self.policy, self.kv_budget, self.sampling = model, policy, kv_budget, sampling
+        self.policy, self.kv_budget, self.sampling = policy, kv_budget, sampling
         self.max_new_tokens, self.trace = max_new_tokens, trace
         self.device = next(model.parameters()).device
         self.meter = meter or Meter(self.device)
         n_slots = n_prompt_max + max_new_tokens if kv_budget is None else kv_budget + 1
-        self.cache = SlotCache(cache_shape(model.config, policy, n_rows, n_slots), model.dtype, self.device)
-        self.layers = DecodeLayers(model)
+        self.model = step_for(model, policy, n_rows, n_slots)
+        self.cache = self.model.cache
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.answer_id = answer_id
 
@@ -126,9 +108,8 @@ class Decoder:
         self.kept: list[list[tuple[int, list]]] = [[] for _ in range(n_rows)]
         self.limit = np.zeros(n_rows, dtype=np.int64)
         self.was_live = np.zeros(n_rows, dtype=bool)
-        self.inv_freq = model.base_model.rotary_emb.inv_freq
-        self.head = fuse(model.get_output_embeddings())
-        self.logits = torch.zeros(n_rows, len(self.head.weight), dtype=model.dtype, device=self.device)
+        n_vocabulary = len(model.get_output_embeddings().weight)
+        self.logits = torch.zeros(n_rows, n_vocabulary, dtype=model.dtype, device=self.device)
         self.n_max = 1
         # Their replays follow one another on one stream, so they can share what they allocate inside.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -143,20 +124,16 @@ class Decoder:
         if self.kv_budget is not None:
             self.policy.check(self.kv_budget, P, request.id)
         with self.meter.phase("prefill"):
-            ids = torch.tensor([request.prompt], device=self.device)
-            step = PrefillStep(self.cache, row, P)
-            positions = torch.arange(P, device=self.device)[None]
-            hidden = self.model.base_model(
-                input_ids=ids, position_ids=positions, past_key_values=step, use_cache=True, kv_step=step
-            ).last_hidden_state[0]
+            ids = torch.tensor(request.prompt, device=self.device)
+            hidden, logits = self.model.prefill(row, ids)
+            self._check(logits)
             self.answering[row] = False
-            for name, score in self._creation_scores(hidden, ids[0], torch.zeros_like(ids[0], dtype=torch.bool)):
+            for name, score in self._creation_scores(hidden, ids, torch.zeros_like(ids, dtype=torch.bool)):
                 self.cache.state[name][:, row, :, :P] = score.transpose(1, 2)
             self.noise_key[row], self.done[row] = request.noise_key, False
             self.position[row] = self.first[row] = P
-            logits = self._logits(hidden[-1:])
             self.token[row] = self.sampling(
-                logits, self.noise_key[row, None], torch.zeros_like(self.position[row, None])
+                logits[None], self.noise_key[row, None], torch.zeros_like(self.position[row, None])
             )[0]
             self.output[row, 0] = self.token[row]
             self.done[row] = torch.isin(self.token[row], self.eos)
@@ -192,13 +169,14 @@ class Decoder:
     def _forward(self) -> None:
         """The logits after every row's last token, which takes the row's next slot."""
         cache = self.cache
-        hidden = self.layers(self.token, self.position, cache, self.n_max)
+        hidden, logits = self.model.step(self.token, self.position, self.n_max)
+        self._check(logits)
         if self.answer_id is not None:
             self.answering |= self.token == self.answer_id
         for name, score in self._creation_scores(hidden, self.token, self.answering):
             cache.state[name][:, cache.rows, :, cache.lengths] = score.transpose(0, 1)
         cache.lengths += self.live
-        self.logits.copy_(self._logits(hidden))
+        self.logits.copy_(logits)
 
     def _sample(self) -> None:
         made = self.position - self.first + 1
@@ -298,15 +276,13 @@ class Decoder:
             n_keep=n_keep,
             noise_key=noise_key,
             n_seen=n_seen,
-            scaling=self.layers.scaling,
-            inv_freq=self.inv_freq,
+            scaling=self.model.scaling,
+            inv_freq=self.model.inv_freq,
         )
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)
-        # One pass: a sum is finite only where every term is.
+    def _check(self, logits: Tensor) -> None:
+        """Note it if a logit is not finite, in one pass: a sum is finite only where every term is."""
         self.finite &= logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
-        return logits
 
     def _creation_scores(self, hidden: Tensor, token_ids: Tensor, answering: Tensor) -> list[tuple[str, Tensor]]:
         """(name, score `[L or 1, B, H or 1]`) of B new tokens."""

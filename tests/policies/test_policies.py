@@ -170,7 +170,7 @@ def test_reindexed_keys_are_the_keys_before_rope_turned_to_their_place_in_the_ca
         qwen2, policy, 20, n_rows=1, n_prompt_max=12, max_new_tokens=45, sampling=Sampling(0.0), eos_ids=()
     )
     decoder.admit(0, as_requests(prompts(1))[0])
-    cache, inv_freq = decoder.cache, decoder.inv_freq
+    cache, inv_freq = decoder.cache, decoder.model.inv_freq
     before_rope = {}
 
     def note(positions: range) -> None:
