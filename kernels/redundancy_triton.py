@@ -55,13 +55,12 @@ def spare_kernel(
 ):  # fmt: skip
     """Add to spared int64 `[n]`, for each i of a tile, its cosine with the newest j more similar than threshold.
 
-    One program per tile and head, on the axis of the grid that takes 2^31: heads are those of all layers and rows.
+    Heads, those of all layers and rows, are on the axis of the grid that takes 2^31; the others take 65,535.
     """
-    n_tiles = tl.cdiv(n, ROWS)
-    head, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
+    head = tl.program_id(0).to(tl.int64)
     keys += head * n * key_slot
     inverse_norm += head * n
-    row = tile * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = load_keys(keys, row, n, key_slot, SIZE, PADDED).to(COMPUTE)
     inverse = tl.load(inverse_norm + row, mask=row < n, other=0.0)
     newest = tl.where(row < n, -1, 0)
@@ -101,7 +100,7 @@ def mean_cosine_by_tiles(keys: Tensor, threshold: float | None) -> Tensor:
         low = keys.dtype != torch.float32 and keys.is_cuda
         compute = (tl.float16 if keys.dtype == torch.float16 else tl.bfloat16) if low else tl.float32
         rows, columns = TILE if low else TILE_FLOAT32
-        spare_kernel[(triton.cdiv(N, rows) * n_heads,)](
+        spare_kernel[(n_heads, triton.cdiv(N, rows))](
             keys, inverse_norm, spared, N, D, threshold, SIZE=D, PADDED=padded, ROWS=rows, COLUMNS=columns,
             COMPUTE=compute, FIXED=FIXED,
         )  # fmt: skip

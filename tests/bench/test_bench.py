@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kvlib.bench import __main__ as command
 from kvlib.bench import arms, gate, measure, shapes
-from kvlib.engine import layers
+from kvlib.engine import fast
 from kvlib.errors import ConfigError
 
 SIZES = shapes.Sizes(torch.float32, 2, 24, 16, 40, 8)
@@ -79,14 +79,14 @@ def test_all_arms_decode_the_same_tokens_where_nothing_is_evicted(record, subjec
     assert all(torch.equal(output, outputs["full"]) for output in outputs.values())
 
 
-@pytest.mark.skipif(not layers.PACKS, reason="nothing is packed on this machine")
+@pytest.mark.skipif(not fast.PACKS, reason="nothing is packed on this machine")
 def test_the_unpacked_arm_lacks_the_packing_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(layers, "PACKED_FROM", 0)
+    monkeypatch.setattr(fast, "PACKED_FROM", 0)
     subject, tokens = shapes.load_subject("tiny", SIZES, "cpu"), {}
     for name in ("full", "full-unpacked", "knorm-unpacked@36"):
         arm = arms.build_arm(name, subject, SIZES, None, Path())
-        linears = [getattr(layer, part) for layer in arm.decoder.layers.layers for part in layers.Layer.products]
-        assert {linear.packed is None for linear in (*linears, arm.decoder.head)} == {name != "full"}
+        linears = [getattr(layer, part) for layer in arm.decoder.model.layers for part in fast.Layer.products]
+        assert {linear.packed is None for linear in (*linears, arm.decoder.model.head)} == {name != "full"}
         arm.start()
         arm.advance(8)
         tokens[name] = arm.output()
@@ -145,7 +145,7 @@ def test_a_red_gate_reports_no_speed(subject, monkeypatch):
 
     def wrong(self, *args, **options):
         real(self, *args, **options)
-        layers = self.decoder.layers.layers
+        layers = self.decoder.model.layers
         layers[0] = dataclasses.replace(layers[0], down=lambda x, down=layers[0].down: 1.01 * down(x))
 
     monkeypatch.setattr(arms.Ours, "__init__", wrong)
