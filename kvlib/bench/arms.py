@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from kvlib.bench.count import kv_bytes_per_token
 from kvlib.bench.shapes import Sizes, Subject, bench_policy, observed
 from kvlib.charts.throughput import CEILINGS
+from kvlib.cost import kv_bytes
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Decoder, Request
 from kvlib.engine.fast import Layer, fuse
@@ -98,7 +98,7 @@ class HuggingFace:
         self.subject, self.implementation = subject, implementation
         self.meter = Meter(subject.model.device)
         B, P = subject.prompts.shape
-        self.kv_bytes = B * (P + n_new) * kv_bytes_per_token(subject.model)
+        self.kv_bytes = B * (P + n_new) * kv_bytes(subject.model.config, subject.model.dtype.itemsize)
 
     def start(self) -> None:
         self.cache, self.sequence = DynamicCache(config=self.subject.model.config), self.subject.prompts
@@ -211,7 +211,7 @@ class KVPress:
         command = [python, "-I", str(Path(__file__).with_name("kvpress_peer.py"))]  # -I: nothing of kvlib on its path
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.forward = 0.0
-        self.kv_bytes = sizes.batch * kv_budget * kv_bytes_per_token(subject.model)
+        self.kv_bytes = sizes.batch * kv_budget * kv_bytes(subject.model.config, subject.model.dtype.itemsize)
         self.versions = self._ask(settings)["versions"]
 
     def _ask(self, message: dict) -> dict:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from kvlib.bench.arms import KVPress, Named, Ours, build_arm, parse_arm, save_model
-from kvlib.bench.count import kv_bytes_per_token, minimum_bytes
 from kvlib.bench.gate import check_first_tokens, gate, judged
 from kvlib.bench.shapes import Sizes, Subject
 from kvlib.charts.throughput import CEILINGS
+from kvlib.cost import kv_bytes, minimum_bytes
 from kvlib.engine.paired import take_turns, timed, useful_tokens
 from kvlib.record import provenance
 from kvlib.stats import paired_ratio, too_busy
@@ -158,7 +158,7 @@ def bench(
     record["ceilings"] = {
         "copy_bandwidth": copy_bandwidth(device),
         "weight_bytes": minimum_bytes(subject.model.config, 1, 0, subject.model.dtype.itemsize),
-        "kv_bytes_per_token": kv_bytes_per_token(subject.model),
+        "kv_bytes_per_token": kv_bytes(subject.model.config, subject.model.dtype.itemsize),
     }
     say(f"copy bandwidth {record['ceilings']['copy_bandwidth'] / 1e9:.1f} GB/s")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as peers:

@@ -1,27 +1,32 @@
 """The timing run of one dataset: throughput against KV budget, by pairs. `python -m kvlib.study.timing`."""
 
 import argparse
+import contextlib
+import dataclasses
+import json
+import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kvlib.cell import build_decoder, check, requests_of
-from kvlib.config import Grid, RunConfig, load_grid
+from kvlib import cost
+from kvlib.cell import build_decoder, prepare
+from kvlib.config import Cell, Grid, RunConfig, load_grid
 from kvlib.engine.meter import Meter
 from kvlib.engine.paired import SMALL, Arm, fill, order_of, take_turns, timed, useful_tokens, windows_of
 from kvlib.errors import ConfigError
+from kvlib.files import write_atomically
 from kvlib.models import Reasoner, load_reasoner
-from kvlib.record import cpu_model, fingerprint, provenance, publish
+from kvlib.record import cpu_model, explained, fingerprint, provenance, publish
 from kvlib.stats import Ratio, paired_ratio, too_busy
-from kvlib.tasks.datasets import load_problems
+from kvlib.study.gpus import leased_gpu
 
 DEFINITION = "all-inclusive steps"
 """What the charts draw: rows x steps / time of the steps, with attention, eviction, sampling and bookkeeping."""
@@ -93,12 +98,10 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
         raise ConfigError(f"{grid.path} has no timing: line or no dataset {dataset!r}; add it")
     batch_size, n_steps, repeats = (grid.timing[name] for name in ("batch_size", "n_steps", "repeats"))
     for cell in cells:
-        check(cell)
+        prepare(cell)
     reasoner = load_reasoner(cells[0].model, cells[0].dtype, cells[0].device)
     on_cuda = reasoner.model.device.type == "cuda"
-    n_bytes = sum(parameter.nbytes for parameter in reasoner.model.parameters())
-    one_thread = not on_cuda and n_bytes <= SMALL
-    clock = time.thread_time if one_thread else time.perf_counter
+    one_thread, clock = clock_for(reasoner)
     names = {cell.cell_path: cell for cell in cells}
     reference = max(cells, key=lambda cell: (cell.kv_budget is None, cell.kv_budget or 0))
     names[CONTROL] = reference
@@ -122,7 +125,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             for name, its in each.items():
                 found[name].append(its)
             left = (time.monotonic() - started) / (number + 1) * (repeats - number - 1)
-            print(f"timing {dataset}: round {number + 1} of {repeats}, about {left:.0f} s left", flush=True)
+            print(f"timing {dataset}: round {number + 1} of {repeats}, about {cost.clock(left)} left", flush=True)
         n_threads = torch.get_num_threads()
     control = ratio_of(found[CONTROL], found[reference.cell_path])
     again = ["python", "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
@@ -140,7 +143,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
                 "threads": n_threads,
                 "device": device_name(cells[0].device),
                 "definition": DEFINITION,
-                "clock": "processor time of one thread" if one_thread else "wall time",
+                "clock": clock_name(one_thread),
                 "window": n_steps if on_cuda else windows_of(n_steps)[0],
                 "reference": reference.kv_budget,
                 "control": {**asdict(control), "too_busy": too_busy(control)},
@@ -150,15 +153,22 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     )
 
 
+def clock_for(reasoner: Reasoner) -> tuple[bool, Callable[[], float]]:
+    """Whether one thread is to be timed, and by what clock: a small model on a CPU by that thread's processor time."""
+    n_bytes = sum(parameter.nbytes for parameter in reasoner.model.parameters())
+    one_thread = reasoner.model.device.type == "cpu" and n_bytes <= SMALL
+    return one_thread, time.thread_time if one_thread else time.perf_counter
+
+
 def arm_of(config: RunConfig, reasoner: Reasoner, batch_size: int, n_steps: int, clock: Callable[[], float]) -> Arm:
     """batch_size rows with room for n_steps, finished or not."""
-    requests = requests_of(config, load_problems(config.dataset, config.n_problems), reasoner)
+    requests = prepare(config).requests
     requests = [requests[i % len(requests)] for i in range(batch_size)]
     options = {"n_rows": batch_size, "max_new_tokens": n_steps + 1, "eos_ids": ()}
     return Arm(build_decoder(config, reasoner, requests, meter=Meter(config.device, clock), **options), requests)
 
 
-@contextmanager
+@contextlib.contextmanager
 def threads(n: int):
     before = torch.get_num_threads()
     torch.set_num_threads(n)
@@ -210,6 +220,81 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()
 
 
+COST_ROWS, COST_STEPS, COST_REPEATS = 64, 96, 3
+
+
+def costed_cells(cells: Sequence[Cell]) -> dict[str, RunConfig]:
+    """By arm, the cell to time: of the first model, dataset and seed, at the middle of the budgets that all arms have.
+
+    The prompt is protected. Raises ConfigError if the arms have no budget in common.
+    """
+    key = (cells[0].config.model, cells[0].config.dataset, cells[0].config.seed)
+    ours = [cell for cell in cells if (cell.config.model, cell.config.dataset, cell.config.seed) == key]
+    evicting = [cell for cell in ours if cell.protected]
+    budgets = {arm: {c.config.kv_budget for c in evicting if c.arm == arm} for arm in {c.arm for c in evicting}}
+    common = sorted(set.intersection(*budgets.values())) if budgets else []
+    if not common:
+        raise ConfigError(f"the arms of {key[1]} have no KV budget in common to be timed at; give one stage all arms")
+    middle = common[len(common) // 2]
+    return {c.arm: c.config for c in ours if c.arm == "full" or (c.protected and c.config.kv_budget == middle)}
+
+
+def measure_costs(cells: Sequence[Cell], results: Path) -> None:
+    """Time a step and a round of every arm, in turns, and write results/costs.json.
+
+    Each arm decodes 64 rows under costed_cells' config until every row has had a round; then, in windows taken in
+    turn, come four times 96 steps, the first of them a warm-up. Of the three: median, lowest and highest microseconds
+    per row of a step (forward and sampling) and of a round (scoring, selecting, compacting).
+    """
+    configs = costed_cells(cells)
+    config = next(config for arm, config in configs.items() if arm != "full")
+    reasoner = load_reasoner(config.model)
+    one_thread, clock = clock_for(reasoner)
+    n_steps = config.kv_budget + (COST_REPEATS + 1) * COST_STEPS
+    measured: dict[str, list[tuple[float, float | None]]] = {arm: [] for arm in configs}
+    with threads(1 if one_thread else torch.get_num_threads()):
+        arms = {}
+        for name, its in configs.items():
+            arms[name] = arm_of(dataclasses.replace(its, n_problems=COST_ROWS), reasoner, COST_ROWS, n_steps, clock)
+            arms[name].start()
+            arms[name].advance(config.kv_budget)
+        for repeat in range(COST_REPEATS + 1):
+            before = {name: (arm.phase_seconds(), n_rounds(arm)) for name, arm in arms.items()}
+            take_turns(arms, windows_of(COST_STEPS), repeat, config.device, clock)
+            for name, arm in arms.items() if repeat else ():
+                now, (then, rounds) = arm.phase_seconds(), before[name]
+                step = sum(now[phase] - then[phase] for phase in ("forward", "sample")) / COST_ROWS / COST_STEPS
+                rounds = n_rounds(arm) - rounds
+                measured[name].append((1e6 * step, 1e6 * (now["evict"] - then["evict"]) / rounds if rounds else None))
+            print(f"repeat {repeat} of {COST_REPEATS}", flush=True)
+        n_threads = torch.get_num_threads()
+    rows = []
+    for arm, values in measured.items():
+        row = {"arm": arm}
+        for name, numbers in zip(("step", "round"), zip(*values, strict=True), strict=True):
+            if None not in numbers:
+                row[name] = {"median": statistics.median(numbers), "low": min(numbers), "high": max(numbers)}
+        rows.append(row)
+    setting = {
+        "kv_budget": config.kv_budget, "dataset": config.dataset, "rows": COST_ROWS, "steps": COST_STEPS,
+        "repeats": COST_REPEATS, "threads": n_threads, "unit": "microseconds per row",
+        "clock": clock_name(one_thread),
+    }  # fmt: skip
+    body = {"setting": setting, "provenance": provenance(), "arms": rows}
+    with explained(results):
+        results.mkdir(parents=True, exist_ok=True)
+        write_atomically(results / "costs.json", (json.dumps(body, indent=1) + "\n").encode())
+    print(f"wrote {results / 'costs.json'}")
+
+
+def n_rounds(arm: Arm) -> int:
+    return sum(map(len, arm.decoder.rounds_at))
+
+
+def clock_name(one_thread: bool) -> str:
+    return "processor time of one thread" if one_thread else "wall time"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", type=Path, required=True)
@@ -218,7 +303,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     try:
-        time_dataset(load_grid(arguments.grid), arguments.dataset, arguments.seed, arguments.folder)
+        grid = load_grid(arguments.grid)
+        with contextlib.ExitStack() as held:
+            if grid.shared.get("device", "cpu").startswith("cuda"):  # nobody else's cell runs on the GPU meanwhile
+                environment, _ = held.enter_context(leased_gpu())
+                os.environ.update(environment)  # before CUDA is asked for anything
+            time_dataset(grid, arguments.dataset, arguments.seed, arguments.folder)
     except ConfigError as error:
         sys.exit(f"kvlib.study.timing: {error}")
 
