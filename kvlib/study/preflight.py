@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from kvlib.study.gpus import named_gpus, nvidia_smi
 
 RIVAL = """
 import sys
+import sysconfig
 from pathlib import Path
 from kvlib.record import LockedError, locked
 try:
@@ -86,6 +88,34 @@ def check_gpus(n_needed: int, need_gb: float | None, gpus: list[GPU] | None) -> 
             f"a cell needs about {need_gb:.1f} GB of GPU memory, and free are on GPU {found}: stop what else runs "
             "there, name other GPUs in CUDA_VISIBLE_DEVICES, or lower batch_size or the largest KV budget"
         )
+
+
+def check_toolchain(python_h: Path | None = None, ldconfig: Path = Path("/sbin/ldconfig")) -> None:
+    """Raise ConfigError, a line each, for what Triton's first launch needs and this machine lacks.
+
+    It builds a launcher: with a C compiler, Python's header and the linker's word on where libcuda is.
+    """
+    faults = []
+    compiler = os.environ.get("CC", "gcc" if shutil.which("gcc") else "clang")
+    if not shutil.which(compiler):
+        named = f"CC names {compiler}, which is not there" if "CC" in os.environ else "there is neither gcc nor clang"
+        faults.append(
+            f"Triton needs a C compiler to launch kernels on a GPU, and {named}: install gcc (Debian, Ubuntu: apt "
+            "install gcc; conda: conda install gcc), or name a compiler in CC"
+        )
+    python_h = python_h or Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not python_h.is_file():
+        faults.append(
+            f"Triton needs Python's header to launch kernels on a GPU, and there is no {python_h}: install it (Debian, "
+            "Ubuntu: apt install python3-dev), or use conda's Python, which has it (conda env create -f env.yml)"
+        )
+    if not ldconfig.exists() and not os.environ.get("TRITON_LIBCUDA_PATH"):
+        faults.append(
+            f"Triton asks {ldconfig} where libcuda is, and it is not there: install it (Debian, Ubuntu: apt install "
+            "libc-bin), or name the folder of libcuda.so.1 in TRITON_LIBCUDA_PATH"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def gpus_with_memory() -> list[GPU] | None:

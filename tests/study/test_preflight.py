@@ -4,7 +4,7 @@ import pytest
 
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError
-from kvlib.study.preflight import GPU, check_disk, check_gpus, check_locks, find_faults, gpus_of
+from kvlib.study.preflight import GPU, check_disk, check_gpus, check_locks, check_toolchain, find_faults, gpus_of
 
 SMALL, LARGE = GPU("0", "A", 24.0, 20.0), GPU("1", "B", 80.0, 79.0)
 
@@ -71,3 +71,25 @@ def test_locks_are_tried_by_two_processes(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"file locks do not hold in .*two processes got the same one"):
         check_locks(tmp_path, other_gets=lambda path: True)
+
+
+def test_what_tritons_first_launch_needs_is_said_before_it(tmp_path, monkeypatch):
+    for name in ("CC", "TRITON_LIBCUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    header, ldconfig, gcc = (tmp_path / name for name in ("Python.h", "ldconfig", "gcc"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError) as said:
+        check_toolchain(header, ldconfig)
+    lines = str(said.value).splitlines()
+    assert [words in line for words, line in zip(("gcc nor clang", "Python.h", "libcuda"), lines, strict=True)]
+    assert all("install" in line for line in lines), "each with the next step"
+    for made in (header, ldconfig, gcc):
+        made.touch(mode=0o755)
+    check_toolchain(header, ldconfig)
+    monkeypatch.setenv("CC", "icx")
+    with pytest.raises(ConfigError, match="CC names icx, which is not there"):
+        check_toolchain(header, ldconfig)
+    monkeypatch.delenv("CC")
+    ldconfig.unlink()
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    check_toolchain(header, ldconfig)
