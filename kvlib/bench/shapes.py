@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from kvlib.errors import ConfigError
 from kvlib.fitted import fit
 from kvlib.models import load_reasoner
 from kvlib.policies import Policy, make_policy
+from kvlib.policies.triattention import QueryStatistics
 from kvlib.tasks.datasets import load_problems
 from kvlib.train.head import ImportanceHead
 
@@ -114,13 +116,26 @@ def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
 
 
 def random_subject(name: str, model: nn.Module, sizes: Sizes) -> Subject:
-    """Random ids as prompts, and a random head as the predictor of dynts."""
-    device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, (sizes.batch, sizes.n_prompt), generator=draw).to(device)
+    """Random ids as prompts, and random numbers for what a policy needs fitted."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.config.vocab_size, (sizes.batch, sizes.n_prompt), generator=draw).to(model.device)
+    fitted = partial(fitted_at_random, config=model.config, device=model.device)
+    return Subject(name, "random weights", model, prompts, (), fitted)
+
+
+def fitted_at_random(policy: Policy, config: PreTrainedConfig, device: torch.device | str) -> Policy:
+    """The policy with random numbers, in the dtypes that fitted ones have, for what it needs of a model."""
+    L, H, HQ = config.num_hidden_layers, config.num_key_value_heads, config.num_attention_heads
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        head = ImportanceHead(model.config.hidden_size).to(sizes.dtype).requires_grad_(False)
-    return Subject(name, "random weights", model, prompts, (), lambda p: replace(p, predictor=head) if p.needs else p)
+        statistics = torch.rand(3, L, HQ, config.hidden_size // HQ // 2, dtype=torch.float64)
+        made = {
+            "predictor": ImportanceHead(config.hidden_size).requires_grad_(False),
+            "calibration": QueryStatistics(*statistics),
+            "separators": (1, 2, 3),
+            "gate": lambda hidden: hidden[None, :, :H].float().sigmoid().log().expand(L, -1, -1),
+        }
+    return replace(policy, **{need: made[need] for need in policy.needs})
 
 
 def bench_policy(name: str, kv_budget: int, sizes: Sizes) -> Policy:
