@@ -1,12 +1,15 @@
 """Selection and compaction keep exactly what they are told to, wherever it lies."""
 
+from types import SimpleNamespace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlib.engine.cache import CacheShape, SlotCache
-from kvlib.engine.evict import protection, select, share_scores
+from kvlib.engine.evict import select, share_scores
 from kvlib.kernels.compact import compact
+from kvlib.policies import Window
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(2, 40), data=st.data())
