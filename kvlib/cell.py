@@ -13,7 +13,7 @@ import torch
 
 from kvlib.config import RunConfig
 from kvlib.engine import noise
-from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError, GpuMemoryError
@@ -21,8 +21,10 @@ from kvlib.fitted import check_fitted, fit
 from kvlib.models import Reasoner, check_model, load_reasoner, load_tokenizer, weights_sha256
 from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
+from kvlib.stats import pass_at_1
 from kvlib.tasks.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
-from kvlib.tasks.grade import pass_at_1, verdicts
+from kvlib.tasks.grade import AFTER_THINKING, verdicts
+from kvlib.tasks.metrics import agreement_of
 
 INSTRUCTIONS = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
@@ -171,17 +173,15 @@ def build_decoder(
 ) -> Decoder:
     """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
     policy = policy or make_policy(config.policy, **config.policy_options)
-    check_lengths(policy, config.kv_budget, requests)
     settings = {
         "n_rows": config.batch_size,
-        "n_prompt_max": max(len(request.prompt) for request in requests),
         "max_new_tokens": config.max_new_tokens,
         "sampling": Sampling(config.temperature, config.top_p, config.top_k),
         "eos_ids": reasoner.eos_ids,
         "answer_id": reasoner.answer_id,
     }
     policy = fit(policy, config.model, reasoner)
-    return Decoder(reasoner.model, policy, config.kv_budget, **{**settings, **options})
+    return decoder_for(reasoner.model, policy, config.kv_budget, requests, **{**settings, **options})
 
 
 def check_lengths(policy: Policy, kv_budget: int | None, requests: list[Request]) -> None:
@@ -199,7 +199,7 @@ def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -
         "problem": problem.id,
         "sample": int(completion.request.id.rsplit("/", 1)[1]),
         "output": output,
-        **verdicts(problem, output, completion.stop == "length"),
+        **verdicts(problem, output, completion.stop == "length", reasoner.answer_id is not None),
         "n_prompt": len(completion.request.prompt),
         "n_tokens": len(completion.tokens),
         "stop": completion.stop,
@@ -207,6 +207,13 @@ def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -
         "peak_slots": max(completion.held),
         "rounds": completion.rounds,
     }
+
+
+def regraded(sample: dict, by_id: dict[str, Problem], reasoner: Reasoner) -> dict:
+    """A sample, graded again where an older kvlib looked for a `</think>` that the tokenizer has not."""
+    if reasoner.answer_id is not None or "strict_rule" in sample or "strict_correct" not in sample:
+        return sample
+    return sample | verdicts(by_id[sample["problem"]], sample["output"], sample["stop"] == "length", thinks=False)
 
 
 def results_of(samples: list[dict]) -> dict:
@@ -235,7 +242,10 @@ def results_of(samples: list[dict]) -> dict:
 
 def strict_results_of(samples: list[dict]) -> dict:
     rate, low, high = pass_at_1((s["problem"], s["strict_correct"]) for s in samples)
+    own = {"scorer_n_correct": sum(s["scorer_correct"] for s in samples)} if "scorer_correct" in samples[0] else {}
     return {
+        **own,
+        "strict_rule": samples[0].get("strict_rule", AFTER_THINKING),
         "strict_n_correct": sum(s["strict_correct"] for s in samples),
         "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
         "strict_pass_at_1": rate,
@@ -249,7 +259,7 @@ def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
     """By verdict ("correct", ...) and problem, a 1 or 0 per sample: what pairwise comparison needs, without a text."""
     found = {}
     for sample in samples:
-        for name in ("correct", "strict_correct"):
+        for name in ("correct", "strict_correct", "scorer_correct"):
             if name in sample:
                 by_problem = found.setdefault(name, {})
                 by_problem[sample["problem"]] = by_problem.get(sample["problem"], "") + str(int(sample[name]))
@@ -288,8 +298,7 @@ def run(
 
         def decoded(n_rows: int) -> Decoder:
             decoder = build_decoder(config, reasoner, requests, cell.policy, meter=meter, n_rows=n_rows)
-            queues = [[r for r in requests[row::n_rows] if r.id not in log.done] for row in range(n_rows)]
-            for completion in generate(decoder, queues):
+            for completion in completions(decoder, requests, set(log.done)):
                 problem = by_id[completion.request.id.rsplit("/", 1)[0]]
                 log.append({**sample_entry(completion, problem, reasoner), "n_rows": n_rows})
                 if progress:
@@ -297,8 +306,8 @@ def run(
             return decoder
 
         decoder = halved_once(config, log.done, decoded)
-        samples = [log.done[request.id] for request in requests]
-        n_rows = len(decoder.current)
+        samples = [regraded(log.done[request.id], by_id, reasoner) for request in requests]
+        n_rows = len(decoder.rows)
         return publish(
             folder,
             {
@@ -309,8 +318,11 @@ def run(
                 "dataset": dataset_source(config.dataset),
                 "results": results_of(samples),
                 "verdicts": verdicts_of(samples),
+                "agreement": agreement_of(samples),
                 "cost": {
+                    "step": decoder.model.name,
                     "kv_bytes": decoder.cache.nbytes(),
+                    "bytes_by_layer": decoder.model.nbytes(),
                     "slots_per_row": decoder.cache.shape.n_slots,
                     "n_rows": n_rows,
                     "batch_halved": n_rows < config.batch_size,

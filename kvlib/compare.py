@@ -20,9 +20,9 @@ from kvlib.charts.arms import arm_label
 from kvlib.charts.tables import model_title
 from kvlib.config import Comparison, load_grid
 from kvlib.errors import ConfigError
+from kvlib.stats import pass_at_1
 from kvlib.study.__main__ import main
 from kvlib.tasks.datasets import dataset_title
-from kvlib.tasks.grade import pass_at_1
 
 if TYPE_CHECKING:
     from kvlib.policies import Policy
@@ -143,6 +143,7 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
                 "pass_low": 100 * low,
                 "pass_high": 100 * high,
                 "mean_tokens": n_tokens / len(verdicts),
+                "max_new_tokens": seeds[0]["config"]["max_new_tokens"],
                 "truncated_share": n_truncated / len(verdicts),
                 "mean_live_slots": sum(seed["results"]["mean_live_slots"] for seed in seeds) / n,
                 "kib_per_row": seeds[0]["cost"]["kv_bytes"] / seeds[0]["config"]["batch_size"] / 1024,

@@ -10,20 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"kernels"},
-    {"errors", "files", "config", "cost", "record", "tensors", "stats", "bootstrap"},
+    {"errors", "files", "config", "cost", "record", "tensors", "stats", "bootstrap", "checkpoint", "hub"},
     {"policies", "tasks"},
     {"engine"},
-    {"models"},
-    {"train"},
+    {"models", "gguf"},
     {"fitted"},
     {"cell", "replay", "invariants"},
+    {"train"},
     {"charts"},
     {"study"},
     {"bench"},
     {"compare"},
 ]
 """A room imports its own and those above it in this list."""
-TORCH_FREE = ["config", "record", "stats", "tasks.chains", "tasks.datasets", "tasks.grade", "tasks.rows"]
+TORCH_FREE = ["hub", "config", "record", "stats", "tasks.chains", "tasks.datasets", "tasks.grade", "tasks.rows"]
 TORCH_FREE += ["tasks.answers", "tasks.equality", "charts.measured", "charts.tables", "charts.traces", "charts.arms"]
 TORCH_FREE += ["charts.throughput", "charts.report", "study.plan", "study.preflight", "study.status", "study.verify"]
 TORCH_FREE += ["study.__main__", "study.gpus", "study.cell_command"]

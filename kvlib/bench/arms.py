@@ -17,11 +17,10 @@ from kvlib.bench.shapes import Sizes, Subject, bench_policy, observed
 from kvlib.charts.throughput import CEILINGS
 from kvlib.cost import kv_bytes
 from kvlib.engine.attention import IMPLEMENTATION
-from kvlib.engine.decoder import Decoder, Request
+from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.fast import Layer, fuse
 from kvlib.engine.meter import Meter
 from kvlib.engine.paired import Arm
-from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
 from kvlib.policies import Full, Policy
 
@@ -38,28 +37,17 @@ class Ours(Arm):
     """kvlib's decode loop, greedy. without: one of PARTS (see without_part)."""
 
     def __init__(self, subject: Subject, policy: Policy, kv_budget: int | None, n_new: int, without: str = ""):
-        B, P = subject.prompts.shape
-        decoder = Decoder(
-            subject.model,
-            policy,
-            kv_budget,
-            n_rows=B,
-            n_prompt_max=P,
-            max_new_tokens=n_new + 1,
-            sampling=Sampling(0.0),
-            eos_ids=(),
-            meter=Meter(subject.model.device),
-        )
-        super().__init__(
-            decoder, [Request(str(i), tuple(prompt), i) for i, prompt in enumerate(subject.prompts.tolist())]
-        )
+        requests = [Request(str(row), tuple(prompt), row) for row, prompt in enumerate(subject.prompts.tolist())]
+        options = {"max_new_tokens": n_new + 1, "meter": Meter(subject.model.device)}
+        decoder = decoder_for(subject.model, policy, kv_budget, requests, **options)
+        super().__init__(decoder, requests)
         if without:
             without_part(decoder, without)
         self.kv_bytes = decoder.cache.nbytes()
 
     def live_slots(self) -> float:
-        n = int(self.decoder.n_made[0])
-        return float(self.decoder.history[:, 1:n].mean())
+        n = int(self.decoder.rows.n_made[0])
+        return float(self.decoder.rows.held[:, 1:n].mean())
 
 
 def without_part(decoder: Decoder, part: str) -> None:

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from kvlib.bench.shapes import r1_llama_config, r1_qwen_config, random_model
 from kvlib.cost import minimum_bytes
-from kvlib.engine.decoder import Decoder
+from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.evict import Round
 from kvlib.engine.sampling import Sampling
 from kvlib.policies import Policy, make_policy
-from kvlib.train.head import ImportanceHead
+from kvlib.policies.dynts import ImportanceHead
 
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::item")
 LIVE_SLOTS = (2350, 4100)
@@ -118,17 +118,17 @@ class Counting(TorchDispatchMode):
 
 def meta_decoder(config, policy: Policy, batch: int, live: int) -> Decoder:
     """A decoder of `batch` rows, none of whose tensors has memory, before a step at which every row holds `live`."""
-    decoder = Decoder(
+    decoder = decoder_for(
         random_model(config, torch.bfloat16, torch.device("meta")),
         policy,
         live,
+        [Request("", (0,), 0)],
         n_rows=batch,
-        n_prompt_max=1,
         max_new_tokens=16384,
         sampling=Sampling(0.6, 0.95, 20),
         eos_ids=(0,),
     )
-    decoder.length[:] = live - 1
+    decoder.rows.n_held[:] = live - 1
     decoder.n_max = live
     return decoder
 

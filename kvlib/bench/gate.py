@@ -121,8 +121,10 @@ def check_graphs(name: str, subject: Subject, policy: Policy, kv_budget: int, si
         arm.advance(n)
     first, second = (arm.decoder for arm in arms)
     same = torch.equal(arms[0].output(), arms[1].output())
-    same = same and torch.equal(first.cache.positions, second.cache.positions) and first.rounds_at == second.rounds_at
-    detail = f"{n} steps, {len(first.rounds_at[0])} rounds of each row: tokens and slots "
+    same = (
+        same and torch.equal(first.cache.positions, second.cache.positions) and first.rows.rounds == second.rows.rounds
+    )
+    detail = f"{n} steps, {len(first.rows.rounds[0])} rounds of each row: tokens and slots "
     return Check(f"{name}: graphs = plain calls", same, detail + ("are equal" if same else "differ"))
 
 
@@ -141,30 +143,29 @@ def check_rounds(name: str, subject: Subject, policy: Policy, kv_budget: int, si
     arm.advance(budget - P + 2)
     decoder = arm.decoder
     problem = wrong_slots(decoder, few.prompts, budget)
-    detail = f"KV budget {budget}, {len(decoder.rounds_at[0])} round, {int(decoder.length[0])} slots held"
+    detail = f"KV budget {budget}, {len(decoder.rows.rounds[0])} round, {int(decoder.rows.n_held[0])} slots held"
     return Check(f"{name}: slots after a round", problem is None, problem or detail)
 
 
 @torch.inference_mode()
 def wrong_slots(decoder: Decoder, prompts: Tensor, kv_budget: int) -> str | None:
     """What is wrong with the slots that the rows hold after a round; None if nothing is."""
-    P, n_made, policy, cache = prompts.shape[1], int(decoder.n_made[0]), decoder.policy, decoder.cache
-    seen, at = P + n_made - 1, decoder.rounds_at
+    P, n_made, policy, cache = prompts.shape[1], int(decoder.rows.n_made[0]), decoder.policy, decoder.cache
+    seen, at = P + n_made - 1, decoder.rows.rounds
     if not decoder.finite:
         return "logits or scores are not finite"
     for row, tokens in enumerate(torch.cat([prompts, decoder.output[:, : n_made - 1]], 1)):
-        n = int(decoder.length[row])
+        n = int(decoder.rows.n_held[row])
         if n != int(cache.lengths[row]) or n > kv_budget or not at[row]:
             return f"row {row} holds {int(cache.lengths[row])} slots (counted {n}, KV budget {kv_budget})"
         held = cache.positions[:, row, :, :n].sort(-1).values
         if (held.diff(dim=-1) < 1).any() or held.min() < 0 or held.max() != seen - 1:
             return f"row {row} holds a position twice, an empty slot, or not its newest token"
-        wanted = {*range(policy.n_sink), *range(P if policy.protect_prompt else 0)}
-        wanted |= set(range(at[row][-1] - policy.recent(kv_budget), seen))
+        wanted = {*policy.protected(kv_budget, P, at[row][-1]), *range(at[row][-1], seen)}
         for held_by_head in held.flatten(0, 1).tolist():
             if not wanted <= set(held_by_head):
                 return f"row {row} lost position {min(wanted - set(held_by_head))}, which is protected"
-        keys, values = first_layer(decoder.model, tokens)
+        keys, values = first_layer(decoder.model.model, tokens)
         positions = cache.positions[0, row, :, :n].long().expand(keys.shape[0], -1)
         for what, stored, own in (("key", cache.keys, keys), ("value", cache.values, values)):
             own = own.gather(1, positions[..., None].expand(-1, -1, own.shape[-1]))

@@ -159,7 +159,7 @@ def probe_captures(device: str, n_steps: int) -> list[dict]:
                 if not part:
                     taken = reserved(device)
             found, wanted = (arm.decoder for arm in arms)
-            same = torch.equal(arms[0].output(), arms[1].output()) and found.rounds_at == wanted.rounds_at
+            same = torch.equal(arms[0].output(), arms[1].output()) and found.rows.rounds == wanted.rows.rounds
             plain = {} if device == "cpu" else reasons(found)
             row = {"holds": same and not plain, "reason": "" if same else "graphs and calls decode differently"}
             rows.append({"preset": name, **row, "plain": plain, "reserved_bytes": taken and taken - before})

@@ -12,7 +12,7 @@ from transformers import Qwen2Config
 
 from kvlib.bench.shapes import Subject, r1_qwen_config
 from kvlib.cost import minimum_bytes
-from kvlib.engine.decoder import Decoder, Request
+from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.fast import Layer, fuse
 from kvlib.engine.graph import Graph
 from kvlib.engine.meter import Meter
@@ -95,14 +95,14 @@ def release(device: str) -> None:
 
 def reasons(decoder: Decoder) -> dict[str, str]:
     """Why a piece of a decoder's work runs without a graph, by piece."""
-    graphs = [decoder.forward, decoder.sample, *(graph for _, _, graph in decoder.rounds.values())]
+    graphs = [decoder.forward, decoder.sample, *(graph for _, _, graph in decoder.round_graphs.values())]
     return {graph.name: graph.reason or "never called twice" for graph in graphs if graph.captured is None}
 
 
 def steady_arm(model: nn.Module, policy: Policy, kv_budget: int | None, n_rows: int, n_new: int, device: str) -> Arm:
     requests = [Request(str(row), tuple(range(1, N_PROMPT + 1)), row) for row in range(n_rows)]
-    options = {"n_rows": n_rows, "n_prompt_max": N_PROMPT, "max_new_tokens": n_new, "eos_ids": ()}
-    return Arm(Decoder(model, policy, kv_budget, sampling=SAMPLING, meter=Meter(device), **options), requests)
+    options = {"max_new_tokens": n_new, "sampling": SAMPLING, "meter": Meter(device)}
+    return Arm(decoder_for(model, policy, kv_budget, requests, **options), requests)
 
 
 def published(subject: Subject, n_recent: int) -> Policy:
@@ -194,7 +194,7 @@ def time_rounds(subject: Subject, scale: Scale, device: str) -> list[dict]:
         arm.start()
         for due in (np.arange(1), np.arange(n_rows)):
             fill(arm.decoder, np.full(n_rows, kv_budget + 1))
-            its = arm.decoder.round(due, kv_budget + 1, arm.decoder.n_keep(due, kv_budget + 1))
+            its = arm.decoder.round(due, kv_budget + 1, arm.decoder.rows.n_keep(due, kv_budget + 1))
             before = reserved(device)
             graph = captured("round", lambda its=its, arm=arm: arm.decoder.evict_rows(its), device)
             taken = reserved(device)
@@ -234,13 +234,13 @@ def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, devi
             arm.advance(1)
     fill(decoder, (keep + (np.arange(batch) + 0.5) / batch * (kv_budget - keep)).astype(np.int64))
     arm.advance(8)
-    before, rounds = arm.phase_seconds()["forward"], sum(map(len, decoder.rounds_at))
+    before, rounds = arm.phase_seconds()["forward"], sum(map(len, decoder.rows.rounds))
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     live, windows = [], []
     for _ in range(n_windows):
         windows.append(timed(lambda: arm.advance(n_steps), device))
-        live.append(decoder.length.mean())
+        live.append(decoder.rows.n_held.mean())
     if not decoder.finite:
         raise FloatingPointError("logits or scores are not finite")
     rates = [batch * n_steps / seconds for seconds in windows]
@@ -256,7 +256,7 @@ def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, devi
         "high": max(rates),
         "forward": batch * n_steps * n_windows / (arm.phase_seconds()["forward"] - before),
         "live_slots": float(np.mean(live)),
-        "rounds": sum(map(len, decoder.rounds_at)) - rounds,
+        "rounds": sum(map(len, decoder.rows.rounds)) - rounds,
         "plain": reasons(decoder) if device != "cpu" else None,
         "kv_bytes": decoder.cache.nbytes(),
         "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,

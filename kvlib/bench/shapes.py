@@ -14,9 +14,9 @@ from kvlib.errors import ConfigError
 from kvlib.fitted import fit
 from kvlib.models import load_reasoner
 from kvlib.policies import Policy, make_policy
+from kvlib.policies.dynts import ImportanceHead
 from kvlib.policies.triattention import QueryStatistics
 from kvlib.tasks.datasets import load_problems
-from kvlib.train.head import ImportanceHead
 
 
 def r1_qwen_config() -> Qwen2Config:

@@ -17,14 +17,6 @@ def share_scores(scores: Tensor, share: Share) -> Tensor:
     return scores.mean(over, keepdim=True) if over else scores
 
 
-def protection(positions: Tensor, n_prompt: Tensor, n_sink: int, protect_prompt: bool, n_recent: int) -> Tensor:
-    """Bool, like positions `[L or 1, R, H or 1, N]` (ascending): sinks, prompt (n_prompt `[R]`), newest n_recent."""
-    N = positions.shape[-1]
-    recent = torch.arange(N, device=positions.device) >= N - n_recent
-    first = n_prompt.clamp(min=n_sink) if protect_prompt else torch.full_like(n_prompt, n_sink)
-    return (positions < first[None, :, None, None]) | recent
-
-
 def select(scores: Tensor, protected: Tensor, n_keep: Tensor) -> Tensor:
     """The keep mask, bool like scores `[L or 1, R, H or 1, N]` in position order: n_keep `[R]` True per head.
 
@@ -97,9 +89,7 @@ def evict(cache: SlotCache, policy: Policy, due: Round) -> tuple[Tensor, Tensor]
     view, state, slots = look(cache, due)
     scores, state = policy.score(view, state)
     scores = share_scores(scores, policy.share).expand_as(view.positions)
-    recent = policy.recent(due.kv_budget)
-    protected = protection(view.positions, due.n_prompt, policy.n_sink, policy.protect_prompt, recent)
-    kept = select(scores, protected, due.n_keep)
+    kept = select(scores, policy.protection(view), due.n_keep)
     for name, tensor in cache.state.items():
         tensor[:, rows, :, :n] = tensor[:, rows, :, :n].scatter(-1, slots, state[name])
     if policy.reindex:

@@ -37,7 +37,7 @@ class Arm:
         """Tokens `[B, n]` since the start. Raises FloatingPointError for logits or scores that are not finite."""
         if not self.decoder.finite:
             raise FloatingPointError("the model's logits or a policy's scores are not finite; use another dtype")
-        return self.decoder.output[:, : int(self.decoder.n_made[0])]
+        return self.decoder.output[:, : int(self.decoder.rows.n_made[0])]
 
     def phase_seconds(self) -> dict[str, float]:
         return self.decoder.meter.seconds()
@@ -91,9 +91,10 @@ def fill(decoder: Decoder, held: np.ndarray) -> None:
     slot = torch.arange(cache.shape.n_slots, dtype=torch.int32, device=decoder.device)
     cache.positions.copy_(torch.where(slot < n[:, None], slot, -1)[None, :, None])
     cache.lengths.copy_(n)
-    decoder.n_made[:] = np.minimum(held - decoder.n_prompt + 1, decoder.max_new_tokens - 1)
-    decoder.position.copy_(torch.from_numpy(decoder.n_prompt + decoder.n_made - 1))
-    decoder.length[:] = held
+    rows = decoder.rows
+    rows.n_made[:] = np.minimum(held - rows.n_prompt + 1, rows.max_new_tokens - 1)
+    rows.n_held[:] = held
+    decoder.position.copy_(torch.from_numpy(rows.n_seen - 1))
 
 
 def useful_tokens(output: Tensor, eos_ids: Sequence[int]) -> int:

@@ -288,7 +288,7 @@ def measure_costs(cells: Sequence[Cell], results: Path) -> None:
 
 
 def n_rounds(arm: Arm) -> int:
-    return sum(map(len, arm.decoder.rounds_at))
+    return sum(map(len, arm.decoder.rows.rounds))
 
 
 def clock_name(one_thread: bool) -> str:

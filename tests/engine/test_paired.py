@@ -87,7 +87,7 @@ def test_an_arm_starts_again_where_it_started_whatever_its_cache_was_filled_with
     for _ in range(3):
         fill(its.decoder, np.full(2, 28))
         its.advance(1)
-    assert all(its.decoder.rounds_at), "a full row has a round in its next step"
+    assert all(its.decoder.rows.rounds), "a full row has a round in its next step"
     outputs = []
     for _ in range(2):
         its.start()
