@@ -64,7 +64,7 @@ def run_with(monkeypatch, tmp_path, **replaced) -> tuple[dict, list[str]]:
         "check_outputs": [],
         "time_attention": [],
     }
-    nothing |= {"profile_step": {}, "time_products": [], "time_rounds": [], "time_sampler": []}
+    nothing = {**{name: [] for name in [*lists, "time_rounds", "time_sampler"]}, "profile_step": {}}
     for name, found in nothing.items():
         monkeypatch.setattr(gpu, name, replaced.get(name, lambda *_, found=found: found))
     said, path = [], tmp_path / "r.json"
