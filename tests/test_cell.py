@@ -189,7 +189,7 @@ def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
         ({"policy_options": {"rato": 0.4}}, "did you mean 'ratio'"),
         ({"n_problems": 500}, "use 1 to 200"),
         ({"kv_budget": 24}, "kv_budget 24"),
-        ({"kv_budget": 40}, r"-token prompt of chain-a/\d+/0 does not fit into kv_budget 40; use \d+ or more"),
+        ({"kv_budget": 40}, r"small for chain-a/\d+/0 \(\d+-token prompt, .* the prompt does not fit; use \d+ or more"),
         ({"device": "cuda"}, "sees no CUDA GPU"),
     ],
 )

@@ -149,7 +149,7 @@ class ObservedStep(Cache):
 
 @torch.no_grad()
 def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> Tensor:
-    """Run the model over a trace; its hidden states `[T, d]` (after the final norm). The model is as before then."""
+    """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     step = ObservedStep(observer)
     with through_kvlib(model, step):

@@ -133,7 +133,8 @@ def stage_traces(
 
     Finished ones are not decoded again; those of other weights or settings are moved aside.
     """
-    mark = fingerprint({"model": reasoner.sha256, "problems": content_sha256(problems), "profile": profile.of_traces()})
+    asked = content_sha256(problems, kinds=False)  # how a problem is graded decides no trace
+    mark = fingerprint({"model": reasoner.sha256, "problems": asked, "profile": profile.of_traces()})
     with SampleLog(folder, {"fingerprint": mark, "profile": asdict(profile), "provenance": provenance()}) as log:
         if len(log.done) < len(problems):
             left = decode_traces(profile, reasoner, problems, log.done)
