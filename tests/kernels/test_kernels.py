@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(
