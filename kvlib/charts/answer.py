@@ -138,10 +138,11 @@ def answer_text(grid: Grid, records: Path, seed: int, grader: str = "published",
 
 
 def answer_table(found: pd.DataFrame) -> pd.DataFrame:
-    """What answers returns, as text."""
-    shown = found.drop(columns=["sentence", "share"], errors="ignore").rename(columns={"dataset": "Dataset"})
-    shown["kv_budget"] = shown["kv_budget"].map(lambda budget: "none named" if pd.isna(budget) else f"{budget:.0f}")
-    return shown.rename(columns={"kv_budget": "KV budget"}).fillna("").astype(str)
+    """What answers returns, as text, the sentence last."""
+    names = {"dataset": "Dataset", "kv_budget": "KV budget", "sentence": "In words"}
+    shown = found.drop(columns="share", errors="ignore").rename(columns=names)
+    shown["KV budget"] = [f"{budget:.0f}" if budget > 0 else "none named" for budget in shown["KV budget"]]
+    return shown[sorted(shown, key="In words".__eq__)].fillna("").astype(str)
 
 
 def needs_table(verdicts: pd.DataFrame) -> pd.DataFrame:
