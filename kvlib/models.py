@@ -28,7 +28,6 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256, write_atomically
 
@@ -324,7 +323,7 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     tokenizer = from_pretrained(AutoTokenizer, name)
-    options = {"dtype": DTYPES[dtype], "attn_implementation": IMPLEMENTATION, "use_safetensors": True}
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True}
     with no_progress_bar():
         model = from_pretrained(AutoModelForCausalLM, name, **options)
     model = model.to(device).eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from kvlib.bench import arms as bench
 from kvlib.bench import gpu as gpu_bench
 from kvlib.charts.throughput import load_bench, throughput_figure, throughput_table
-from kvlib.engine import layers
+from kvlib.engine import fast
 from kvlib.errors import ConfigError
 
 SIZES = bench.Sizes(torch.float32, 2, 24, 16, 40, 8)
@@ -82,13 +82,13 @@ def test_all_arms_decode_the_same_tokens_where_nothing_is_evicted(record, subjec
     assert all(torch.equal(output, outputs["full"]) for output in outputs.values())
 
 
-@pytest.mark.skipif(not layers.PACKS, reason="nothing is packed on this machine")
+@pytest.mark.skipif(not fast.PACKS, reason="nothing is packed on this machine")
 def test_the_unpacked_arm_lacks_the_packing_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(layers, "PACKED_FROM", 0)
+    monkeypatch.setattr(fast, "PACKED_FROM", 0)
     subject, tokens = bench.load_subject("tiny", SIZES, "cpu"), {}
     for name in ("full", "full-unpacked"):
         arm = bench.build_arm(name, subject, SIZES, None, Path())
-        linears = [getattr(layer, part) for layer in arm.decoder.layers.layers for part in layers.Layer.products]
+        linears = [getattr(layer, part) for layer in arm.decoder.model.layers for part in fast.Layer.products]
         assert {linear.packed is None for linear in (*linears, arm.decoder.head)} == {name == "full-unpacked"}
         arm.start()
         arm.advance(8)
@@ -146,7 +146,7 @@ def test_a_red_gate_reports_no_speed(subject, monkeypatch):
 
     def wrong(self, *args, **options):
         real(self, *args, **options)
-        layers = self.decoder.layers.layers
+        layers = self.decoder.model.layers
         layers[0] = dataclasses.replace(layers[0], down=lambda x, down=layers[0].down: 1.01 * down(x))
 
     monkeypatch.setattr(bench.Ours, "__init__", wrong)
