@@ -63,7 +63,7 @@ bench-kvpress-env: env ## make the environment of the kvpress arms; then: make b
 	@.kvpress-env/bin/pip install torch==2.13.0 kvpress==0.5.5
 
 test: env ## run the tests, all but the slow ones
-	@"$(PY)" -m pytest
+	@"$(PY)" -m pytest -n logical
 
 test-all: env ## run every test
 	@"$(PY)" -m pytest -m "slow or not slow"

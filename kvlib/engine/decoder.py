@@ -59,11 +59,12 @@ class Decoder:
         self.policy, self.kv_budget, self.sampling = policy, kv_budget, sampling
         self.trace = trace
         self.rows = Rows(policy, kv_budget, n_rows, max_new_tokens)
-        self.device = next(model.parameters()).device
-        self.meter = meter or Meter(self.device)
-        n_slots = n_prompt_max + max_new_tokens if kv_budget is None else kv_budget + 1
-        self.model = step_for(model, policy, n_rows, n_slots)
+        n_positions = n_prompt_max + max_new_tokens
+        n_slots = n_positions if kv_budget is None else kv_budget + 1
+        self.model = step_for(model, policy, n_rows, n_slots, n_positions)
         self.cache = self.model.cache
+        self.device = self.cache.keys.device
+        self.meter = meter or Meter(self.device)
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.answer_id = answer_id
 
@@ -76,12 +77,13 @@ class Decoder:
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.output = torch.zeros(n_rows, max_new_tokens + 1, dtype=torch.int64, device=self.device)
         self.was_live = np.zeros(n_rows, dtype=bool)
-        n_vocabulary = len(model.get_output_embeddings().weight)
-        self.logits = torch.zeros(n_rows, n_vocabulary, dtype=model.dtype, device=self.device)
+        self.logits = torch.zeros(n_rows, self.model.vocab_size, dtype=self.cache.keys.dtype, device=self.device)
         self.n_max = 1
         # Their replays follow one another on one stream, so they can share what they allocate inside.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.forward = Graph("forward", Decoder._forward, self.device, self.pool)
+        self.forward = Decoder._forward  # of the general step n_max is a part, and its modules may wait for the device
+        if self.model.name == "fast":
+            self.forward = Graph("forward", Decoder._forward, self.device, self.pool)
         self.sample = Graph("sampling", Decoder._sample, self.device, self.pool)
         self.round_graphs: dict[int, tuple[Tensor, Round, Graph]] = {}
 

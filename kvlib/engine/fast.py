@@ -173,10 +173,22 @@ class FastModel:
     per position.
     """
 
+    name: ClassVar = "fast"
+
     def __init__(self, model: nn.Module, policy: Policy, n_rows: int, n_slots: int):
         base, config = model.base_model, model.config
         self.model, self.base = model, base
-        self.cache = SlotCache(cache_shape(config, policy, n_rows, n_slots), model.dtype, model.device)
+        shape = cache_shape(
+            policy,
+            n_rows,
+            n_slots,
+            n_layers=config.num_hidden_layers,
+            n_kv_heads=config.num_key_value_heads,
+            n_query_heads=config.num_attention_heads,
+            head_dim=base.layers[0].self_attn.head_dim,
+        )
+        self.cache = SlotCache(shape, model.dtype, model.device)
+        self.vocab_size = model.get_output_embeddings().out_features
         self.scaling = base.layers[0].self_attn.scaling
         self.inv_freq = base.rotary_emb.inv_freq
         self.n_query_heads, self.eps = config.num_attention_heads, config.rms_norm_eps
@@ -194,9 +206,9 @@ class FastModel:
         """Read one unpadded prompt `[P]` into `row`: hidden states `[P, d]`, as in `step`, and last logits `[V]`."""
         step = PrefillStep(self.cache, row, len(ids))
         positions = torch.arange(len(ids), device=ids.device)[None]
-        with through_kvlib(self.model):
+        with through_kvlib(self.model, step):
             hidden = self.base(
-                input_ids=ids[None], position_ids=positions, past_key_values=step, use_cache=True, kv_step=step
+                input_ids=ids[None], position_ids=positions, past_key_values=step, use_cache=True
             ).last_hidden_state[0]
         return hidden, self.head(hidden[-1:])[0]
 
@@ -239,9 +251,9 @@ class FastModel:
         hidden = add_rms_norm(y, x, self.base.norm.weight, self.eps)[0]
         return hidden, self.head(hidden)
 
-    def nbytes(self) -> int:
-        """Bytes that the cache holds."""
-        return self.cache.nbytes()
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by kind of layer."""
+        return {"full_attention": self.cache.nbytes()}
 
     def close(self) -> None:
         """Leave the model as it was before; a step must not follow."""

@@ -3,16 +3,16 @@
 from torch import nn
 
 from kvlib.engine.fast import FastModel, why_not_fast
-from kvlib.errors import ConfigError
+from kvlib.engine.general import GeneralModel
 from kvlib.policies.base import Policy
 
 
-def step_for(model: nn.Module, policy: Policy, n_rows: int, n_slots: int) -> FastModel:
+def step_for(model: nn.Module, policy: Policy, n_rows: int, n_slots: int, n_positions: int) -> FastModel | GeneralModel:
     """The model beside a cache of n_rows rows and n_slots slots, ready to prefill and to step.
 
-    Raises ConfigError naming what is not plain about a model that the fast step would read wrongly.
+    n_positions: tokens of the longest prompt and all that follow it. Raises ConfigError for a model that does not
+    decode through kvlib, or that the policy cannot score.
     """
-    reason = why_not_fast(model)
-    if reason:
-        raise ConfigError(f"{reason}; kvlib decodes plain Llama, Qwen2 and Qwen3 models with full attention")
-    return FastModel(model, policy, n_rows, n_slots)
+    if why_not_fast(model) is None:
+        return FastModel(model, policy, n_rows, n_slots)
+    return GeneralModel(model, policy, n_rows, n_slots, n_positions)

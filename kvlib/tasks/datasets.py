@@ -1,17 +1,20 @@
-"""Problems by name: embedded chains of rising difficulty, benchmarks from the hub, or a file of one's own."""
+"""Problems by name: embedded chains of rising difficulty, benchmarks from the hub, a file of one's own, a generator."""
 
 import difflib
 import functools
 import hashlib
 import json
+import math
 import random
-import time
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256
-from kvlib.tasks.answers import last_boxed
+from kvlib.tasks import gym
+from kvlib.tasks.answers import solution_answer
 from kvlib.tasks.chains import make_chain
 from kvlib.tasks.rows import SUFFIXES, read_rows
 
@@ -23,8 +26,10 @@ TUNE_SUFFIX = "-tune"
 class Problem:
     """id "chain-a/12"; question: prompt text; answer: what a right output must give.
 
-    kind says how an output is graded: "chain" exactly, "math" as a number or expression, "choice" as a letter.
-    choices: the options of a choice in the order asked (answer "A" means the first); the question lists them already.
+    kind says how an output is graded: "chain" exactly, "math" as a number or expression, "choice" as a letter, "sum"
+    (to learn on) as a stated number. choices: the options of a choice in the order asked (answer "A" means the first);
+    the question lists them already. scorer: the dataset's own judge of an answer, None if its time runs out; where
+    answer is empty, only it knows the right ones.
     """
 
     id: str
@@ -32,6 +37,7 @@ class Problem:
     answer: str
     kind: str = "chain"
     choices: tuple[str, ...] = ()
+    scorer: Callable[[str], bool | None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ ROWS = Path(__file__).parent / "benchmark_rows.json"
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "solution")
 GPQA_COLUMNS = ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
+WORKED = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])|####")  # an answer that comes with its working
 LETTERS = "ABCDE"
 CHOICE_SEED = 0  # of the order in which the options of GPQA are asked
 
@@ -120,7 +127,8 @@ def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
     come from the hub (or, offline, from its cache), at a pinned revision and with a pinned sha256. A path ending in
     .jsonl, .json, .csv or .parquet is read as it is: a column problem, question or prompt and a column answer,
     expected_answer, final_answer or solution (which boxes it), or the columns of GPQA's official CSV; a file called
-    as a benchmark is (aime24.jsonl, gpqa_diamond.csv) must have as many rows.
+    as a benchmark is (aime24.jsonl, gpqa_diamond.csv) must have as many rows. What that generator makes is
+    "reasoning-gym/gsm_symbolic?seed=1&size=100", less what it asks twice.
 
     Raises ConfigError for an unknown name, more problems than there are, and data that is missing, gated or damaged.
     """
@@ -146,20 +154,21 @@ def dataset_title(name: str) -> str:
     chain = name.removesuffix(TUNE_SUFFIX)
     if chain in CHAINS:
         return CHAINS[chain].title
+    if name.startswith(gym.PREFIX):
+        return gym.parsed(name)[0]
     benchmark = _benchmark_of(name)
     return benchmark.title if benchmark else Path(name).stem
 
 
-def content_sha256(problems: list[Problem]) -> str:
-    """Hash of ids, questions and answers, and, beyond chains, of kinds and choices."""
-    entries = [
-        {
-            key: value
-            for key, value in asdict(problem).items()
-            if problem.kind != "chain" or key not in ("kind", "choices")
-        }
-        for problem in problems
-    ]
+def content_sha256(problems: list[Problem], kinds: bool = True) -> str:
+    """Hash of ids, questions and answers, and, beyond chains, of kinds and choices, unless these decide nothing."""
+    entries = []
+    for problem in problems:
+        entry = asdict(replace(problem, scorer=None))
+        del entry["scorer"]
+        if problem.kind == "chain" or not kinds:
+            del entry["kind"], entry["choices"]
+        entries.append(entry)
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
@@ -168,9 +177,12 @@ def dataset_source(name: str) -> dict:
 
     source: "kvlib", hub id and revision, or the file's name; sha256 of that file; rows_as_pinned: how many of its
     problems are, word for word and with their answer, the ones whose hashes kvlib ships (None where it ships none).
+    Of a generator, reasoning-gym's version and all settings.
     """
     if name.removesuffix(TUNE_SUFFIX) in CHAINS:
         return {"source": "kvlib"}
+    if name.startswith(gym.PREFIX):
+        return {"source": gym.version(), "settings": gym.generated(name)[2]}
     path = _fetch(name)
     on_hub = BENCHMARKS.get(name)
     pinned = _pinned_rows(name)
@@ -193,7 +205,12 @@ def _pinned_rows(name: str) -> set[str]:
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).suffix in SUFFIXES
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+def is_ones_own(name: str) -> bool:
+    """Whether a name is that of a file or of a generator, so of no benchmark that kvlib reports."""
+    return _is_file(name) or name.startswith(gym.PREFIX)
 
 
 def _benchmark_of(name: str) -> Benchmark | None:
@@ -205,12 +222,15 @@ def _benchmark_of(name: str) -> Benchmark | None:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"unknown dataset {name!r}{hint} (known: {', '.join(known)}, or the path of a file: {', '.join(SUFFIXES)})"
+            f"unknown dataset {name!r}{hint} (known: {', '.join(known)}, the path of a file: {', '.join(SUFFIXES)}, or "
+            f"{gym.PREFIX}<generator>?<settings>)"
         )
     return BENCHMARKS[name]
 
 
 def _load_benchmark(name: str) -> list[Problem]:
+    if name.startswith(gym.PREFIX):
+        return _made(name)
     benchmark = _benchmark_of(name)
     path = _fetch(name)
     problems = _problems(read_rows(path), Path(name).stem, path)
@@ -229,65 +249,32 @@ def _fetch(name: str) -> Path:
             raise ConfigError(f"there is no file {name} (seen from {Path.cwd()}); check the path")
         return Path(name)
     spec = _benchmark_of(name)
-    page = f"https://huggingface.co/datasets/{spec.hub_id}"
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, LocalEntryNotFoundError
+    from kvlib.hub import Source  # takes half a second, and most names are of no benchmark
 
-    at = {"repo_type": "dataset", "revision": spec.revision}
-    unreachable = (
-        f"{name} is not in the hub's cache and the hub cannot be reached; where there is a network run "
-        f"`hf download --repo-type dataset {spec.hub_id} {spec.file} --revision {spec.revision}` and copy "
-        "the cache (HF_HOME), or set dataset to the path of a local file"
-    )
-    try:
-        if not constants.is_offline_mode() and not try_to_load_from_cache(spec.hub_id, spec.file, **at):
-            trouble = _network_trouble(spec.hub_id, spec.revision, int(time.monotonic() // 120))
-            if trouble:
-                raise trouble
-        path = Path(hf_hub_download(spec.hub_id, spec.file, **at))
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"{name} is gated: accept its terms at {page}, then log in with `hf auth login` (or set HF_TOKEN)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(unreachable) from error
-    except (OSError, EntryNotFoundError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"{name} could not be had from {page} ({reason}); check network and login, or set dataset to a local file"
-        ) from error
-    except HTTPError as error:  # the network's, which is no OSError
-        raise ConfigError(unreachable) from error
+    path = Source(spec.hub_id, spec.revision, spec.file, "dataset").fetch()
     if file_sha256(path) != spec.sha256:
         raise ConfigError(f"{path} is not the {name} that kvlib knows (its sha256 differs); delete it and run again")
     return path
 
 
-@functools.cache
-def _network_trouble(hub_id: str, revision: str, period: int) -> Exception | None:
-    """What keeps the hub from answering for a dataset; raises what it answers. A download would try for half a minute.
-
-    Asked once a period: every cell asks, and behind a firewall that swallows packets each question takes 15 s.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    try:
-        HfApi().repo_info(hub_id, repo_type="dataset", revision=revision, timeout=15)
-    except HfHubHTTPError:
-        raise
-    except (OSError, HTTPError) as error:
-        return error
-    return None
+def _made(name: str) -> list[Problem]:
+    """The problems of a generator, numbered as it does; a question it asks again is left out."""
+    judge, pairs, _ = gym.generated(name)
+    problems = {}
+    for i, (question, answer) in enumerate(pairs):
+        stated = "" if answer is None else str(answer)
+        id = f"{gym.parsed(name)[0]}/{i}"
+        problems.setdefault(question, Problem(id, question, stated, "math", scorer=functools.partial(judge.scored, i)))
+    return list(problems.values())
 
 
 def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
     """Rows to problems "<prefix>/<row>", checked for what is missing, empty or there twice."""
-    columns = {str(column).strip().lower(): column for column in rows[0]}
+    columns = {str(column).strip().lower(): column for row in reversed(rows) for column in row}
     question = next((columns[name] for name in QUESTION_COLUMNS if name in columns), None)
-    answer = next((columns[name] for name in ANSWER_COLUMNS if name in columns), None)
+    answers = [columns[name] for name in ANSWER_COLUMNS if name in columns]
     is_gpqa = question is not None and all(name in columns for name in GPQA_COLUMNS)
-    if question is None or (answer is None and not is_gpqa):
+    if question is None or not (answers or is_gpqa):
         raise ConfigError(
             f"{path} has the columns {', '.join(map(str, rows[0]))}; needed are one of {', '.join(QUESTION_COLUMNS)} "
             f"and one of {', '.join(ANSWER_COLUMNS)}, or the columns of GPQA's official CSV"
@@ -301,9 +288,10 @@ def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
             key = str(row.get(columns.get("record id"), "") or "").strip() or asked
             problem = _choice_problem(f"{prefix}/{i}", asked, options, key)
         else:
+            answer = next((column for column in answers if row.get(column) is not None), answers[0])
             stated = _text(row, answer, where)
-            if answer.strip().lower() == "solution" or "\\boxed" in stated:
-                stated = last_boxed(stated) or ""
+            if answer.strip().lower() == "solution" or WORKED.search(stated):
+                stated = solution_answer(stated)
                 if not stated:
                     raise ConfigError(f"{where} boxes no answer in the column {answer}; add a column answer")
             problem = Problem(f"{prefix}/{i}", _text(row, question, where), stated, "math")
@@ -321,7 +309,8 @@ def _text(row: dict, column: str, where: str) -> str:
     value = row.get(column)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
+    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not is_text or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"{where} has no text in the column {column} but {value!r}; fill it in")
     text = str(value).strip()
     if not text:

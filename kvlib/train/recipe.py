@@ -171,7 +171,7 @@ def trace_entry(completion: Completion, problem: Problem, profile: Profile, reas
         "sample": 0,
         "output": output,
         "answer": problem.answer,
-        "correct": right_answer(profile.problems, problem, output),
+        "correct": right_answer(problem, output),
         "prompt": list(completion.request.prompt),
         "tokens": list(completion.tokens),
         "n_prompt": len(completion.request.prompt),
@@ -234,7 +234,8 @@ def stage_traces(
 
     Finished ones are not decoded again; those of other weights or settings are moved aside.
     """
-    mark = fingerprint({"model": reasoner.sha256, "problems": content_sha256(problems), "profile": profile.of_traces()})
+    asked = content_sha256(problems, kinds=False)  # how a problem is graded decides no trace
+    mark = fingerprint({"model": reasoner.sha256, "problems": asked, "profile": profile.of_traces()})
     with SampleLog(folder, {"fingerprint": mark, "profile": asdict(profile), "provenance": provenance()}) as log:
         progress = progress or Progress("traces", len(problems), len(log.done))
         if len(log.done) < len(problems):

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from kvlib.errors import ConfigError
 from kvlib.tasks import datasets
@@ -165,7 +164,7 @@ def test_a_benchmark_is_read_from_the_hubs_cache_offline(hub):
     spec = BENCHMARKS["aime25"]
     assert [(p.question, p.answer) for p in load_problems("aime25")] == [(p.question, p.answer) for p in SUMS]
     assert dataset_source("aime25")["source"] == f"{spec.hub_id}@{spec.revision}"
-    with pytest.raises(ConfigError, match=r"aime24 is not in the hub's cache .* `hf download"):
+    with pytest.raises(ConfigError, match=r"is not whole in the cache .* `hf download"):
         check_dataset("aime24")
 
 
@@ -173,42 +172,6 @@ def test_a_changed_file_in_the_cache_is_refused(hub):
     hub.write_bytes(hub.read_bytes().replace(b"What", b"how "))
     with pytest.raises(ConfigError, match=r"its sha256 differs.*; delete it"):
         check_dataset("aime25")
-
-
-@pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [
-        (GatedRepoError, "is gated: accept its terms at .*Idavidrein/gpqa, then log in"),
-        (RepositoryNotFoundError, "could not be had .* check network and login"),
-        (LocalEntryNotFoundError, "the hub cannot be reached"),
-        (ConnectionError, "could not be had"),
-    ],
-)
-def test_gated_missing_and_offline_are_told_apart(monkeypatch, kind, sentence):
-    def refuse(*arguments, **options):
-        raise kind.__new__(kind)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=sentence):
-        check_dataset("gpqa-diamond")
-
-
-def test_a_silent_network_is_waited_for_once(monkeypatch, tmp_path):
-    asked = []
-
-    def silent(*arguments, **options):
-        asked.append(arguments)
-        raise ConnectionError("timed out")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", silent)
-    monkeypatch.setattr("kvlib.tasks.datasets.time.monotonic", lambda: 1e9)
-    for _ in range(3):
-        with pytest.raises(ConfigError, match="could not be had"):
-            check_dataset("amc23")
-    assert len(asked) == 1
 
 
 def test_pins_are_whole_and_row_hashes_are_as_many_as_rows():

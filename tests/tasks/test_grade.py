@@ -16,7 +16,7 @@ from kvlib.tasks.answers import LONGEST, last_boxed, published_answer, strict_an
 from kvlib.tasks.datasets import Problem
 from kvlib.tasks.equality import Comparer
 from kvlib.tasks.grade import grade, verdicts
-from kvlib.tasks.mathverify import as_published, guard, strictly
+from kvlib.tasks.judge import as_published, guard, strictly
 
 TABLE = [json.loads(line) for line in (Path(__file__).parents[1] / "answers.jsonl").read_text().splitlines()]
 

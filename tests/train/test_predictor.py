@@ -13,7 +13,7 @@ from kvlib.errors import ConfigError
 from kvlib.fitted import check_fitted, fit
 from kvlib.models import TINY, Reasoner, load_reasoner
 from kvlib.policies import make_policy
-from kvlib.tasks.training import boxed, right_answer, training_problems
+from kvlib.tasks.training import right_answer, training_problems
 from kvlib.train import (
     HeldOut,
     ImportanceHead,
@@ -291,13 +291,13 @@ def test_an_answer_begins_with_the_token_of_its_first_words(words, begins):
 def test_training_sets_are_reproducible_and_grade_their_own_answers(tmp_path):
     sums = training_problems("sums", 40, 0)
     assert sums == training_problems("sums", 50, 0)[:40] != training_problems("sums", 40, 1)
-    assert right_answer("sums", sums[0], f"3 + 4. The answer is: {sums[0].answer}.<|im_end|>")
-    assert not right_answer("sums", sums[0], f"The answer is {sums[0].answer}1.")
+    assert right_answer(sums[0], f"3 + 4. The answer is: {sums[0].answer}.<|im_end|>")
+    assert not right_answer(sums[0], f"The answer is {sums[0].answer}1.")
     path = tmp_path / "own.jsonl"
     path.write_text('{"problem": "1/2?", "solution": "so \\\\boxed{\\\\frac{1}{2}}"}\n{"problem": "b", "answer": 7}\n')
     problems = {problem.question: problem for problem in training_problems(str(path), 2, 0)}
-    assert right_answer(str(path), problems["1/2?"], "hm </think> it is $\\boxed{\\dfrac{1}{2}}$.")
-    assert not right_answer(str(path), problems["b"], "\\boxed{7} </think> I do not know")
+    assert right_answer(problems["1/2?"], "hm </think> it is $\\boxed{\\dfrac{1}{2}}$.")
+    assert not right_answer(problems["b"], "\\boxed{7} </think> I do not know")
     with pytest.raises(ConfigError, match="has 2 problems; use at most that"):
         training_problems(str(path), 3, 0)
     with pytest.raises(ConfigError, match="unknown training set 'maths'; use 'chains', 'sums', 'math' or"):
@@ -305,9 +305,3 @@ def test_training_sets_are_reproducible_and_grade_their_own_answers(tmp_path):
     path.write_text("[]\n")
     with pytest.raises(ConfigError, match=r"own.jsonl does not hold one object a line"):
         training_problems(str(path), 1, 0)
-
-
-def test_boxed_answers_are_found():
-    assert boxed(r"\boxed{1} then \boxed{\frac{a}{b}} end") == r"\frac{a}{b}"
-    assert boxed(r"so $\boxed 2$.") == "2" and boxed(r"\fbox{3}") == "3"
-    assert boxed(r"\boxed{open") is None and boxed("none") is None and boxed(r"a \boxes{1}") is None
