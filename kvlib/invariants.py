@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.evict import Round, evict, look
 from kvlib.errors import ConfigError
@@ -44,7 +43,6 @@ def random_model(family: str = "qwen2") -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model(config(**SHAPE, **extra)).double().eval()
-    model.set_attn_implementation(IMPLEMENTATION)
     return model
 
 
