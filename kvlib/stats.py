@@ -1,7 +1,9 @@
-"""Paired comparison of two arms on common random numbers: bootstrap over problems. Never imports torch."""
+"""Intervals of Pass@1, and paired comparison of arms on common random numbers. Never imports torch."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,8 +11,50 @@ import pandas as pd
 
 from kvlib.errors import ConfigError
 
+Z95 = 1.959963984540054
 N_BOOT = 10_000
 COLUMNS = ["dataset", "kv_budget", "problem", "sample", "correct"]
+
+
+def wilson_interval(n_correct: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share, in [0, 1]."""
+    if n == 0:
+        raise ValueError("no samples: an interval needs at least one")
+    p, z2 = n_correct / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_1(verdicts: Iterable[tuple[str, bool]]) -> tuple[float, float, float]:
+    """Mean verdict and its 95 % interval, in [0, 1], from (problem id, correct) pairs.
+
+    Wilson at one sample per problem; at several, a bootstrap over problems (samples of a problem are not
+    independent), 10,000 draws, seed 0.
+    """
+    by_problem: dict[str, list[bool]] = defaultdict(list)
+    for problem, correct in verdicts:
+        by_problem[problem].append(correct)
+    if not by_problem:
+        raise ValueError("no samples: Pass@1 needs at least one")
+    if all(len(samples) == 1 for samples in by_problem.values()):
+        n_correct = sum(samples[0] for samples in by_problem.values())
+        return n_correct / len(by_problem), *wilson_interval(n_correct, len(by_problem))
+    correct = np.array([sum(samples) for samples in by_problem.values()])
+    count = np.array([len(samples) for samples in by_problem.values()])
+    draws = np.random.default_rng(0).integers(0, len(count), (N_BOOT, len(count)))
+    means = correct[draws].sum(1) / count[draws].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return correct.sum() / count.sum(), float(low), float(high)
+
+
+def mean_interval(values: np.ndarray, n_boot: int = N_BOOT, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile interval over resampled values; an interval of one value is none: NaN."""
+    if len(values) == 1:
+        return float(values[0]), math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,6 @@ def test_a_missing_grid_is_a_sentence(tmp_path):
 
 
 def test_config_and_record_do_not_import_torch():
-    modules = "kvlib.config, kvlib.record, kvlib.study.cell_command, kvlib.study.engine"
+    modules = "kvlib.config, kvlib.record, kvlib.study.cell_command, kvlib.study.__main__"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"kernels"},
-    {"errors", "files", "config", "record", "tensors", "stats", "bootstrap", "checkpoint", "hub"},
+    {"errors", "files", "config", "cost", "record", "tensors", "stats", "bootstrap", "checkpoint", "hub"},
     {"policies", "tasks"},
     {"engine"},
     {"models", "gguf"},
@@ -26,7 +26,7 @@ LEVELS = [
 TORCH_FREE = ["hub", "config", "record", "stats", "tasks.chains", "tasks.datasets", "tasks.grade", "tasks.rows"]
 TORCH_FREE += ["tasks.answers", "tasks.equality", "charts.measured", "charts.tables", "charts.traces", "charts.arms"]
 TORCH_FREE += ["charts.throughput", "charts.report", "study.plan", "study.preflight", "study.status", "study.verify"]
-TORCH_FREE += ["study.engine", "study.gpus", "study.cell_command"]
+TORCH_FREE += ["study.__main__", "study.gpus", "study.cell_command"]
 
 
 def imported_rooms(path: Path) -> set[str]:

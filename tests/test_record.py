@@ -106,7 +106,7 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     fill(tmp_path, range(2))
     made = record.publish(tmp_path, BODY)
     assert record.read_record(tmp_path) == made and BODY.items() <= made.items()
-    assert record.is_done(tmp_path, "f1") and not record.is_done(tmp_path, "f2")
+    assert record.is_done(tmp_path, {"f1"}) and not record.is_done(tmp_path, {"f2"})
 
 
 def test_any_edit_of_a_record_or_its_samples_is_found(tmp_path):
@@ -117,13 +117,13 @@ def test_any_edit_of_a_record_or_its_samples_is_found(tmp_path):
         path.write_text(edited)
         with pytest.raises(RecordError, match=r"record.json .*Run the study again"):
             record.read_record(tmp_path)
-        assert not record.is_done(tmp_path, "f1")
+        assert not record.is_done(tmp_path, {"f1"})
     path.write_text(whole)
     samples.write_bytes(samples.read_bytes()[:-1])
     with pytest.raises(RecordError, match=r"samples.jsonl is not the file"):
         record.read_record(tmp_path)
     samples.unlink()
-    assert record.is_done(tmp_path, "f1")
+    assert record.is_done(tmp_path, {"f1"})
 
 
 def test_a_missing_record_is_a_sentence(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvlib import stats as paired
 from kvlib.errors import ConfigError
-from kvlib.stats import differences_to, paired_difference, pooled_difference
+from kvlib.stats import differences_to, paired_difference, pass_at_1, pooled_difference, wilson_interval
 
 DRAWS = 500
 
@@ -185,3 +185,23 @@ def test_budgets_on_other_samples_are_not_compared():
         paired.budget_differences(verdicts_of({64.0: ["1", "0"], 96.0: ["1"]}))
     with pytest.raises(ConfigError, match="lack column"):
         paired.budget_differences(verdicts_of({64.0: ["1"]}).drop(columns="sample"))
+
+
+def test_wilson_interval_is_the_textbook_one():
+    low, high = wilson_interval(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_pass_at_1_uses_wilson_at_one_sample_and_clusters_at_several():
+    single = [(str(i), i % 4 == 0) for i in range(40)]
+    assert pass_at_1(single) == (0.25, *wilson_interval(10, 40))
+    clustered = [(str(i), i % 4 == 0) for i in range(40) for _ in range(8)]
+    rate, low, high = pass_at_1(clustered)
+    assert rate == 0.25
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 40) ** 0.5, rel=0.1), (
+        "samples of a problem are not new problems"
+    )
+    with pytest.raises(ValueError, match="no samples"):
+        pass_at_1([])

@@ -32,10 +32,9 @@ from kvlib.bench.count import minimum_bytes
 from kvlib.bench.shapes import r1_llama_config, r1_qwen_config, random_model
 from kvlib.charts.throughput import CEILINGS
 from kvlib.engine.attention import IMPLEMENTATION
-from kvlib.engine.decoder import Decoder, Request
-from kvlib.engine.layers import DecodeLayers, Layer, fuse
+from kvlib.engine.decoder import Decoder, Request, decoder_for
+from kvlib.engine.fast import Layer, fuse
 from kvlib.engine.meter import Meter
-from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.fitted import fit
@@ -137,25 +136,18 @@ class Ours:
     """kvlib's decode loop. without: a part that it leaves out, `unfused`, `unpacked` or `eager` (see without_part)."""
 
     def __init__(self, subject: Subject, policy: Policy, kv_budget: int | None, n_new: int, without: str = ""):
-        B, P = subject.prompts.shape
         self.subject, self.meter = subject, Meter(subject.model.device)
-        self.decoder = Decoder(
-            subject.model,
-            policy,
-            kv_budget,
-            n_rows=B,
-            n_prompt_max=P,
-            max_new_tokens=n_new + 1,
-            sampling=Sampling(0.0),
-            eos_ids=(),
-            meter=self.meter,
+        self.requests = [Request(str(row), tuple(prompt), row) for row, prompt in enumerate(subject.prompts.tolist())]
+        self.decoder = decoder_for(
+            subject.model, policy, kv_budget, self.requests, max_new_tokens=n_new + 1, meter=self.meter
         )
         if without:
             without_part(self.decoder, without)
         self.kv_bytes = self.decoder.cache.nbytes()
 
     def start(self) -> None:
-        admit_prompts(self.decoder, self.subject)
+        for row, request in enumerate(self.requests):
+            self.decoder.admit(row, request)
 
     def advance(self, n: int) -> None:
         for _ in range(n):
@@ -164,40 +156,35 @@ class Ours:
     def output(self) -> Tensor:
         if not self.decoder.finite:
             raise FloatingPointError("the model's logits or a policy's scores are not finite; use another dtype")
-        return self.decoder.output[:, : int(self.decoder.n_made[0])]
+        return self.decoder.output[:, : int(self.decoder.rows.n_made[0])]
 
     def live_slots(self) -> float:
-        n = int(self.decoder.n_made[0])
-        return float(self.decoder.history[:, 1:n].mean())
+        n = int(self.decoder.rows.n_made[0])
+        return float(self.decoder.rows.held[:, 1:n].mean())
 
     def phase_seconds(self) -> dict[str, float]:
         return self.meter.seconds()
 
 
-def admit_prompts(decoder: Decoder, subject: Subject) -> None:
-    for row, prompt in enumerate(subject.prompts.tolist()):
-        decoder.admit(row, Request(str(row), tuple(prompt), row))
-
-
 def without_part(decoder: Decoder, part: str) -> None:
     """unfused: a product per matrix of the model, joined afterwards. unpacked: products of the weights as they are.
     eager: no CUDA graph. On a CPU unfused also leaves the matrices unpacked that are small alone."""
-    layers = decoder.layers
+    fast = decoder.model
     if part == "unfused":
-        layers.layers = [
+        fast.layers = [
             replace(
                 own,
                 qkv=apart(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 gate_up=apart(layer.mlp.gate_proj, layer.mlp.up_proj),
             )
-            for own, layer in zip(layers.layers, decoder.model.base_model.layers, strict=True)
+            for own, layer in zip(fast.layers, fast.base.layers, strict=True)
         ]
     elif part == "unpacked":
-        layers.layers = [
+        fast.layers = [
             replace(own, **{name: replace(getattr(own, name), packed=None) for name in Layer.products})
-            for own in layers.layers
+            for own in fast.layers
         ]
-        decoder.head = replace(decoder.head, packed=None)
+        fast.head = replace(fast.head, packed=None)
     else:
         decoder.forward, decoder.sample = Decoder._forward, Decoder._sample
         decoder.replay_round = lambda *due: decoder.evict_rows(decoder.round(*due))
@@ -293,7 +280,7 @@ class Linears:
         if kind == "linears":
             self.linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         else:
-            layers = DecodeLayers(model).layers
+            layers = [Layer.of(layer) for layer in model.base_model.layers]
             self.linears = [getattr(layer, name) for layer in layers for name in Layer.products]
             self.linears.append(fuse(model.get_output_embeddings()))
         sizes = {linear.weight.shape[1] for linear in self.linears}
@@ -468,8 +455,9 @@ def check_full(subject: Subject) -> Check:
     with through_transformers(subject.model, "sdpa") as model, torch.inference_mode():
         at_once = model(expected.sequences[:, :-1]).logits[:, subject.prompts.shape[1] - 1 :]
     of_transformers = distance(at_once, torch.stack(expected.logits, 1))
-    decoder = Ours(subject, Full(), None, GATE_STEPS).decoder
-    admit_prompts(decoder, subject)
+    arm = Ours(subject, Full(), None, GATE_STEPS)
+    arm.start()
+    decoder = arm.decoder
     tolerance, furthest, other, agreed = max(TOLERANCE[model.dtype], 2 * of_transformers), 0.0, 0, 0
     for step, wanted in enumerate(expected.logits):
         ours = decoder.token
@@ -523,8 +511,10 @@ def check_graphs(name: str, subject: Subject, policy: Policy, kv_budget: int, si
         arm.advance(n)
     first, second = (arm.decoder for arm in arms)
     same = torch.equal(arms[0].output(), arms[1].output())
-    same = same and torch.equal(first.cache.positions, second.cache.positions) and first.rounds_at == second.rounds_at
-    detail = f"{n} steps, {len(first.rounds_at[0])} rounds of each row: tokens and slots "
+    same = (
+        same and torch.equal(first.cache.positions, second.cache.positions) and first.rows.rounds == second.rows.rounds
+    )
+    detail = f"{n} steps, {len(first.rows.rounds[0])} rounds of each row: tokens and slots "
     return Check(f"{name}: graphs = plain calls", same, detail + ("are equal" if same else "differ"))
 
 
@@ -543,19 +533,19 @@ def check_rounds(name: str, subject: Subject, policy: Policy, kv_budget: int, si
     arm.advance(budget - P + 2)
     decoder = arm.decoder
     problem = wrong_slots(decoder, few.prompts, budget)
-    detail = f"KV budget {budget}, {len(decoder.rounds_at[0])} round, {int(decoder.length[0])} slots held"
+    detail = f"KV budget {budget}, {len(decoder.rows.rounds[0])} round, {int(decoder.rows.n_held[0])} slots held"
     return Check(f"{name}: slots after a round", problem is None, problem or detail)
 
 
 @torch.inference_mode()
 def wrong_slots(decoder: Decoder, prompts: Tensor, kv_budget: int) -> str | None:
     """What is wrong with the slots that the rows hold after a round; None if nothing is."""
-    P, n_made, policy, cache = prompts.shape[1], int(decoder.n_made[0]), decoder.policy, decoder.cache
-    seen, at = P + n_made - 1, decoder.rounds_at
+    P, n_made, policy, cache = prompts.shape[1], int(decoder.rows.n_made[0]), decoder.policy, decoder.cache
+    seen, at = P + n_made - 1, decoder.rows.rounds
     if not decoder.finite:
         return "logits or scores are not finite"
     for row, tokens in enumerate(torch.cat([prompts, decoder.output[:, : n_made - 1]], 1)):
-        n = int(decoder.length[row])
+        n = int(decoder.rows.n_held[row])
         if n != int(cache.lengths[row]) or n > kv_budget or not at[row]:
             return f"row {row} holds {int(cache.lengths[row])} slots (counted {n}, KV budget {kv_budget})"
         held = cache.positions[:, row, :, :n].sort(-1).values
@@ -566,7 +556,7 @@ def wrong_slots(decoder: Decoder, prompts: Tensor, kv_budget: int) -> str | None
         for held_by_head in held.flatten(0, 1).tolist():
             if not wanted <= set(held_by_head):
                 return f"row {row} lost position {min(wanted - set(held_by_head))}, which is protected"
-        keys, values = first_layer(decoder.model, tokens)
+        keys, values = first_layer(decoder.model.model, tokens)
         positions = cache.positions[0, row, :, :n].long().expand(keys.shape[0], -1)
         for what, stored, own in (("key", cache.keys, keys), ("value", cache.values, values)):
             own = own.gather(1, positions[..., None].expand(-1, -1, own.shape[-1]))

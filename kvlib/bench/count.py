@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvlib.bench.shapes import r1_llama_config, r1_qwen_config, random_model
-from kvlib.engine.decoder import Decoder
+from kvlib.cost import minimum_bytes
+from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.sampling import Sampling
 from kvlib.policies import Policy, make_policy
 from kvlib.train.head import ImportanceHead
@@ -115,17 +116,17 @@ class Counting(TorchDispatchMode):
 
 def meta_decoder(config, policy: Policy, batch: int, live: int) -> Decoder:
     """A decoder of `batch` rows, none of whose tensors has memory, before a step at which every row holds `live`."""
-    decoder = Decoder(
+    decoder = decoder_for(
         random_model(config, torch.bfloat16, torch.device("meta")),
         policy,
         live,
+        [Request("", (0,), 0)],
         n_rows=batch,
-        n_prompt_max=1,
         max_new_tokens=16384,
         sampling=Sampling(0.6, 0.95, 20),
         eos_ids=(0,),
     )
-    decoder.length[:] = live - 1
+    decoder.rows.n_held[:] = live - 1
     decoder.n_max = live
     return decoder
 
@@ -145,16 +146,6 @@ def count_step(config, policy: Policy, batch: int, live: int) -> dict:
         "graph_breaks": breaks,
         "by_operation": dict(counting.bytes.most_common()),
     }
-
-
-def minimum_bytes(config, batch: int, live: int, itemsize: int = 2) -> int:
-    """The least that a step can move: every weight but the embedding table once, live keys and values once."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    d, q, kv = config.hidden_size, config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    bias = q + 2 * kv if config.model_type == "qwen2" or getattr(config, "attention_bias", False) else 0
-    layer = d * (q + 2 * kv) + bias + q * d + 3 * d * config.intermediate_size + 2 * d
-    weights = config.num_hidden_layers * layer + d + config.vocab_size * d
-    return itemsize * (weights + config.num_hidden_layers * 2 * kv * batch * live)
 
 
 def dynts(config) -> Policy:

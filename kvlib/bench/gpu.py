@@ -35,7 +35,7 @@ from kvlib.bench.arms import (  # fmt: skip
 )
 from kvlib.bench.count import minimum_bytes
 from kvlib.bench.shapes import r1_qwen_config, random_model
-from kvlib.engine.decoder import Decoder, Request
+from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.graph import Graph
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
@@ -315,7 +315,7 @@ def fill(decoder: Decoder, held: np.ndarray) -> None:
     cache.positions.copy_(torch.where(slot < n[:, None], slot, -1)[None, :, None])
     cache.lengths.copy_(n)
     decoder.position.copy_(n)
-    decoder.length[:], decoder.n_made[:] = held, held - decoder.n_prompt + 1
+    decoder.rows.n_held[:], decoder.rows.n_made[:] = held, held - decoder.rows.n_prompt + 1
 
 
 @torch.inference_mode()
@@ -329,19 +329,18 @@ def time_decode(model: nn.Module, head: nn.Module, scale: Scale, batch: int, kv_
     n_windows, n_steps = scale.windows
     steps = n_windows * n_steps + 16
     meter = Meter(device)
-    decoder = Decoder(
+    requests = [Request(str(row), tuple(range(1, N_PROMPT + 1)), row) for row in range(batch)]
+    decoder = decoder_for(
         model,
         policy,
         kv_budget,
-        n_rows=batch,
-        n_prompt_max=N_PROMPT,
+        requests,
         max_new_tokens=kv_budget + steps + 2,
         sampling=Sampling(0.6, 0.95, 20),
-        eos_ids=(),
         meter=meter,
     )
-    for row in range(batch):
-        decoder.admit(row, Request(str(row), tuple(range(1, N_PROMPT + 1)), row))
+    for row, request in enumerate(requests):
+        decoder.admit(row, request)
     one_due = np.where(np.arange(batch) == 0, kv_budget, keep)
     for held in (np.full(batch, kv_budget), one_due):
         for _ in range(3):
@@ -357,19 +356,19 @@ def time_decode(model: nn.Module, head: nn.Module, scale: Scale, batch: int, kv_
         torch.cuda.reset_peak_memory_stats()
     windows, live = [], []
     for _ in range(n_windows):
-        rounds = sum(map(len, decoder.rounds_at))
+        rounds = sum(map(len, decoder.rows.rounds))
         started = time.perf_counter()
         for _ in range(n_steps):
             decoder.step()
-            live.append(decoder.length.mean())
+            live.append(decoder.rows.n_held.mean())
         synchronise(device)
         windows.append(time.perf_counter() - started)
-        rounds = sum(map(len, decoder.rounds_at)) - rounds
+        rounds = sum(map(len, decoder.rows.rounds)) - rounds
     forward += meter.seconds()["forward"]
     if not decoder.finite:
         raise FloatingPointError("logits or scores are not finite")
     rates = [batch * n_steps / seconds for seconds in windows]
-    graphs = [decoder.forward, decoder.sample, *(graph for _, _, graph in decoder.rounds.values())]
+    graphs = [decoder.forward, decoder.sample, *(graph for _, _, graph in decoder.round_graphs.values())]
     moved = minimum_bytes(model.config, batch, float(np.mean(live)), model.dtype.itemsize)
     return {
         "arm": "dynts-published",

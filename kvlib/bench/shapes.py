@@ -3,22 +3,17 @@
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from kvlib.cost import SHAPES
 from kvlib.engine.attention import IMPLEMENTATION
 
 
 def r1_qwen_config() -> Qwen2Config:
     """DeepSeek-R1-Distill-Qwen-7B: 28 layers, 28 query and 4 KV heads of 128, biases on q, k, v, untied output."""
     return Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
+        **SHAPES["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"],
         max_position_embeddings=131072,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
         use_sliding_window=False,
         bos_token_id=151643,
         eos_token_id=151643,
@@ -28,12 +23,7 @@ def r1_qwen_config() -> Qwen2Config:
 def r1_llama_config() -> LlamaConfig:
     """DeepSeek-R1-Distill-Llama-8B: 32 layers, 32 query and 8 KV heads of 128, no biases, untied output."""
     return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"],
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         rope_parameters={
@@ -44,7 +34,6 @@ def r1_llama_config() -> LlamaConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
-        tie_word_embeddings=False,
         bos_token_id=128000,
         eos_token_id=128001,
     )

@@ -38,6 +38,10 @@ class Policy:
     state_names: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields that are made from the model, and filled in by `kvlib.fitted`."""
+    reads_heads: ClassVar[bool] = True
+    """`score` reads keys, values or queries."""
+    reads_rope: ClassVar[bool] = False
+    """`score` reads inv_freq."""
 
     def __post_init__(self):
         self.require(self.n_sink >= 0, f"n_sink is {self.n_sink}; use 0 or more")

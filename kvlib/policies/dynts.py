@@ -37,6 +37,7 @@ class DynTS(Policy):
     predictor: Callable[[Tensor], Tensor] | str | None = None
     state_names: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
     needs: ClassVar[tuple[str, ...]] = ("predictor",)
+    reads_heads: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

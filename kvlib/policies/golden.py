@@ -1,7 +1,7 @@
 """Golden eviction: keep what a recorded trace attends to later, knowing the future (arXiv 2602.03203)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Golden(Policy):
     attention: Tensor | None = None
     reduce: Literal["sum", "block"] = "sum"
     block: int = 128
+    reads_heads: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

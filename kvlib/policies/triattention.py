@@ -77,6 +77,7 @@ class TriAttention(Policy):
     offset_reduce: Literal["mean", "max"] = "mean"
     calibration: QueryStatistics | str | None = None
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
+    reads_rope: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,7 +10,8 @@ import pandas as pd
 
 from kvlib.errors import ConfigError
 from kvlib.record import read_record
-from kvlib.tasks.grade import BOOTSTRAP_DRAWS, comparer, wilson_interval
+from kvlib.stats import BOOTSTRAP_DRAWS, wilson_interval
+from kvlib.tasks.grade import comparer
 
 ANSWERS = {"correct": "answer", "strict_correct": "strict_answer"}
 """By verdict, the answer that it judges."""

@@ -11,7 +11,7 @@ import torch
 
 from kvlib.config import check_names, read_yaml
 from kvlib.engine import noise
-from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.decoder import Completion, Request, completions, decoder_for
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
 from kvlib.models import MANIFEST, Reasoner, check_model, load_reasoner, update_manifest
@@ -147,21 +147,19 @@ def decode_traces(
         )
         for problem in problems
     ]
-    n_rows = min(profile.n_rows, len(requests))
-    decoder = Decoder(
+    decoder = decoder_for(
         reasoner.model,
         make_policy("full"),
         None,
-        n_rows=n_rows,
-        n_prompt_max=max(len(request.prompt) for request in requests),
+        requests,
+        n_rows=min(profile.n_rows, len(requests)),
         max_new_tokens=profile.max_new_tokens,
         sampling=Sampling(profile.temperature, profile.top_p),
         eos_ids=reasoner.eos_ids,
         answer_id=reasoner.answer_id,
     )
     by_id = {problem.id: problem for problem in problems}
-    queues = [[request for request in requests[row::n_rows] if request.id not in done] for row in range(n_rows)]
-    for completion in generate(decoder, queues):
+    for completion in completions(decoder, requests, done):
         yield trace_entry(completion, by_id[completion.request.id], profile, reasoner)
 
 

@@ -65,8 +65,8 @@ def test_between_steps_no_head_holds_more_than_its_budget(qwen2, name):
         decoder.step()
         held = (decoder.cache.positions >= 0).sum(-1)
         assert held.max() <= BUDGET
-        assert (held == torch.from_numpy(decoder.length)[None, :, None]).all(), "the host's mirror is exact"
-        assert (decoder.cache.lengths.numpy() == decoder.length).all()
+        assert (held == torch.from_numpy(decoder.rows.n_held)[None, :, None]).all(), "the host's mirror is exact"
+        assert (decoder.cache.lengths.numpy() == decoder.rows.n_held).all()
         reached = max(reached, int(held.max()))
     assert reached == BUDGET, "the budget is used, not only respected"
 

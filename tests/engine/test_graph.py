@@ -136,7 +136,7 @@ def test_rounds_as_on_cuda_keep_what_rounds_of_all_due_rows_keep(qwen2, name):
         for _ in range(59):
             decoder.step()
         if kind is AsOnCUDA:
-            assert (3 if len(set(lengths)) == 1 else 1) in decoder.rounds, "the graph that was used"
+            assert (3 if len(set(lengths)) == 1 else 1) in decoder.round_graphs, "the graph that was used"
         return [done for _, done in decoder.finished()]
 
     for lengths in ([9, 9, 9], [6, 9, 10]):

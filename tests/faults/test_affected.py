@@ -11,7 +11,7 @@ from test_cell import copy_of_tiny
 from kvlib import cell as run
 from kvlib import record
 from kvlib.config import load_grid
-from kvlib.study.engine import Study, cell_fingerprints, unfinished
+from kvlib.study.layout import Study, cell_fingerprints, unfinished
 
 GRID = """
 study: small

@@ -13,7 +13,8 @@ from test_study import edit, home, run, samples
 
 from kvlib import record
 from kvlib.study import cell_command as cell
-from kvlib.study.engine import SNAKEFILE
+from kvlib.study.layout import SNAKEFILE
+from kvlib.study.processes import TIED
 
 __all__ = ["home", "small_disk"]
 
@@ -59,7 +60,7 @@ def test_a_process_whose_parent_died_before_it_looked_ends(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert finish([*command(tmp_path, dataset="hung"), "--parent", str(gone.pid)]).returncode == 143
-    slept = [sys.executable, "-c", cell.TIED, str(gone.pid), "timeit", "-n", "1", "-s", "import time", "time.sleep(60)"]
+    slept = [sys.executable, "-c", TIED, str(gone.pid), "timeit", "-n", "1", "-s", "import time", "time.sleep(60)"]
     assert finish(slept).returncode == 143
 
 

@@ -26,7 +26,7 @@ def test_h2o_mass_of_a_full_run_is_the_eager_attention_column_sum(qwen2):
     decoder.admit(0, Request("0", prompts(1)[0], 0))
     for _ in range(29):
         decoder.step()
-    n = int(decoder.length[0])
+    n = int(decoder.rows.n_held[0])
     ids = torch.cat([torch.tensor(prompts(1)[0]), decoder.output[0, :29]])[None]
     qwen2.set_attn_implementation("eager")
     attentions = qwen2(ids, output_attentions=True).attentions
@@ -170,7 +170,7 @@ def test_reindexed_keys_are_the_keys_before_rope_turned_to_their_place_in_the_ca
         qwen2, policy, 20, n_rows=1, n_prompt_max=12, max_new_tokens=45, sampling=Sampling(0.0), eos_ids=()
     )
     decoder.admit(0, as_requests(prompts(1))[0])
-    cache, inv_freq = decoder.cache, decoder.inv_freq
+    cache, inv_freq = decoder.cache, decoder.model.inv_freq
     before_rope = {}
 
     def note(positions: range) -> None:
@@ -178,12 +178,12 @@ def test_reindexed_keys_are_the_keys_before_rope_turned_to_their_place_in_the_ca
             slot = (cache.positions[0, 0, 0] == position).nonzero()[0, 0]
             before_rope[position] = rotate(cache.keys[:, 0, :, slot], torch.tensor(-position), inv_freq)
 
-    note(range(int(decoder.length[0])))
+    note(range(int(decoder.rows.n_held[0])))
     for _ in range(44):
         decoder.step()
         newest = int(decoder.position[0]) - 1
         note(range(newest, newest + 1))
-    n, seen = int(decoder.length[0]), int(decoder.position[0])
+    n, seen = int(decoder.rows.n_held[0]), int(decoder.position[0])
     positions, slots = cache.positions[0, 0, 0, :n].sort()
     assert positions[:3].tolist() != [0, 1, 2], "something was evicted behind the sinks"
     for rank, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
