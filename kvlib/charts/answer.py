@@ -170,7 +170,7 @@ def _named(group: pd.DataFrame, margin: float) -> tuple[float, str]:
     named = int(smallest_passing(counts, share))
     at = named if named >= 0 else len(budgets) - 1
     bound = 100 * float(loss_bound(counts[at], share))
-    loss = -100 * float(counts[at] @ np.linspace(-1, 1, counts.shape[-1])) / n
+    loss = 100 * float(counts[at] @ np.linspace(1, -1, counts.shape[-1])) / n + 0.0
     evidence = f"loses {loss:.1f}, at most {bound:.1f} with 95 % confidence, n = {n}"
     if named >= 0:
         return budgets[named], (f"KV budget {budgets[named]:.0f} is the smallest of {len(budgets)} that loses at most "

@@ -156,9 +156,9 @@ def measured_verdicts(
     """
     finished, missing = _finished(grid, records, seed)
     if missing and not (allow_incomplete and finished):
-        raise IncompleteError(
-            f"{len(missing)} cells missing in {records}: {', '.join(missing[:8])}; run the study again"
-        )
+        count = f"{len(missing)} of {len(missing) + len(finished)} cells missing in {records.absolute()}"
+        again = f"make sweep PROFILE={grid.path.stem} SEED={seed}"
+        raise IncompleteError(f"{count}: {', '.join(missing[:8])}. If it is the right folder, make them with `{again}`")
     frames = []
     for cell, record in finished:
         folder = records / cell.cell_path
