@@ -14,12 +14,12 @@ from kvlib.cell import prepare, run, run_fingerprints
 from kvlib.charts.tables import measured_cells
 from kvlib.config import RunConfig, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
+from kvlib.fitted import FITTED, held_out_of, load_fitted
 from kvlib.models import TINY, load_reasoner
 from kvlib.policies import Policy
 from kvlib.record import RecordError, SampleLog, load_records, read_record
 from kvlib.study.timing import time_dataset
 from kvlib.tasks.datasets import load_problems
-from kvlib.train import FILE, load_predictor
 
 SMALL = {"dataset": "chain-a", "n_problems": 12, "batch_size": 6, "max_new_tokens": 400}
 DYNTS = {"policy": "dynts", "kv_budget": 128, "policy_options": {"n_recent": 16, "ratio": 0.8}}
@@ -190,7 +190,7 @@ def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
         ({"policy_options": {"rato": 0.4}}, "did you mean 'ratio'"),
         ({"n_problems": 500}, "use 1 to 200"),
         ({"kv_budget": 24}, "kv_budget 24"),
-        ({"kv_budget": 40}, r"-token prompt of chain-a/\d+/0 does not fit into kv_budget 40; use \d+ or more"),
+        ({"kv_budget": 40}, r"small for chain-a/\d+/0 \(\d+-token prompt, .* the prompt does not fit; use \d+ or more"),
         ({"device": "cuda"}, "sees no CUDA GPU"),
         ({"dataset": "chain-a", "prompt": "boxed"}, "a chain, which has no box"),
     ],
@@ -208,7 +208,7 @@ def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("kvlib.models.TINY", tmp_path)
     monkeypatch.setattr("kvlib.fitted.TINY", tmp_path)
     prepare(RunConfig(**SMALL, **DYNTS))
-    for name in ("model.safetensors", FILE):
+    for name in ("model.safetensors", FITTED["predictor"].file):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ConfigError, match=f"{name} is damaged .*git checkout"):
@@ -220,8 +220,8 @@ def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
 
 
 def test_a_predictor_of_other_weights_is_refused():
-    with pytest.raises(ConfigError, match="trained for other weights"):
-        load_predictor(TINY / FILE, "0" * 64)
+    with pytest.raises(ConfigError, match="made for other weights"):
+        load_fitted("predictor", TINY / FITTED["predictor"].file, "0" * 64)
 
 
 def test_the_tiny_reasoner_loads_with_plain_auto_classes_and_no_remote_code():
@@ -267,10 +267,12 @@ def expand_to_grid(folder):
 
 
 def test_the_shipped_reasoner_is_the_one_its_predictor_was_trained_for():
-    _, held_out = load_predictor(TINY / FILE, load_reasoner("tiny").sha256)
-    assert held_out.n_traces >= 50
-    assert held_out.spearman > 0.4
-    assert held_out.top20_recall > 0.5
+    file = TINY / FITTED["predictor"].file
+    load_fitted("predictor", file, load_reasoner("tiny").sha256)
+    held_out = held_out_of(file)
+    assert held_out["n_traces"] >= 50
+    assert held_out["spearman"] > 0.4
+    assert held_out["top20_recall"] > 0.5
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

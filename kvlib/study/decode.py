@@ -25,7 +25,14 @@ from kvlib.study.layout import (  # fmt: skip
     unfinished,
 )
 from kvlib.study.plan import estimate, model_gb, planned_seconds
-from kvlib.study.preflight import check_disk, check_gpus, check_locks, find_faults, gpus_with_memory
+from kvlib.study.preflight import (  # fmt: skip
+    check_disk,
+    check_gpus,
+    check_locks,
+    check_toolchain,
+    find_faults,
+    gpus_with_memory,
+)
 from kvlib.study.processes import Progress, StudyError, last_line, tied, watch
 from kvlib.study.status import why_failed
 
@@ -84,7 +91,7 @@ def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
         checks.append(functools.partial(check_compared, study))
     if study.on_gpu:
         need = study.workers(jobs), cost.gpu_memory_gb, gpus_with_memory()
-        checks.append(functools.partial(check_gpus, *need))
+        checks += [functools.partial(check_gpus, *need), check_toolchain]
     checks.append(functools.partial(check_disk, study.folder, cost.disk_gb))
     for model in study.models:
         if "/" in model:

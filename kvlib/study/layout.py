@@ -73,8 +73,8 @@ def present(grid: Grid) -> tuple[Grid, list[str]]:
         except ConfigError as error:
             absent[model] = (
                 f"{sum(cell.config.model == model for cell in cells)} cells left out: {error}. For another training of "
-                "the tiny reasoner: make tiny-model TRAIN_SEED=8, then python -m kvlib.train.predictor and "
-                f"kvlib.train.calibration, with --model and --out {model}"
+                "the tiny reasoner: make tiny-model TRAIN_SEED=8, then python -m kvlib.train predictor and "
+                f"python -m kvlib.train calibration, with --model and --out {model}"
             )
     cells = tuple(cell for cell in cells if cell.config.model not in absent)
     if not cells:
