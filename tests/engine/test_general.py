@@ -29,7 +29,8 @@ def hooked(family: str = "qwen2") -> nn.Module:
 
 def alone(model, prompt: tuple[int, ...], n_new: int) -> tuple[int, ...]:
     model.set_attn_implementation("eager")
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=n_new, do_sample=False)
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, do_sample=False)
     return tuple(out[0, len(prompt) :].tolist())
 
 
@@ -37,11 +38,16 @@ def step_of(model, policy=None, n: int = 32) -> GeneralModel:
     return GeneralModel(model, policy or Full(), 2, n, n)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
-@pytest.mark.parametrize("name", PRESETS)
+BY_NORM = {"knorm", "cur", "vase", "caote-snapkv"}
+"""They score a token that repeats equally in the first layer, so that rounding decides which one stays."""
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, "qwen2") for name in PRESETS if name not in BY_NORM]
+    + [(name, family) for name in ("h2o", "snapkv", "streaming-reindexed") for family in ("llama", "qwen3")],
+)
 def test_the_general_step_decodes_and_evicts_as_the_fast_one(name, family):
-    if family != "qwen2" and name not in ("h2o", "snapkv", "streaming-reindexed"):
-        return
     policy, requests = small_policy(name, head_dim=8 if family == "qwen3" else 4), as_requests(prompts(3))
     kv_budget = None if name == "full" else 28
     fast, slow = (
@@ -191,18 +197,22 @@ def test_the_probe_passes_what_decodes_as_alone(name, dtype):
 def test_the_probe_sees_what_an_attention_forgets(forgotten, monkeypatch):
     model, right = random_family("gemma2"), general.attention
     probe(model)
-    monkeypatch.setattr(
-        general, "attention", lambda *given: right(*given[:4], dataclasses.replace(given[4], **forgotten))
-    )
+
+    def forgetful(query, key, value, visible, scoring):
+        return right(query, key, value, visible, dataclasses.replace(scoring, **forgotten))
+
+    monkeypatch.setattr(general, "attention", forgetful)
     with pytest.raises(ConfigError, match="decodes in another way through kvlib than alone"):
         probe(model)
 
 
 def test_the_probe_sees_a_dead_slot_that_is_read(monkeypatch):
     model, right = random_family("qwen2"), general.attention
-    monkeypatch.setattr(
-        general, "attention", lambda q, k, v, visible, s: right(q, k, v, visible | (q.shape[2] == 1), s)
-    )
+
+    def blind(query, key, value, visible, scoring):
+        return right(query, key, value, visible | (query.shape[2] == 1), scoring)
+
+    monkeypatch.setattr(general, "attention", blind)
     with pytest.raises(ConfigError, match="decodes in another way through kvlib than alone"):
         probe(model)
 
