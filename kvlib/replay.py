@@ -24,9 +24,9 @@ from kvlib.errors import ConfigError
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
 from kvlib.policies import Full, Golden, Policy
+from kvlib.stats import wilson_interval
 from kvlib.tasks.chains import DIGITS, NAMES, value_drill
 from kvlib.tasks.datasets import load_problems
-from kvlib.tasks.grade import wilson_interval
 
 N_FACTS, N_ASKED = 14, 56
 DISTANCES = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -259,21 +259,23 @@ Replays = Mapping[tuple[str, int | None], Sequence[Replay]]
 
 
 def fidelity(replays: Replays) -> pd.DataFrame:
-    """One row per arm and budget, means over traces: arm, kv_budget, n_traces, recall, error, accuracy, logprob.
+    """One row per arm, budget and trace: arm, kv_budget, trace, recall, error, accuracy, logprob.
 
-    recall, error and accuracy are shares; logprob is the mean over output tokens, in nats.
+    trace counts the arm's replays from 0; recall, error and accuracy are shares; logprob is the mean over output
+    tokens, in nats.
     """
     rows = [
         {
             "arm": arm,
             "kv_budget": kv_budget,
-            "n_traces": len(several),
-            "recall": sum(replay.recall for replay in several) / len(several),
-            "error": sum(replay.error for replay in several) / len(several),
-            "accuracy": sum(replay.accuracy for replay in several) / len(several),
-            "logprob": sum(replay.logprob.mean().item() for replay in several) / len(several),
+            "trace": i,
+            "recall": one.recall,
+            "error": one.error,
+            "accuracy": one.accuracy,
+            "logprob": one.logprob.mean().item(),
         }
         for (arm, kv_budget), several in replays.items()
+        for i, one in enumerate(several)
     ]
     return pd.DataFrame(rows)
 

@@ -1,7 +1,9 @@
-"""Paired comparison of two arms on common random numbers: bootstrap over problems. Never imports torch."""
+"""Intervals of Pass@1, and paired comparison of arms on common random numbers. Never imports torch."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,8 +11,50 @@ import pandas as pd
 
 from kvlib.errors import ConfigError
 
+Z95 = 1.959963984540054
 N_BOOT = 10_000
 COLUMNS = ["dataset", "kv_budget", "problem", "sample", "correct"]
+
+
+def wilson_interval(n_correct: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share, in [0, 1]."""
+    if n == 0:
+        raise ValueError("no samples: an interval needs at least one")
+    p, z2 = n_correct / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_1(verdicts: Iterable[tuple[str, bool]]) -> tuple[float, float, float]:
+    """Mean verdict and its 95 % interval, in [0, 1], from (problem id, correct) pairs.
+
+    Wilson at one sample per problem; at several, a bootstrap over problems (samples of a problem are not
+    independent), 10,000 draws, seed 0.
+    """
+    by_problem: dict[str, list[bool]] = defaultdict(list)
+    for problem, correct in verdicts:
+        by_problem[problem].append(correct)
+    if not by_problem:
+        raise ValueError("no samples: Pass@1 needs at least one")
+    if all(len(samples) == 1 for samples in by_problem.values()):
+        n_correct = sum(samples[0] for samples in by_problem.values())
+        return n_correct / len(by_problem), *wilson_interval(n_correct, len(by_problem))
+    correct = np.array([sum(samples) for samples in by_problem.values()])
+    count = np.array([len(samples) for samples in by_problem.values()])
+    draws = np.random.default_rng(0).integers(0, len(count), (N_BOOT, len(count)))
+    means = correct[draws].sum(1) / count[draws].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return correct.sum() / count.sum(), float(low), float(high)
+
+
+def mean_interval(values: np.ndarray, n_boot: int = N_BOOT, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile interval over resampled values; an interval of one value is none: NaN."""
+    if len(values) == 1:
+        return float(values[0]), math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -198,3 +242,43 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, np.ndarray]:
             raise ConfigError(f"a problem of {dataset} lacks one of its KV budgets; pass every budget of every problem")
         result[dataset] = values
     return result
+
+
+BUSY = 0.03
+"""Two arms of equal work that differ by more than this were not measured on a quiet machine."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one arm is as another, with a 95 % interval; low and high are None of a single round."""
+
+    ratio: float
+    low: float | None
+    high: float | None
+
+
+def paired_ratio(seconds: np.ndarray, against: np.ndarray, n_boot: int = 4000, seed: int = 0) -> Ratio:
+    """The speed of the arm that took `seconds` over that of the arm that took `against`, both `[rounds, windows]`.
+
+    Window j of every round is the same work for one arm, and window j of round i was timed moments apart for both. A
+    run's time is the sum of its windows' medians over the rounds. Percentile bootstrap over rounds, window by window,
+    both arms drawn together.
+    """
+    seconds, against = np.asarray(seconds, dtype=float), np.asarray(against, dtype=float)
+    ratio = float(np.median(against, 0).sum() / np.median(seconds, 0).sum())
+    n, n_windows = seconds.shape
+    if n == 1:
+        return Ratio(ratio, None, None)
+    draws, window = np.random.default_rng(seed).integers(n, size=(n_boot, n, n_windows)), np.arange(n_windows)
+    sums = [np.median(arm[draws, window], 1).sum(1) for arm in (against, seconds)]
+    low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
+    return Ratio(ratio, float(low), float(high))
+
+
+def too_busy(control: Ratio) -> bool:
+    """Whether a control arm of equal work was off 1 by more than BUSY, or by more than its interval and 1 % beside it.
+
+    Then differences between the other arms may be the machine's.
+    """
+    beside = control.low is not None and (control.low > 1.01 or control.high < 0.99)
+    return beside or abs(control.ratio - 1) > BUSY

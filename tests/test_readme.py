@@ -1,4 +1,4 @@
-"""What the README shows is what was measured."""
+"""What the README and the results page say is what was measured."""
 
 import csv
 import json
@@ -17,9 +17,11 @@ from kvlib.tasks.datasets import dataset_title
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_table_in_the_readme_is_the_committed_records():
+def test_the_table_of_the_tiny_study_is_the_committed_records():
     grid = load_grid(ROOT / "notebooks" / "tiny.yml")
     cells = measured_cells(grid, ROOT / "results" / "tiny" / "records", seed=0)
     assert len(cells) == len(expected_cells(grid, 0)) == 28
@@ -27,30 +29,42 @@ def test_the_table_in_the_readme_is_the_committed_records():
     with (ROOT / "results" / "tiny" / "measured.csv").open() as file:
         assert list(csv.reader(file)) == [list(table.columns), *table.values.tolist()]
     for row in table.values.tolist():
-        assert f"| {' | '.join(row)} |" in README
+        assert f"| {' | '.join(row)} |" in RESULTS
 
 
-def test_the_speed_in_the_readme_is_the_committed_record():
+def test_the_speed_is_the_committed_record():
     folder = ROOT / "results" / "bench"
     for row in throughput_table(load_bench(folder, "smollm2")).values.tolist():
-        assert f"| {' | '.join(row)} |" in README
+        assert f"| {' | '.join(row)} |" in RESULTS
     record = json.loads((folder / "smollm2.json").read_text())
     ratios = {(row["arm"], row["against"]): row for row in record["ratios"]}
     for pair in [("knorm", "kvpress-knorm"), ("snapkv-kvpress", "kvpress-snapkv-kvpress"), ("full", "hf-sdpa"),
                  ("full", "linears"), ("full", "full-unpacked"), ("full-unpacked", "hf-sdpa")]:  # fmt: skip
-        assert "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**ratios[pair]) in README
-    assert f"{next(row['steps'] for row in record['arms'] if row['arm'] == 'products'):.0f} tokens/s" in README
+        assert "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**ratios[pair]) in RESULTS
+    assert f"{next(row['steps'] for row in record['arms'] if row['arm'] == 'products'):.0f} tokens/s" in RESULTS
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
-def test_links_and_pictures_exist(target):
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
-def test_the_comparison_in_the_readme_is_the_published_one():
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README) <= 7000
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_results():
+    """Every number with an interval stands in RESULTS.md, which the tests above hold against the records."""
+    found = re.findall(r"[+−]?[\d.]+ \([+−]?[\d.]+ to [+−]?[\d.]+\)", README)
+    assert len(found) >= 5
+    assert [number for number in found if number not in RESULTS] == []
+
+
+def test_the_comparison_is_the_published_one():
     with (ROOT / "results" / "compare" / "grid-prompt.csv").open() as file:
         for row in csv.reader(file):
-            assert f"| {' | '.join(row)} |" in README
+            assert f"| {' | '.join(row)} |" in RESULTS
 
 
 def test_the_published_comparison_is_whole():

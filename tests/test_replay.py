@@ -156,13 +156,13 @@ def test_an_empty_output_is_refused(qwen2):
         record_trace(Reasoner(qwen2, None, (), None, ""), Request("x", prompts(1)[0], 0), ())
 
 
-def test_fidelity_averages_the_traces(qwen2_recording):
+def test_fidelity_has_a_row_per_trace(qwen2_recording):
     reasoner, recording = qwen2_recording
     full = replay(reasoner, small_policy("full"), None, recording)
     window = replay(reasoner, small_policy("window"), 24, recording)
     table = fidelity({("full", None): [full], ("mix", 24): [full, window]})
-    assert table["recall"].tolist() == pytest.approx([1, (1 + window.recall) / 2])
-    assert table["n_traces"].tolist() == [1, 2] and table["error"][0] == 0
+    assert table["recall"].tolist() == pytest.approx([1, 1, window.recall])
+    assert table["trace"].tolist() == [0, 0, 1] and table["error"][0] == 0 < table["error"][2]
 
 
 @pytest.mark.parametrize(

@@ -5,32 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvlib.charts.measured import EXACT, PUBLISHED_RULES, TINY_CAVEAT, IncompleteError
-from kvlib.config import Grid, folder_name
+from kvlib.charts.measured import EXACT, PUBLISHED_RULES, TIMED_COLUMNS, IncompleteError
+from kvlib.charts.sheet import policy_title
+from kvlib.config import Grid, RunConfig, folder_name
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, read_record
+from kvlib.stats import pass_at_1, wilson_interval
 from kvlib.tasks.datasets import dataset_title
-from kvlib.tasks.grade import wilson_interval
-
-POLICY_TITLES = {
-    "window": "Window",
-    "streaming": "StreamingLLM",
-    "random": "Random",
-    "h2o": "H2O",
-    "tova": "TOVA",
-    "snapkv": "SnapKV",
-    "rkv": "R-KV",
-    "rpc": "RPC",
-    "gkv": "G-KV",
-    "lazy": "LazyEviction",
-    "raas": "RaaS",
-    "vase": "VaSE",
-    "triattention": "TriAttention",
-    "trimkv": "TRIM-KV",
-    "dynts": "DynTS",
-    "dynts-published": "DynTS as published",
-}
-
 
 MODEL_TITLES = {
     "tiny": "Tiny-0.8M",
@@ -43,9 +24,10 @@ GRADERS = {"published": "", "strict": "strict_"}
 
 
 def model_title(name: str) -> str:
-    """The name on a chart: a short one for the models of the profiles, else the last part of the hub id or path."""
-    last = name.rstrip("/").split("/")[-1].split("@")[0]
-    return MODEL_TITLES.get(last, last)
+    """The name on a chart: short for the profiles' and `make tiny-model`'s, else the end of the hub id or path."""
+    last = name.rstrip("/").removesuffix("/weights").split("/")[-1].split("@")[0]
+    trained = last.removeprefix("tiny-model-s")
+    return f"Tiny-0.8M, training seed {trained}" if trained.isdecimal() else MODEL_TITLES.get(last, last)
 
 
 def expected_cells(grid: Grid, seed: int) -> list[tuple[str, int | None]]:
@@ -56,73 +38,108 @@ def expected_cells(grid: Grid, seed: int) -> list[tuple[str, int | None]]:
 def measured_cells(
     grid: Grid, records: Path, seed: int, grader: str = "published", throughput: str = "steps"
 ) -> pd.DataFrame:
-    """One row per finished cell of the grid, with its throughput, in the columns that figures.measured_figure asks for.
+    """One row per finished cell of the grid in the columns that measured_figure asks for, and what `answer` needs.
 
-    grader: whose verdicts, "published" or "strict"; embedded chains have one exact checker. throughput: "steps",
-    "forward" or "goodput" (kvlib.study.timing.measure).
+    Intervals are computed here, from the records' verdicts. Without a timing: line in the grid there is no column of
+    throughput; a dataset that is not timed yet has NaN there. grader: whose verdicts, "published" or "strict"; embedded
+    chains have one exact checker. throughput: "steps", "forward" or "goodput" (kvlib.study.timing.measure).
 
-    Cells without a record, or of a dataset without a timing record, are left out: measured_figure refuses or marks
-    them. Raises RecordError for a damaged record, or one made with other settings than the grid's; ConfigError for a
-    grid without timing, or verdicts or a throughput that the records do not hold.
+    Cells without a record are left out: measured_figure refuses or marks them. Raises RecordError for a damaged record,
+    or one made with other settings than the grid's; ConfigError for verdicts or a throughput that the records do not
+    hold.
     """
-    _check_choice("grader", grader, GRADERS)
     _check_choice("throughput", throughput, ["steps", *THROUGHPUTS])
-    if grid.timing is None:
-        raise ConfigError("the grid asks for no timing, and the charts draw throughput; add a timing: line to it")
     policy = grid.shared.get("policy", "dynts")
     rows = []
+    for cell, record in _finished(grid, records, seed)[0]:
+        folder = records / cell.cell_path
+        results, cost = record["results"], record["cost"]
+        prefix, graded = graded_by(record, grader, folder)
+        marks = _marks(record, prefix, folder)
+        rate, low, high = pass_at_1((name, mark == "1") for name, samples in marks.items() for mark in samples)
+        row = {
+            "model": model_title(cell.model),
+            "dataset": dataset_title(cell.dataset),
+            "policy": policy_title(policy),
+            "kv_budget": cell.kv_budget,
+            "grader": graded,
+            "pass_at_1": 100 * rate,
+            "pass_low": 100 * low,
+            "pass_high": 100 * high,
+            "n_problems": len(marks),
+            "n_samples": cell.n_samples,
+            "max_new_tokens": cell.max_new_tokens,
+            "device": record["provenance"]["finished"]["cpu"] if cell.device == "cpu" else "a GPU",
+            "mean_tokens": results["n_tokens"] / results["n_samples"],
+            "mean_prompt": results.get("n_prompt_tokens", math.nan) / results["n_samples"],
+            "bytes_per_row": cost["kv_bytes"] / cost["n_rows"] if "kv_bytes" in cost else math.nan,
+            "truncated_share": results["n_truncated"] / results["n_samples"],
+            "batch_halved": cost.get("batch_halved", False),
+        }
+        if "strict_correct" in record["verdicts"]:
+            strict = _marks(record, "strict_", folder)
+            right = pass_at_1((name, mark == "1") for name, samples in strict.items() for mark in samples)[0]
+            row["strict_pass_at_1"] = 100 * right
+            row["unanswered_share"] = results[f"{prefix}n_unanswered"] / results["n_samples"]
+        if grid.timing is not None:
+            row |= _speed(grid, records / folder_name(cell.dataset) / "timing" / f"s{seed}", cell, throughput)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _finished(grid: Grid, records: Path, seed: int) -> tuple[list[tuple[RunConfig, dict]], list[str]]:
+    """The grid's finished cells with their records, and the paths of the others.
+
+    Raises RecordError for a record made with other settings.
+    """
+    found, missing = [], []
     for cell in grid.cells(seed):
         folder = records / cell.cell_path
-        timing_folder = records / folder_name(cell.dataset) / "timing" / f"s{seed}"
-        if not (folder / "record.json").exists() or not (timing_folder / "record.json").exists():
+        if not (folder / "record.json").exists():
+            missing.append(cell.cell_path)
             continue
-        record, timing = read_record(folder), read_record(timing_folder)
-        measured = {(row["kv_budget"], row["definition"]): row for row in timing["results"]["throughput"]}
-        if record["config"] != cell.parameters() or (cell.kv_budget, throughput) not in measured:
+        record = read_record(folder)
+        if record["config"] != cell.parameters():
             raise RecordError(f"{folder} was made with other settings than {grid.path} asks for; run the grid again")
-        if any(timing["timing"][name] != value for name, value in grid.timing.items()):
-            raise RecordError(
-                f"{timing_folder} was timed with other settings than {grid.path} asks for; run the grid again"
-            )
-        results, speed = record["results"], measured[cell.kv_budget, throughput]
-        own = graded_by(record, grader, folder)
-        both = {}
-        if "strict_pass_at_1" in results:
-            both["strict_pass_at_1"] = 100 * results["strict_pass_at_1"]
-            both["unanswered_share"] = results[f"{own[0]}n_unanswered"] / results["n_samples"]
-        definition = THROUGHPUTS.get(throughput, timing["timing"]["definition"])
-        rows.append(
-            {
-                "model": model_title(cell.model),
-                "dataset": dataset_title(cell.dataset),
-                "policy": POLICY_TITLES.get(policy, policy),
-                "kv_budget": cell.kv_budget,
-                "grader": own[1],
-                "pass_at_1": 100 * results[f"{own[0]}pass_at_1"],
-                "pass_low": 100 * results[f"{own[0]}pass_low"],
-                "pass_high": 100 * results[f"{own[0]}pass_high"],
-                "n_problems": results["n_problems"],
-                "n_samples": record["config"]["n_samples"],
-                "throughput": speed["median"],
-                "throughput_low": speed["low"],
-                "throughput_high": speed["high"],
-                "throughput_definition": f"Throughput (tokens/s, {definition})",
-                "batch_size": timing["timing"]["batch_size"],
-                "device": timing["timing"]["device"],
-                "mean_tokens": results["n_tokens"] / results["n_samples"],
-                "truncated_share": results["n_truncated"] / results["n_samples"],
-                "mean_live_slots": results["mean_live_slots"],
-                "peak_slots": results["peak_slots"],
-                "batch_halved": record["cost"].get("batch_halved", False),
-                **both,
-            }
-        )
-    return pd.DataFrame(rows)
+        found.append((cell, record))
+    return found, missing
+
+
+def _marks(record: dict, prefix: str, folder: Path) -> dict[str, str]:
+    """{problem: a 1 or 0 per sample}"""
+    marks = record.get("verdicts", {}).get(f"{prefix}correct")
+    if marks is None:
+        raise RecordError(f"{folder}/record.json holds no verdicts per problem: an older kvlib wrote it. Move it "
+                          "away and run the study again: it is rebuilt from its samples")  # fmt: skip
+    return marks
+
+
+def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
+    """The columns of a cell's throughput; NaN where the dataset is not timed yet."""
+    if not (folder / "record.json").exists():
+        return dict.fromkeys(TIMED_COLUMNS, math.nan)
+    timing = read_record(folder)
+    measured = {(row["kv_budget"], row["definition"]): row for row in timing["results"]["throughput"]}
+    asked = all(timing["timing"][name] == value for name, value in grid.timing.items())
+    if (cell.kv_budget, throughput) not in measured or not asked:
+        raise RecordError(f"{folder} was timed with other settings than {grid.path} asks for; run the grid again")
+    speed = measured[cell.kv_budget, throughput]
+    definition = THROUGHPUTS.get(throughput, timing["timing"]["definition"])
+    return {
+        "throughput": speed["median"],
+        "throughput_low": speed["low"],
+        "throughput_high": speed["high"],
+        "throughput_definition": f"Throughput (tokens/s, {definition})",
+        "n_repeats": len(speed["repeats"]),
+        "batch_size": timing["timing"]["batch_size"],
+        "device": timing["timing"]["device"],
+    }
 
 
 def graded_by(record: dict, grader: str, folder: Path) -> tuple[str, str]:
     """(prefix of its keys in results and verdicts, its name on a chart). Raises ConfigError where it graded nothing."""
-    benchmark = "strict_pass_at_1" in record["results"]
+    _check_choice("grader", grader, GRADERS)
+    benchmark = "strict_correct" in record.get("verdicts", {})
     if grader == "strict" and not benchmark:
         raise ConfigError(f"{folder} has no verdicts by the strict rules, only by an exact checker; set grader to "
                           "'published'")  # fmt: skip
@@ -137,25 +154,19 @@ def measured_verdicts(
 
     Raises IncompleteError naming what is missing unless allow_incomplete, RecordError for a record without verdicts.
     """
-    _check_choice("grader", grader, GRADERS)
-    frames, missing = [], []
-    for cell in grid.cells(seed):
+    finished, missing = _finished(grid, records, seed)
+    if missing and not (allow_incomplete and finished):
+        count = f"{len(missing)} of {len(missing) + len(finished)} cells missing in {records.absolute()}"
+        again = f"make sweep PROFILE={grid.path.stem} SEED={seed}"
+        raise IncompleteError(f"{count}: {', '.join(missing[:8])}. If it is the right folder, make them with `{again}`")
+    frames = []
+    for cell, record in finished:
         folder = records / cell.cell_path
-        if not (folder / "record.json").exists():
-            missing.append(cell.cell_path)
-            continue
-        record = read_record(folder)
-        prefix, _ = graded_by(record, grader, folder)
-        verdicts = record.get("verdicts", {}).get(f"{prefix}correct")
-        if verdicts is None:
-            raise RecordError(f"{folder}/record.json holds no verdicts per problem: an older kvlib wrote it. Move it "
-                              "away and run the study again: it is rebuilt from its samples")  # fmt: skip
-        rows = [(name, i, mark == "1") for name, marks in verdicts.items() for i, mark in enumerate(marks)]
-        budget = math.inf if cell.kv_budget is None else cell.kv_budget
+        marks = _marks(record, graded_by(record, grader, folder)[0], folder)
+        rows = [(name, i, mark == "1") for name, samples in marks.items() for i, mark in enumerate(samples)]
+        budget = math.inf if cell.kv_budget is None else float(cell.kv_budget)
         frame = pd.DataFrame(rows, columns=["problem", "sample", "correct"])
-        frames.append(frame.assign(dataset=dataset_title(cell.dataset), kv_budget=float(budget)))
-    if missing and not (allow_incomplete and frames):
-        raise IncompleteError(f"{len(missing)} cells missing: {', '.join(missing[:8])}; run the study again")
+        frames.append(frame.assign(dataset=dataset_title(cell.dataset), kv_budget=budget))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -203,8 +214,3 @@ def half_width(n: int) -> float:
 def _check_choice(name: str, value: str, known) -> None:
     if value not in known:
         raise ConfigError(f"{name} is {value!r}; use one of {', '.join(known)}")
-
-
-def caveat_of(grid: Grid) -> str:
-    """The sentence under the study's charts: what its model cannot stand for."""
-    return TINY_CAVEAT if grid.cells()[0].model == "tiny" else ""

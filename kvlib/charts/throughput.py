@@ -4,19 +4,20 @@ Never imports torch or pyplot.
 """
 
 import json
-import textwrap
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.arms import COLORS, MARKERS
-from kvlib.charts.measured import GREY, INK, dress, style
+from kvlib.charts.sheet import GREY, INK, banner, looks, sheet, style
+from kvlib.charts.tables import model_title
 from kvlib.errors import ConfigError
+from kvlib.stats import BUSY
 
 SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
-LEVELS = {"full": ("full cache", INK, "-"), "hf-sdpa": ("HF generate", GREY, (0, (1, 1.2)))}
-"""Arms without a KV budget that are drawn as a level: label, colour, dashes."""
+LEVELS = {"full": (INK, (0, (4, 2.5))), "full-unpacked": (INK, ":"), "hf-sdpa": (GREY, (0, (1, 1.2)))}
+"""Arms without a KV budget that are drawn as a level: colour, dashes."""
 TITLES = {
     "hf-eager": "HF generate, eager attention",
     "hf-sdpa": "HF generate",
@@ -38,7 +39,9 @@ def load_bench(folder: Path | str, model: str) -> pd.DataFrame:
     Columns: model, weights, device, dtype, batch, arm, policy, kv_budget (NaN: none), tokens_per_s (all-inclusive
     steps), low, high (slowest and fastest round), live_slots (mean), roof (tokens/s at which the step's least bytes
     would take all of the copy bandwidth measured in the same call), linears (tokens/s of the linear layers alone, NaN
-    if not measured). Raises ConfigError if there is no record of the model, or one is damaged or has a red gate.
+    if not measured), rounds, complete (bool), noise (speed of two runs of equal work over one another; NaN), evicted
+    (bool: whether anything was). Raises ConfigError if there is no record of the model, or one is damaged or has a red
+    gate.
     """
     folder, rows = Path(folder), []
     for path in sorted(folder.glob("*.json")):
@@ -76,6 +79,7 @@ def _read(path: Path) -> dict:
 def _arms(record: dict) -> list[dict]:
     ceilings, found = record.get("ceilings"), []
     alone = next((row["steps"] for row in record["arms"] if row["arm"] == "linears"), float("nan"))
+    keeps_all = max((row["live_slots"] for row in record["arms"] if row["arm"] == "full"), default=None)
     for row in record["arms"]:
         if row["arm"] in CEILINGS:
             continue
@@ -95,6 +99,11 @@ def _arms(record: dict) -> list[dict]:
                 "live_slots": live,
                 "roof": batch * ceilings["copy_bandwidth"] / moved,
                 "linears": row.get("linears", alone),
+                "rounds": len(rounds),
+                "complete": record.get("complete", True),
+                "noise": (record.get("noise") or {}).get("ratio", float("nan")),
+                # Without eviction the slots grow with the steps, whatever the budget.
+                "evicted": budget is None or keeps_all is None or live < keeps_all - 0.5,
             }
         )
     return found
@@ -104,103 +113,102 @@ def _steps(record: dict, row: dict) -> int:
     return row.get("steps_per_round") or record["steps_per_round"]
 
 
+def _policy(name: str) -> str:
+    """The policy of an arm, by the name that gives it its look."""
+    return name.removeprefix(PEER).removesuffix("-kvpress")
+
+
 def arm_title(policy: str) -> str:
     """The name of an arm for people: "kvpress-snapkv-kvpress" is snapkv, with the settings that kvpress has, by it."""
     if policy in TITLES:
         return TITLES[policy]
-    name = policy.removeprefix(PEER).removesuffix("-kvpress")
-    return f"{name}, by kvpress" if policy.startswith(PEER) else name
+    return f"{_policy(policy)}, by kvpress" if policy.startswith(PEER) else _policy(policy)
 
 
 def throughput_figure(df: pd.DataFrame) -> Figure:
-    """Tokens/s against KV budget, one panel per batch size, one line per policy, the roofline above.
+    """Tokens/s against KV budget on a log axis, one panel per batch size, one line per policy, the roofline above.
 
-    df: as load_bench returns it, of one model and machine. Whiskers span the slowest to the fastest round. Raises
+    df: as load_bench returns it, of one model and machine. Whiskers span the slowest to the fastest round. What must
+    not be overlooked stands in yellow: a run cut short, and policies that never evicted at their KV budget. Raises
     ConfigError for several models or machines, or where no arm has a KV budget.
     """
     for name in ONE_PER_CHART:
         if df[name].nunique() != 1:
             raise ConfigError(f"one {name} per chart, got {', '.join(map(str, df[name].unique()))}; pass one at a time")
     evicting = df[df["kv_budget"].notna()]
-    policies = list(evicting["policy"].unique())
-    if not policies or len(policies) > len(MARKERS):
-        raise ConfigError(f"a chart holds 1 to {len(MARKERS)} policies with a KV budget, got {len(policies)}")
-    one = df.iloc[0]
+    if evicting.empty:
+        raise ConfigError("no arm has a KV budget, so there is nothing to put on the x axis; measure one, e.g. knorm")
+    one, batches = df.iloc[0], sorted(df["batch"].unique())
+    budgets = [int(budget) for budget in sorted(evicting["kv_budget"].unique())]
+    marks = []
+    for batch, here in df.groupby("batch"):
+        if not here["complete"].all():
+            marks.append(f"UNFINISHED at batch {batch}: {here['rounds'].min()} of the rounds that were asked for")
+        if (abs(here["noise"] - 1) > BUSY).any():
+            marks.append(f"NOISY at batch {batch}: two runs of equal work differ {here['noise'].iloc[0]:.2f} times")
+    idle = evicting[~evicting["evicted"]]
+    marks += [f"NOTHING WAS EVICTED at KV budget {budget:.0f}: {', '.join(map(arm_title, here['policy'].unique()))}"
+              for budget, here in idle.groupby("kv_budget")]  # fmt: skip
     weights = "" if one["weights"] == "real" else f", {one['weights']}"
     notes = [
-        f"{one['device']}, {one['dtype']}{weights}. All-inclusive steps; whiskers: slowest to fastest round; policies "
-        "stand side by side at their KV budget. HF's linear layers: alone, as the model has them. Roofline: the least "
-        "bytes of a step (weights, live keys and values once) at the copy bandwidth measured in the same call."
+        f"{one['device']}, {one['dtype']}{weights}; {_rounds(df)}. "
+        "All-inclusive steps. Policies stand side by side at their KV budget; hollow: by kvpress. HF's linear layers: "
+        "alone, as the model has them. Roofline: the least bytes of a step (weights, live keys and values once) at the "
+        "copy bandwidth measured in the same call."
     ]
-    batches = sorted(df["batch"].unique())
-    looks = {
-        name: {
-            "color": COLORS[i % len(COLORS)],
-            "marker": MARKERS[i],
-            # The peer's markers are hollow.
-            "markerfacecolor": "white" if name.startswith(PEER) else COLORS[i % len(COLORS)],
-        }
-        for i, name in enumerate(policies)
-    }
     with style():
-        width = 3.9 * len(batches) + 2.2
-        lines = [line for note in notes for line in textwrap.wrap(note, int(width * 12.6))]
-        height = 4.6 + 0.21 * len(lines)
-        fig = Figure(figsize=(width, height), dpi=100, facecolor="white")
-        axes = fig.subplots(1, len(batches), squeeze=False)[0]
-        fig.subplots_adjust(
-            left=0.8 / width,
-            right=1 - 2.25 / width,
-            wspace=0.28,
-            bottom=(0.75 + 0.21 * len(lines)) / height,
-            top=1 - 0.78 / height,
-        )
+        fig, axes = sheet(
+            banner("throughput against KV budget", model_title(one["model"])), notes, len(batches), (3.6, 3.6),
+            (0.8, 0.15, 0.45, 0.6), 3, edge=3.0, marks=marks,
+        )  # fmt: skip
         for ax, batch in zip(axes, batches, strict=True):
-            _draw(ax, df[df["batch"] == batch], looks)
+            _draw(ax, df[df["batch"] == batch], budgets)
             ax.set_title(f"batch {batch}", color=INK)
-        axes[0].set_ylabel("Throughput (tokens/s)")
+        axes[0].set_ylabel("Throughput (tokens/s, log scale)")
         handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        anchor = (1 - 2.15 / width, 1 - 0.78 / height)
-        fig.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=anchor, frameon=False)
-        dress(fig, [(f"Measured here: {one['model']}, throughput against KV budget", "#20344A", "white")], lines)
+        place = (1 - 2.9 / fig.get_size_inches()[0], axes[0].get_position().y1)
+        fig.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=place, frameon=False,
+                   borderaxespad=0)  # fmt: skip
     return fig
 
 
-def _draw(ax, here: pd.DataFrame, looks: dict) -> None:
+def _rounds(df: pd.DataFrame) -> str:
+    n = df["rounds"].min()
+    return f"{n} rounds, whiskers: slowest to fastest" if n > 1 else "one round, so without an interval"
+
+
+def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
     evicting = here[here["kv_budget"].notna()]
+    place = {budget: i for i, budget in enumerate(budgets)}
     roof = evicting.groupby("kv_budget")["roof"].mean()
-    ax.plot(roof.index, roof, color=INK, linewidth=2.2, linestyle=(0, (6, 2)), label="roofline", gid="roofline")
+    ax.plot(roof.index.map(place), roof, color=INK, linewidth=2.2, linestyle=(0, (6, 2)), label="roofline",
+            gid="roofline")  # fmt: skip
     alone = here["linears"].dropna()
     if len(alone):
         ax.axhline(alone.mean(), color=GREY, linewidth=1.3, label="HF's linear layers")
-    for arm, (label, color, dashes) in LEVELS.items():
+    for arm, (color, dashes) in LEVELS.items():
         for level in here.loc[here["arm"] == arm, "tokens_per_s"]:
-            ax.axhline(level, color=color, linewidth=1.5, linestyle=dashes, label=label)
-    budgets = sorted(evicting["kv_budget"].unique())
+            ax.axhline(level, color=color, linewidth=1.5, linestyle=dashes, label=arm_title(arm))
     # Side by side where several share a budget: they differ by less than their markers' size.
-    step = 0.03 * (budgets[-1] - budgets[0] or budgets[0])
+    most = evicting.groupby("kv_budget").size().max()
     at = evicting.groupby("kv_budget")["policy"].agg(list)
+    styles = looks([_policy(name) for name in evicting["policy"]])
     for name, rows in evicting.groupby("policy", sort=False):
-        rows = rows.sort_values("kv_budget")
-        x = [b + step * (at[b].index(name) - (len(at[b]) - 1) / 2) for b in rows["kv_budget"]]
-        y = rows["tokens_per_s"]
-        ax.errorbar(
-            x,
-            y,
-            [y - rows["low"], rows["high"] - y],
-            label=arm_title(name),
-            markersize=6.5,
-            linewidth=1.8,
-            elinewidth=1.2,
-            capsize=2.5,
-            **looks[name],
-        )
-    ax.set_xticks(budgets, [f"{budget:.0f}" for budget in budgets])
-    if len(budgets) == 1:
-        ax.set_xlim(budgets[0] * 0.5, budgets[0] * 1.5)
-    ax.set(xlabel="KV budget (slots)", ylim=(0, None))
-    ax.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-    ax.set_axisbelow(True)
+        rows, look = rows.sort_values("kv_budget"), styles[_policy(name)]
+        if name.startswith(PEER):
+            look = look | {"markerfacecolor": "white", "markeredgecolor": look["color"], "linestyle": ":"}
+        x = [place[b] + 0.7 * (at[b].index(name) - (len(at[b]) - 1) / 2) / most for b in rows["kv_budget"]]
+        several = rows["rounds"] > 1
+        ax.vlines(np.array(x)[several], rows["low"][several], rows["high"][several], color=look["color"], linewidth=1.2)
+        ax.plot(x, rows["tokens_per_s"], label=arm_title(name), **look)
+    ax.set_yscale("log")
+    low, high = here[["low", "tokens_per_s"]].min(axis=None), max(here["high"].max(), roof.max())
+    ticks = [m * 10**k for k in range(-2, 7) for m in (1, 2, 3, 5) if low / 1.3 <= m * 10**k <= high * 1.2]
+    ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xticks([*place.values()], [str(budget) for budget in budgets])
+    ax.set(xlabel="KV budget (slots)", xlim=(-0.6, len(budgets) - 0.4), ylim=(low / 1.3, high * 1.2))
+    ax.grid(axis="y")
     ax.spines["right"].set_visible(False)
 
 
@@ -210,10 +218,12 @@ def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "Batch": df["batch"].map(str),
-            "KV budget": df["kv_budget"].map(lambda value: "none" if pd.isna(value) else f"{value:.0f}"),
+            "KV budget": [_budget(row) for row in df.itertuples()],
             "Arm": df["policy"].map(arm_title),
             "Tokens/s (slowest to fastest round)": [
-                f"{row.tokens_per_s:,.1f} ({row.low:,.1f} to {row.high:,.1f})" for row in df.itertuples()
+                f"{row.tokens_per_s:,.1f} ("
+                + (f"{row.low:,.1f} to {row.high:,.1f})" if row.rounds > 1 else "one round)")
+                for row in df.itertuples()
             ],
             "Mean live slots": df["live_slots"].map("{:.0f}".format),
             "Roofline (tokens/s)": df["roof"].map("{:,.1f}".format),
@@ -223,3 +233,9 @@ def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
             ),
         }
     ).reset_index(drop=True)
+
+
+def _budget(row) -> str:
+    if pd.isna(row.kv_budget):
+        return "none"
+    return f"{row.kv_budget:.0f}{'' if row.evicted else ' (nothing evicted)'}"

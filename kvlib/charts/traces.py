@@ -1,19 +1,19 @@
 """What a notebook shows of single traces: text with kept and evicted tokens told apart, and small pictures."""
 
 import hashlib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
-from itertools import groupby
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from kvlib.charts.measured import BLUE, GREY, INK, ORANGE, style
+from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, caveat_of, looks, sheet, style
 from kvlib.errors import ConfigError
 
+MOST_LAYERS, MOST_HEADS = 4, 2
+"""Panels of a keep map."""
 KEPT = "background:#cfe3f5;color:#000;font-weight:600"
 EVICTED = "color:#666;text-decoration:line-through"
 NEWER = "background:#fdebd3;color:#000;text-decoration:underline"
@@ -21,21 +21,6 @@ CAPTION = "margin:.4em 0;font-weight:600"
 BOX = (
     "font-family:monospace;line-height:1.9;max-width:70em;border:1px solid #ccc;padding:.6em;background:#fff;color:#000"
 )
-
-
-def present(figure: Figure, table: pd.DataFrame | None = None, save_as: str = "") -> None:
-    """Display a figure in a notebook and its table beneath; save_as "folder/name" also writes name.png and name.csv."""
-    from IPython.display import display
-
-    display(figure)
-    if table is not None:
-        display(table)
-    if save_as:
-        path = Path(save_as)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-        if table is not None:
-            table.to_csv(path.with_suffix(".csv"), index=False)
 
 
 def paint_trace(words: Sequence[str], kept: Collection[int], caption: str) -> str:
@@ -99,7 +84,7 @@ def _runs(words: Sequence[str], states: Sequence[str], n_prompt: int) -> str:
     """The words in one element per run of equal states, ‖ after the prompt."""
     looks = {"b": KEPT, "s": EVICTED, "u": NEWER}
     html = []
-    for (in_prompt, tag), run in groupby(range(len(states)), key=lambda p: (p < n_prompt, states[p])):
+    for (in_prompt, tag), run in itertools.groupby(range(len(states)), key=lambda p: (p < n_prompt, states[p])):
         positions = list(run)
         if not in_prompt and positions[0] == n_prompt:
             html.append("‖")
@@ -122,34 +107,25 @@ def held_map(rounds: Sequence[tuple[int, Collection[int]]], n_prompt: int, n_see
 
 
 def keep_map_figure(
-    kept: Sequence[tuple[int, Sequence[Sequence[Sequence[int]]]]],
-    n_prompt: int,
-    n_seen: int,
-    panels: Sequence[tuple[int, int]] | None = None,
+    kept: Sequence[tuple[int, Sequence[Sequence[Sequence[int]]]]], n_prompt: int, n_seen: int, heading: str
 ) -> Figure:
     """Which positions (upwards) are held at each step (rightwards), as small multiples of layers and KV heads.
 
-    kept: Completion.kept. n_seen: tokens of prompt and output. panels: (layer, KV head) to draw; None: all, a row per
-    layer, or the one that is shared. Held is dark, evicted light, what was not yet written white; so the picture reads
-    in grey. Raises ConfigError if there was no round, or no such layer or head.
+    kept: Completion.kept. n_seen: tokens of prompt and output. heading: whose trace, as sheet.banner says it. At most
+    MOST_LAYERS layers, evenly chosen, by MOST_HEADS heads are drawn. Held is dark, evicted light, what was not yet
+    written white; so the picture reads in grey. Raises ConfigError if there was no round.
     """
     if not kept:
         raise ConfigError("no round evicted anything; use a smaller KV budget, and decode with trace=True")
     n_layers, n_heads = len(kept[0][1]), len(kept[0][1][0])
-    panels = panels or [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    for layer, head in panels:
-        if not (0 <= layer < n_layers and 0 <= head < n_heads):
-            raise ConfigError(
-                f"no layer {layer} with KV head {head} in this trace; it has keep sets for {n_layers} layers and "
-                f"{n_heads} heads (1 where they share one)"
-            )
-    heads = len({head for _, head in panels}) if len(panels) > 1 else 1
-    n_rows = -(-len(panels) // heads)
+    layers = sorted({round(i) for i in np.linspace(0, n_layers - 1, min(MOST_LAYERS, n_layers))})
+    heads = range(min(MOST_HEADS, n_heads))
+    note = f"Held: dark; evicted: light; dashed: end of the prompt. {len(layers)} of {n_layers} layers"
+    notes = [f"{note}, {len(heads)} of {n_heads} KV heads." if n_layers > 1 else f"{note[: note.index('.')]}."]
+    written = np.tri(n_seen, dtype=bool).T[:, n_prompt - 1 :]
     with style():
-        fig = Figure(figsize=(max(4.6, 1.2 + 2.6 * heads), 1.3 + 2.0 * n_rows), layout="constrained")
-        axes = fig.subplots(n_rows, heads, sharex=True, sharey=True, squeeze=False)
-        written = np.tri(n_seen, dtype=bool).T[:, n_prompt - 1 :]
-        for ax, (layer, head) in zip(axes.flat, panels, strict=False):
+        fig, axes = sheet(heading, notes, len(layers) * len(heads), (2.9, 1.9), (0.7, 0.1, 0.35, 0.5), len(heads))
+        for ax, (layer, head) in zip(axes, itertools.product(layers, heads), strict=True):
             held = held_map([(seen, sets[layer][head]) for seen, sets in kept], n_prompt, n_seen)
             # Cell (p, j) is centred on position p at n_prompt + j tokens.
             ax.imshow(
@@ -165,55 +141,39 @@ def keep_map_figure(
             ax.axhline(n_prompt - 0.5, color=ORANGE, linewidth=1.3, linestyle="--")
             name = {1: "all layers"}.get(n_layers, f"layer {layer}"), {1: "all heads"}.get(n_heads, f"KV head {head}")
             ax.set_title(", ".join(name), size=10, color=INK)
-        for ax in axes.flat[len(panels) :]:
-            ax.set_visible(False)
-        fig.supxlabel("tokens seen", size=10.5)
-        fig.supylabel("position", size=10.5)
-        fig.suptitle("held: dark · evicted: light · dashed: end of the prompt", size=10, color=INK)
+            ax.set_xlabel("tokens seen", size=9.5)
+            ax.set_ylabel("position", size=9.5)
     return fig
 
 
-def slots_figure(held: Mapping[str, Sequence[int]], kv_budget: int) -> Figure:
+def slots_figure(held: Mapping[str, Sequence[int]], kv_budget: int, model: str) -> Figure:
     """Slots held per KV head against tokens written, one line per decoded output, and the budget as a level."""
-    fig = Figure(figsize=(8, 3.2), layout="constrained")
-    ax = fig.add_subplot()
-    ax.axhline(kv_budget, color=GREY, linestyle=":", linewidth=1.2)
-    ax.annotate(
-        f"KV budget {kv_budget}",
-        (1, kv_budget),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color=INK,
-    )
-    for (name, slots), color, dashes in zip(held.items(), (INK, BLUE, ORANGE), ("-", "-", "--"), strict=False):
-        ax.plot(range(1, len(slots) + 1), slots, dashes, color=color, label=name)
-    ax.set(xlabel="tokens written", ylabel="slots held per KV head", ylim=(0, None))
-    ax.legend(frameon=False, loc="lower right")
+    with style():
+        heading = banner("slots held per KV head", model, policy=", ".join(held))
+        fig, (ax,) = sheet(heading, caveat_of(model), 1, (7, 2.5), (0.8, 0.2, 0.2, 0.6))
+        ax.axhline(kv_budget, color=GREY, linestyle=":", linewidth=1.2, label=f"KV budget {kv_budget}")
+        for (name, slots), look in zip(held.items(), looks(list(held)).values(), strict=True):
+            ax.plot(range(1, len(slots) + 1), slots, color=look["color"], linestyle=look["linestyle"], label=name)
+        ax.set(xlabel="tokens written", ylabel="slots held per KV head", ylim=(0, None))
+        ax.spines["right"].set_visible(False)
+        ax.legend(frameon=False, loc="upper left")
     return fig
 
 
-def importance_figure(attention: Sequence[float], predicted: Sequence[float]) -> Figure:
+def importance_figure(attention: Sequence[float], predicted: Sequence[float], model: str) -> Figure:
     """Along one trace: the attention each thinking token will get from the answer, and the predictor's score for it.
 
     Both are scaled to their maximum; the prediction points down, so that bars of one token face each other.
     """
-    fig = Figure(figsize=(9, 3.2), layout="constrained")
-    ax = fig.add_subplot()
-    position = range(len(attention))
-    ax.bar(
-        position, [value / max(attention) for value in attention], 1.0, color=BLUE, label="attention from the answer"
-    )
-    ax.bar(
-        position,
-        [-value / max(predicted) for value in predicted],
-        1.0,
-        color=ORANGE,
-        hatch="//",
-        label="predicted when written",
-    )
-    ax.axhline(0, color=INK, linewidth=0.8)
-    ax.set(xlabel="thinking token", ylabel="share of the largest", yticks=(-1, 0, 1), yticklabels=("1", "0", "1"))
-    ax.legend(frameon=False, loc="upper right", ncols=2)
+    place = range(len(attention))
+    with style():
+        heading = banner("attention from the answer, and the score that predicted it", model, policy="DynTS")
+        fig, (ax,) = sheet(heading, caveat_of(model), 1, (8, 2.5), (0.8, 0.2, 0.2, 0.6))
+        up, down = ([value / max(values) for value in values] for values in (attention, predicted))
+        ax.bar(place, up, 1.0, color=BLUE, label="attention from the answer")
+        ax.bar(place, [-v for v in down], 1.0, color=ORANGE, hatch="//", label="predicted when written")
+        ax.axhline(0, color=INK, linewidth=0.8)
+        ax.set(xlabel="thinking token", ylabel="share of the largest", yticks=(-1, 0, 1), yticklabels=("1", "0", "1"))
+        ax.spines["right"].set_visible(False)
+        ax.legend(frameon=False, loc="upper right", ncols=2)
     return fig

@@ -1,19 +1,15 @@
-"""From outputs to verdicts, and from verdicts to Pass@1 with its interval. Never imports torch."""
+"""From outputs to verdicts. Never imports torch."""
 
 import functools
-import math
-from collections import defaultdict
-from collections.abc import Iterable
-
-import numpy as np
+import re
 
 from kvlib.tasks.answers import published_answer, strict_answer, tidy
 from kvlib.tasks.chains import extract_answer
 from kvlib.tasks.datasets import LETTERS, Problem
 from kvlib.tasks.equality import Comparer
 
-Z95 = 1.959963984540054
-BOOTSTRAP_DRAWS = 10_000
+AFTER_THINKING, WHOLE_OUTPUT = "after </think>", "whole output"  # where the strict rules look
+PLAIN_TEXT = re.compile(r"\\(?:text|math)(?:rm|bf|it|tt)?\{([^{}]*)\}")
 
 
 def grade(problem: Problem, output: str) -> tuple[str | None, bool]:
@@ -26,32 +22,39 @@ def grade(problem: Problem, output: str) -> tuple[str | None, bool]:
     return verdict["answer"], verdict["correct"]
 
 
-def verdicts(problem: Problem, output: str, truncated: bool = False) -> dict:
+def verdicts(problem: Problem, output: str, truncated: bool = False, thinks: bool = True) -> dict:
     """What a sample's line says of its answer: answer and correct, as `grade` returns them; of a benchmark also
-    strict_answer and strict_correct by the strict rules, and undecided, the graders whose comparison ran out of time
-    (which counts as wrong).
+    strict_answer and strict_correct by the strict rules, scorer_correct where the dataset has a scorer of its own, and
+    undecided, the graders whose comparison ran out of time (which counts as wrong).
 
-    truncated: the output was cut off at its last token, so by the strict rules it has no answer.
+    truncated: the output was cut off at its last token, so by the strict rules it has no answer. thinks: the tokenizer
+    has a `</think>`; of one without, the strict rules read the whole output, and strict_rule says so.
     """
     if problem.kind == "chain":
         answer = extract_answer(output)
         return {"answer": answer, "correct": answer == problem.answer}
     is_choice = problem.kind == "choice"
     published = published_answer(output, is_choice)
-    strict = None if truncated else strict_answer(output, LETTERS[: len(problem.choices)] if is_choice else "")
-    if is_choice:
-        right = {"correct": published == problem.answer, "strict_correct": strict == problem.answer}
+    strict = None if truncated else strict_answer(output, LETTERS[: len(problem.choices)] if is_choice else "", thinks)
+    right = {}
+    if problem.scorer:
+        boxed = None if truncated else strict_answer(output, thinks=thinks, longest=None)
+        right["scorer_correct"] = boxed is not None and problem.scorer(PLAIN_TEXT.sub(r"\1", boxed))
+    if problem.scorer and not problem.answer:  # one of many answers, known to the scorer alone
+        right |= {"correct": right["scorer_correct"], "strict_correct": right["scorer_correct"]}
+    elif is_choice:
+        right |= {"correct": published == problem.answer, "strict_correct": strict == problem.answer}
     else:
-        compare = comparer()
-        right = {
-            "correct": published is not None and compare.as_published(tidy(problem.answer), published),
-            "strict_correct": strict is not None and compare.strictly(problem.answer, strict),
+        right |= {
+            "correct": published is not None and comparer().as_published(tidy(problem.answer), published),
+            "strict_correct": strict is not None and comparer().strictly(problem.answer, strict),
         }
     return {
         "answer": published,
         "strict_answer": strict,
         "undecided": [name.removesuffix("correct") + "answer" for name, verdict in right.items() if verdict is None],
         **{name: bool(verdict) for name, verdict in right.items()},
+        **({} if thinks else {"strict_rule": WHOLE_OUTPUT}),
     }
 
 
@@ -59,35 +62,3 @@ def verdicts(problem: Problem, output: str, truncated: bool = False) -> dict:
 def comparer() -> Comparer:
     """One for all answers, because its process takes a second to start."""
     return Comparer()
-
-
-def wilson_interval(n_correct: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share, in [0, 1]."""
-    if n == 0:
-        raise ValueError("no samples: an interval needs at least one")
-    p, z2 = n_correct / n, Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def pass_at_1(verdicts: Iterable[tuple[str, bool]]) -> tuple[float, float, float]:
-    """Mean verdict and its 95 % interval, in [0, 1], from (problem id, correct) pairs.
-
-    Wilson at one sample per problem; at several, a bootstrap over problems (samples of a problem are not
-    independent), 10,000 draws, seed 0.
-    """
-    by_problem: dict[str, list[bool]] = defaultdict(list)
-    for problem, correct in verdicts:
-        by_problem[problem].append(correct)
-    if not by_problem:
-        raise ValueError("no samples: Pass@1 needs at least one")
-    if all(len(samples) == 1 for samples in by_problem.values()):
-        n_correct = sum(samples[0] for samples in by_problem.values())
-        return n_correct / len(by_problem), *wilson_interval(n_correct, len(by_problem))
-    correct = np.array([sum(samples) for samples in by_problem.values()])
-    count = np.array([len(samples) for samples in by_problem.values()])
-    draws = np.random.default_rng(0).integers(0, len(count), (BOOTSTRAP_DRAWS, len(count)))
-    means = correct[draws].sum(1) / count[draws].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return correct.sum() / count.sum(), float(low), float(high)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvlib.errors import ConfigError
 from kvlib.tasks.chains import NAMES, VOCABULARY, extract_answer, make_chain, solution_words
 from kvlib.tasks.datasets import CHAINS, TUNE_SUFFIX, content_sha256, load_problems
-from kvlib.tasks.grade import grade, pass_at_1, wilson_interval
+from kvlib.tasks.grade import grade
 
 PINNED = {
     "chain-a": "116538d9f5eb6c1ff4234357dc20548e19de6be2b23332a921610a684ddddd85",
@@ -114,23 +114,3 @@ def test_unknown_dataset_and_impossible_size_are_refused():
         load_problems("chain_a")
     with pytest.raises(ConfigError, match="use 1 to 200"):
         load_problems("chain-a", 201)
-
-
-def test_wilson_interval_is_the_textbook_one():
-    low, high = wilson_interval(81, 263)
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson_interval(0, 10)[0] == 0.0
-    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
-
-
-def test_pass_at_1_uses_wilson_at_one_sample_and_clusters_at_several():
-    single = [(str(i), i % 4 == 0) for i in range(40)]
-    assert pass_at_1(single) == (0.25, *wilson_interval(10, 40))
-    clustered = [(str(i), i % 4 == 0) for i in range(40) for _ in range(8)]
-    rate, low, high = pass_at_1(clustered)
-    assert rate == 0.25
-    assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 40) ** 0.5, rel=0.1), (
-        "samples of a problem are not new problems"
-    )
-    with pytest.raises(ValueError, match="no samples"):
-        pass_at_1([])

@@ -1,0 +1,129 @@
+"""The published KV-budget figures, redrawn from their numbers and marked as not measured here."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from kvlib.charts.measured import BAR_WIDTH, draw_line, print_value, two_axes
+from kvlib.charts.sheet import BLUE, PALE, sheet, style
+
+COLUMNS = ["model", "dataset", "kv_budget", "pass_at_1", "throughput_tps"]
+PASS_RANGE = {"AIME24": (20, 60), "AIME25": (10, 50), "AMC23": (60, 100), "GPQA-D": (30, 70), "Mean": (30, 70)}
+THROUGHPUT_RANGE = {"R1-Qwen": (600, 800), "R1-Llama": (400, 600)}
+MEAN = "Mean"
+"""The dataset that is the mean of the others; it has no panel, and its line is drawn where the others have none."""
+
+
+def load_published(path):
+    """Read a digitised figure: model, dataset, kv_budget (slots), pass_at_1 (percent), throughput_tps.
+
+    throughput_tps (tokens/s) is NaN where the figure could not be read.
+    Raises FileNotFoundError if there is no such file, ValueError naming the fault if it is damaged.
+    """
+    path = Path(path)
+    restore = f"restore it with `git checkout -- {path}`"
+    if not path.is_file():
+        raise FileNotFoundError(f"no published numbers at {path}; {restore}")
+    try:
+        df = pd.read_csv(path)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable CSV ({error}); {restore}") from error
+    missing = [name for name in COLUMNS if name not in df]
+    if missing or df.empty:
+        raise ValueError(f"{path} lacks {'column ' + ', '.join(missing) if missing else 'rows'}; {restore}")
+    df = df[COLUMNS]
+    for name in ["kv_budget", "pass_at_1", "throughput_tps"]:
+        try:
+            df = df.assign(**{name: pd.to_numeric(df[name])})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {name} holds something other than numbers ({error}); {restore}") from error
+    if df.drop(columns="throughput_tps").isna().any(axis=None):
+        raise ValueError(f"{path} has an empty field outside throughput_tps; {restore}")
+    if (df["kv_budget"] % 1 != 0).any() or (df["kv_budget"] <= 0).any():
+        raise ValueError(f"{path}: kv_budget must be a positive whole number; {restore}")
+    if not df["pass_at_1"].between(0, 100).all():
+        raise ValueError(f"{path}: pass_at_1 must lie between 0 and 100 percent; {restore}")
+    df = df.astype({"kv_budget": int, "pass_at_1": float, "throughput_tps": float})
+    # A file cut short or pasted twice still parses; the rectangle of cells gives it away.
+    cells = df.groupby(["model", "dataset", "kv_budget"]).size()
+    if len(df) != df["model"].nunique() * df["dataset"].nunique() * df["kv_budget"].nunique() or cells.max() > 1:
+        raise ValueError(f"{path} does not hold each dataset at each KV budget exactly once; {restore}")
+    return df
+
+
+def published_figure(df):
+    """The published panel, axes and labels as in the paper, marked as not measured here.
+
+    df: as load_published returns it, for R1-Qwen or R1-Llama; datasets AIME24, AIME25, AMC23, GPQA-D and Mean, the
+        mean of the four. Where only the mean's throughput is known, its line is drawn once, in the last panel.
+    Raises ValueError for a model or dataset without a published axis range, a missing value beside ones that are
+    there, or a value outside its axis (it would be cut off).
+    """
+    if df["model"].nunique() != 1:
+        raise ValueError(f"one model per chart, got {', '.join(df['model'].unique()) or 'none'}")
+    model = df["model"].iloc[0]
+    if model not in THROUGHPUT_RANGE:
+        raise ValueError(f"no published axis range for {model}; known: {', '.join(THROUGHPUT_RANGE)}")
+    fastest = THROUGHPUT_RANGE[model]
+    unread = [name for name, rows in df.groupby("dataset") if rows["throughput_tps"].isna().all()]
+    for row in df.itertuples():
+        if row.dataset not in PASS_RANGE:
+            raise ValueError(f"no published axis range for {row.dataset}; known: {', '.join(PASS_RANGE)}")
+        for name, (low, high) in [("pass_at_1", PASS_RANGE[row.dataset]), ("throughput_tps", fastest)]:
+            value = getattr(row, name)
+            if not low <= value <= high and not (name == "throughput_tps" and row.dataset in unread):  # NaN fails too
+                cell = f"{row.model}, {row.dataset}, KV budget {row.kv_budget}"
+                raise ValueError(f"{name} of {cell} is {value}, not within the axis {low} to {high}")
+    datasets = [name for name in df["dataset"].unique() if name != MEAN]
+    lines = {name: name for name in datasets if name not in unread}
+    if unread and MEAN in set(df["dataset"]):
+        lines[datasets[-1]] = MEAN
+    axes_are = "as published" if model == "R1-Qwen" else "like those of R1-Qwen"
+    notes = ["Published data. Pass@1 as printed on the bars; throughput read off the line, about ±30. "
+             f"Axes {axes_are}: they do not start at 0."]  # fmt: skip
+    if unread:
+        notes.append("Throughput is known as the mean over the four datasets only; its line is drawn once.")
+    with style():
+        heading = f"Published (DynTS, arXiv 2601.18383), not measured here: {model} on {', '.join(datasets)}"
+        fig, axes = sheet(heading, notes, len(datasets), (2.85, 2.6), (0.72, 0.62, 0.42, 0.6), 4, 0.2, band=PALE)
+        for ax, dataset in zip(axes, datasets, strict=True):
+            rows = df[df["dataset"] == dataset].sort_values("kv_budget")
+            budgets = rows["kv_budget"].tolist()
+            step = budgets[1] - budgets[0] if len(budgets) > 1 else 1
+            low, high = PASS_RANGE[dataset]
+            source = lines.get(dataset)
+            label = "Throughput (TPS)" if source == dataset else "Throughput (TPS), mean of the four" if source else ""
+            right = two_axes(ax, f"{model} | {dataset}", "Pass@1", label)
+            bars = ax.bar(budgets, rows["pass_at_1"], BAR_WIDTH * step, color=BLUE, label="Pass@1")
+            for x, value in zip(budgets, rows["pass_at_1"], strict=True):
+                print_value(ax, x, low, value, "white")
+            if source:
+                speeds = df[df["dataset"] == source].sort_values("kv_budget")["throughput_tps"]
+                line = draw_line(right, budgets, speeds, "Throughput")
+            ax.set_xticks(budgets)
+            ax.set_xlim(budgets[0] - 0.6 * step, budgets[-1] + 0.6 * step)
+            ax.set_ylim(low, high)
+            ax.set_yticks(range(low, high + 1, 10))
+            right.set_ylim(*fastest)
+            right.set_yticks(range(fastest[0], fastest[1] + 1, 50) if source else [])
+            for side in (ax, right):
+                side.spines["right"].set_visible(bool(source))
+        right.legend(handles=[bars, line] if source else [bars], loc="upper right", framealpha=1)
+    return fig
+
+
+def published_table(df):
+    """The numbers of published_figure as text, one row per cell, for beneath the chart.
+
+    df: as load_published returns it. A throughput that could not be read says so.
+    """
+    read = df["throughput_tps"].map(lambda value: "not readable" if pd.isna(value) else f"{value:.0f}")
+    return pd.DataFrame(
+        {
+            "Model": df["model"],
+            "Dataset": df["dataset"],
+            "KV budget": df["kv_budget"].map(str),
+            "Pass@1 (%)": df["pass_at_1"].map("{:.1f}".format),
+            "Throughput (tokens/s, read off the line, about ±30)": read,
+        }
+    ).reset_index(drop=True)

@@ -1,0 +1,125 @@
+"""Replays of traces under many arms -> what eviction loses, and which facts are still known, as charts and tables."""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kvlib.charts.arms import Panel, budget_figure, budget_text, lines_figure, once, required
+from kvlib.charts.sheet import FULL, banner, caveat_of
+from kvlib.errors import ConfigError
+from kvlib.stats import mean_interval
+
+FIDELITY_COLUMNS = ["arm", "kv_budget", "trace", "recall", "error"]
+FACT_COLUMNS = ["arm", "kv_budget", "distance_low", "distance_high", "n", "right", "low", "high"]
+
+FEWEST_LOOK_UPS = 10
+"""Below it, what share of the values was known is no point on a chart; the table has it."""
+
+
+def fidelity_figure(fidelity: pd.DataFrame, model: str, datasets: Sequence[str] = ()) -> Figure:
+    """Attention that eviction loses, and the change of attention's output, against KV budget, a line per arm.
+
+    fidelity: FIDELITY_COLUMNS, as kvlib.replay.fidelity returns them, shares from 0 to 1, a row per trace.
+    Errors as in pareto_figure.
+    """
+    rows = _fidelity_means(fidelity)
+    rows = rows[rows["kv_budget"].notna()].assign(label=rows["arm"], x=rows["kv_budget"])
+    if rows.empty:
+        raise ConfigError("only the full cache was replayed, and it loses nothing; replay arms with a KV budget")
+    lost = rows.assign(y=100 - rows["recall"], low=100 - rows["recall_high"], high=100 - rows["recall_low"])
+    moved = rows.assign(y=rows["error"], low=rows["error_low"], high=rows["error_high"])
+    panels = [Panel("Attention lost", "Attention on evicted slots (%)", lost),
+              Panel("Change of attention's output", "Output error ‖o − o'‖ / ‖o‖ (%)", moved)]  # fmt: skip
+    notes = [
+        f"Teacher-forced replays of {rows['n_traces'].max()} traces; means over layers, heads and queries, with those "
+        "before the first round; whiskers: 95 % interval (bootstrap over traces). Attention lost: share of the full "
+        "cache's attention that falls on slots no longer held (100 % less the recall).",
+        *caveat_of(model),
+    ]
+    return budget_figure(panels, banner("what eviction loses", model, datasets), notes)
+
+
+def fidelity_table(fidelity: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of fidelity_figure as text."""
+    rows = _fidelity_means(fidelity)
+    rows = rows.sort_values(["kv_budget", "recall"], ascending=[True, False], na_position="last", kind="stable")
+
+    def interval(name: str) -> list[str]:
+        shown = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
+        return [f"{mean:.1f}" + ("" if math.isnan(low) else f" ({low:.1f} to {high:.1f})") for mean, low, high in shown]
+
+    return pd.DataFrame(
+        {
+            "KV budget": rows["kv_budget"].map(budget_text),
+            "Arm": rows["arm"],
+            "Traces": rows["n_traces"].map(str),
+            "Attention-mass recall (%) with 95 % interval": interval("recall"),
+            "Output error (%) with 95 % interval": interval("error"),
+        }
+    ).reset_index(drop=True)
+
+
+def _fidelity_means(fidelity: pd.DataFrame) -> pd.DataFrame:
+    """By arm and KV budget: n_traces, and recall and error in percent, each with _low and _high (NaN of one trace)."""
+    rows = required(fidelity, FIDELITY_COLUMNS, "the replays", ["recall", "error"])
+    once(rows, ["arm", "kv_budget", "trace"])
+    means = []
+    for (arm, kv_budget), group in rows.groupby(["arm", "kv_budget"], dropna=False, sort=False):
+        mean = {"arm": arm, "kv_budget": kv_budget, "n_traces": len(group)}
+        for name in ("recall", "error"):
+            values = 100 * group[name].to_numpy()
+            mean |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
+        means.append(mean)
+    return pd.DataFrame(means)
+
+
+def fact_figure(facts: pd.DataFrame, model: str) -> Figure:
+    """Share of once-told values known when they are looked up, against the distance in tokens; a panel per KV budget.
+
+    facts: FACT_COLUMNS, as kvlib.replay.fact_accuracy returns them, right, low and high in percent. Rows of the full
+    cache are drawn in every panel. Fewer than FEWEST_LOOK_UPS look-ups make no point. Errors as in pareto_figure.
+    """
+    rows = required(facts, FACT_COLUMNS, "the look-ups", ["distance_low", "distance_high", "n", "right"])
+    rows = rows.assign(label=rows["arm"].where(rows["kv_budget"].notna(), FULL))
+    once(rows, ["label", "kv_budget", "distance_low"])
+    if (rows["label"] == FULL).all():
+        raise ConfigError("only the full cache was probed; replay arms with a KV budget beside it")
+    counts = rows.groupby("distance_low")["n"].max()
+    bins = sorted({(row.distance_low, row.distance_high) for row in rows.itertuples()})
+    ticks = {low: f"{low}–{high - 1}\nn = {counts[low]}" for low, high in bins}
+    drawn = rows[rows["n"] >= FEWEST_LOOK_UPS].assign(x=rows["distance_low"], y=rows["right"])
+    panels = [
+        Panel(
+            f"KV budget {budget:.0f}",
+            "Known (%)",
+            drawn[(drawn["kv_budget"] == budget) | (drawn["label"] == FULL)],
+            104,
+        )
+        for budget in sorted(rows["kv_budget"].dropna().unique())
+    ]
+    notes = [
+        "Teacher-forced: the model's own choice in place of a value that was told once, and not restated since. n = "
+        f"look-ups; below {FEWEST_LOOK_UPS} there is no point. Whiskers: 95 % interval (Wilson).",
+        *caveat_of(model),
+    ]
+    heading = banner("facts told once", model)
+    return lines_figure(panels, heading, notes, "Distance from the told value (tokens)", ticks, below=0.75)
+
+
+def fact_table(facts: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of fact_figure as text."""
+    rows = required(facts, FACT_COLUMNS, "the look-ups", FACT_COLUMNS[2:])
+    rows = rows.sort_values(["kv_budget", "distance_low", "right"], ascending=[True, True, False], kind="stable")
+    return pd.DataFrame(
+        {
+            "KV budget": rows["kv_budget"].map(budget_text),
+            "Distance (tokens)": [f"{row.distance_low}–{row.distance_high - 1}" for row in rows.itertuples()],
+            "Arm": rows["arm"].where(rows["kv_budget"].notna(), FULL),
+            "n": rows["n"].map(str),
+            "Known (%) with 95 % interval": [
+                f"{row.right:.1f} ({row.low:.1f} to {row.high:.1f})" for row in rows.itertuples()
+            ],
+        }
+    ).reset_index(drop=True)
