@@ -210,9 +210,7 @@ class GeneralModel:
     def __init__(self, model: nn.Module, policy: Policy, n_rows: int, n_slots: int, n_positions: int):
         self.model, self.config = model, text_config(model)
         self.family = self.config.model_type
-        check_config(self.config, n_positions)
-        if not model._can_set_attn_implementation():
-            raise ConfigError(f"{self.family} has an attention that transformers lets nobody set; use another model")
+        check_decodes(model, n_positions)
         self.reads_hidden = type(policy).creation_score is not Policy.creation_score
         self.options = {"output_hidden_states": True} if self.reads_hidden else {}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -378,8 +376,11 @@ def in_a_sentence(family: str) -> Iterator[None]:
         raise ConfigError(f"{family} does not decode through kvlib ({reason}); use another model") from error
 
 
-def check_config(config, n_positions: int) -> None:
-    """Raise ConfigError for what a trial could not show: other kinds of layers, positions beyond what they are for."""
+def check_decodes(model: nn.Module, n_positions: int) -> None:
+    """Raise ConfigError for what is known without a forward: kinds of attention and layers, the end of positions."""
+    config = text_config(model)
+    if not model._can_set_attn_implementation():
+        raise ConfigError(f"{config.model_type} has an attention that transformers lets nobody set; use another model")
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if odd:
         raise ConfigError(f"{config.model_type} has layers of type {', '.join(odd)}, which kvlib does not decode")

@@ -76,6 +76,11 @@ def make_plan(study: Study, given: argparse.Namespace) -> None:
     n_done = sum(state.state == "done" for state in states)
     print(plan_text(study.grid, study.seed, cost, study.workers(given.jobs), n_done), flush=True)
     faults = all_faults(study, given.jobs, charts=True) if n_done < len(states) else []
+    if n_done < len(states) and not faults:
+        from kvlib.cell import prepare  # torch
+
+        for model, config in {config.model: config for config in study.cells.values()}.items():
+            print(f"decoding    {model} by the {prepare(config).step}")
     print("\n  - ".join(["\nmissing", *faults, *relative_to(study)]) if faults else "\nnothing is missing")
 
 

@@ -115,7 +115,8 @@ def test_what_wraps_a_model_takes_part(changed):
     model = changed(copy.deepcopy(plain))
     expected = {request.id: alone(model, request.prompt, 16) for request in requests}
     assert expected != before, "the change did not matter"
-    done = decode(model, Full(), None, requests, n_rows=2, max_new_tokens=16)
+    # One row, because dynamic int8 takes its scale from all rows of a step.
+    done = decode(model, Full(), None, requests, n_rows=1, max_new_tokens=16)
     assert {name: one.tokens for name, one in done.items()} == expected
 
 
