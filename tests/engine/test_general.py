@@ -8,14 +8,19 @@ import torch
 from conftest import as_requests, decode, prompts, reversed_heads, small_policy
 from families import ALL_FULL, GPT2, LONGROPE, MLA, SLIDING, random_family
 from torch import nn
+from transformers import AutoTokenizer
 
+import kvlib
 from kvlib import invariants
+from kvlib.cell import prepare, run
+from kvlib.config import RunConfig
 from kvlib.engine import attention, general
 from kvlib.engine.fast import why_not_fast
 from kvlib.engine.general import GeneralModel
 from kvlib.engine.probe import probe
 from kvlib.errors import ConfigError
 from kvlib.invariants import check_policy, random_model
+from kvlib.models import TINY
 from kvlib.policies import PRESETS, Full, KNorm, View, make_policy
 
 
@@ -216,6 +221,31 @@ def test_the_probe_sees_a_dead_slot_that_is_read(monkeypatch):
     monkeypatch.setattr(general, "attention", blind)
     with pytest.raises(ConfigError, match="decodes in another way through kvlib than alone"):
         probe(model)
+
+
+def test_the_one_call_decodes_a_family_and_refuses_what_decodes_wrongly():
+    model, prompt = random_family("gpt_oss"), prompts(1)[0]
+    done = kvlib.generate(model, prompt, policy="full", kv_budget=None, max_new_tokens=12, temperature=0.0)
+    assert done.tokens == alone(model, prompt, 12)
+    with pytest.raises(ConfigError, match="decodes in another way"):
+        kvlib.generate(random_family("bert", is_decoder=False), prompt, max_new_tokens=12, temperature=0.0)
+
+
+def test_the_plan_and_the_record_say_which_step_decodes(tmp_path):
+    tiny = RunConfig(model="tiny", n_problems=1, max_new_tokens=8, kv_budget=None, policy="full")
+    assert prepare(tiny).step == "fast step"
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    for name, given in (("lfm2", {}), ("mistral", {"sliding_window": 8})):
+        random_family(name, torch.float32, **ends, **given).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    config = dataclasses.replace(tiny, model=str(tmp_path / "lfm2"))
+    assert prepare(config).step.startswith("general step (the model is a Lfm2ForCausalLM)")
+    cost = run(config, tmp_path / "run")["cost"]
+    assert (cost["step"], cost["kv_bytes"]) == ("general", cost["bytes_by_layer"]["full_attention"])
+    assert cost["bytes_by_layer"]["state"] == config.batch_size * 32 * 3 * 4
+    with pytest.raises(ConfigError, match="no layer attends to all tokens, so there is nothing to evict"):
+        prepare(dataclasses.replace(tiny, model=str(tmp_path / "mistral")))
 
 
 @pytest.mark.parametrize(
