@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.evict import Round, evict, look
 from kvlib.errors import ConfigError
@@ -44,7 +43,6 @@ def random_model(family: str = "qwen2") -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model(config(**SHAPE, **extra)).double().eval()
-    model.set_attn_implementation(IMPLEMENTATION)
     return model
 
 
@@ -153,11 +151,9 @@ class _Checks:
         kv_budget = next((budget for budget in budgets if _holds(policy, budget)), None)
         if kv_budget is None:
             return "no budget below the length of the trace can hold what is protected"
-        n_recent = policy.recent(kv_budget)
         for done in self.decode(policy, kv_budget, self.requests).values():
-            first = max(2, len(done.request.prompt))
             for seen, kept in done.kept:
-                wanted = {*range(first), *range(seen - n_recent, seen)}
+                wanted = set(policy.protected(kv_budget, len(done.request.prompt), seen))
                 for layer, heads in enumerate(kept):
                     for head, positions in enumerate(heads):
                         if not wanted <= set(positions):
