@@ -1,4 +1,4 @@
-# The cells of one grid; `make charts` calls it through kvlib.study.engine. On a Slurm cluster:
+# The cells of one grid; `make charts` calls it through kvlib.study. On a Slurm cluster:
 #   make plan PROFILE=r1-qwen     first: what is missing
 #   snakemake --executor slurm --jobs 20 --retries 2 --rerun-incomplete --keep-going \
 #       --config grid=notebooks/r1-qwen.yml seed=0
@@ -12,33 +12,34 @@
 import contextlib
 import functools
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 from kvlib.config import load_grid
 from kvlib.errors import ConfigError
-from kvlib.record import notebook_sha256
 
 ROOT = Path(workflow.basedir)
-GRID = load_grid(ROOT / config.get("grid", "notebooks/tiny.yml"))
-RUNS = ROOT / config.get("runs", "runs") / GRID.study
+ASKED = {**json.loads(os.environ.get("KVLIB_STUDY", "{}")), **config}
+GRID = load_grid(ROOT / ASKED.get("grid", "notebooks/tiny.yml"))
+RUNS = ROOT / ASKED.get("runs", "runs") / GRID.study
 NOTEBOOK = GRID.path.parent / "30_run.ipynb"
-CELLS = {cell.cell_path: cell for cell in GRID.cells(int(config.get("seed", 0)))}
+CELLS = GRID.folders(int(ASKED.get("seed", 0)))
 
 RUNS.mkdir(parents=True, exist_ok=True)
 workdir: str(RUNS)
 
 @functools.cache
 def fingerprints() -> dict[str, str]:
-    """What decides each cell's samples: config, notebook, data, weights, predictor. Asked for before any job runs."""
-    from kvlib.cell import run_fingerprint  # torch, seconds
+    """What decides each cell's samples: config, data, weights, predictor. Asked for before any job runs."""
+    from kvlib.cell import run_fingerprints  # torch, seconds
 
-    found, code = {}, notebook_sha256(NOTEBOOK)
+    found = {}
     with contextlib.chdir(GRID.path.parent):  # a relative path in a grid is relative to the grid
         for path, cell in CELLS.items():
             try:
-                found[path] = run_fingerprint(cell, code)
+                found[path] = run_fingerprints(cell)[0]
             except ConfigError as error:  # the cell command says it too, and the other cells go on
                 found[path] = str(error)
     return found

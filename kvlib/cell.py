@@ -5,14 +5,15 @@ import functools
 import gc
 import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kvlib.config import RunConfig
 from kvlib.engine import noise
-from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError, GpuMemoryError
@@ -22,7 +23,8 @@ from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.stats import pass_at_1
 from kvlib.tasks.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
-from kvlib.tasks.grade import verdicts
+from kvlib.tasks.grade import AFTER_THINKING, verdicts
+from kvlib.tasks.metrics import agreement_of
 
 INSTRUCTIONS = {
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
@@ -30,10 +32,25 @@ INSTRUCTIONS = {
 }
 
 
-def check(config: RunConfig, policy: Policy | None = None) -> None:
-    """Raise ConfigError for an unknown or missing model, dataset, policy or setting, before any model is loaded.
+NOTEBOOK_OF_OLD = "3e0abdf0ad6c7eb5c5798437da3a4d68e1325e03398b5aa9102cc21ac594df9b"
+"""Hash of the run notebook while its code was a part of the fingerprint."""
 
-    Its message has a line for each. policy: one of your own, instead of the preset config.policy.
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cell that can run: its policy, its problems, and a request per problem and sample, in order."""
+
+    policy: Policy
+    problems: tuple[Problem, ...]
+    requests: list[Request]
+    fingerprints: tuple[str, ...]
+
+
+def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
+    """Check a cell and encode its prompts, before any model is loaded.
+
+    policy: one of your own, instead of the preset config.policy. Raises ConfigError with a line for each fault: an
+    unknown or missing model, dataset, policy or setting, no such device, a prompt that the KV budget cannot hold.
     """
     faults = []
 
@@ -45,65 +62,61 @@ def check(config: RunConfig, policy: Policy | None = None) -> None:
 
     attempt(check_model, config.model)
     attempt(check_dataset, config.dataset)
-    policy = policy or attempt(make_policy, config.policy, **config.policy_options)
-    if policy:
-        attempt(check_fitted, policy, config.model)
+    chosen = policy or attempt(make_policy, config.policy, **config.policy_options)
+    if chosen:
+        attempt(check_fitted, chosen, config.model)
         if config.kv_budget is not None:
-            attempt(policy.check, config.kv_budget, 0, config.dataset)
+            attempt(chosen.check, config.kv_budget, 0, config.dataset)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         faults.append(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
     if faults:
         raise ConfigError("\n".join(faults))
+    problems, prompts = prompts_of(config)
+    requests = as_requests(config, problems, prompts)
+    check_lengths(chosen, config.kv_budget, requests)
+    return Prepared(chosen, problems, requests, run_fingerprints(config, policy))
 
 
-def check_prompts(configs: Iterable[RunConfig]) -> None:
-    """Raise ConfigError with a line for each config that has a prompt its KV budget cannot hold; loads no model."""
-    faults, longest = [], {}
-    for config in configs:
-        of = (config.model, config.dataset, config.n_problems)
-        if of not in longest:
-            one_each = dataclasses.replace(config, n_samples=1)
-            requests = requests_of(
-                one_each, load_problems(config.dataset, config.n_problems), tokenizer_of(config.model)
-            )
-            longest[of] = max(requests, key=lambda request: len(request.prompt))
-        if config.kv_budget is not None:
-            policy, request = make_policy(config.policy, **config.policy_options), longest[of]
-            try:
-                policy.check(config.kv_budget, len(request.prompt), request.id)
-            except ConfigError as error:
-                faults.append(f"{config.cell_path}: {error}")
-    if faults:
-        raise ConfigError("\n".join(faults))
+def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[str, ...]:
+    """Hash of all that decides a cell's samples: config, dataset, weights and what was fitted to them.
 
-
-tokenizer_of = functools.cache(load_tokenizer)
-
-
-def run_fingerprint(config: RunConfig, notebook_sha256: str, policy: Policy | None = None) -> str:
-    """Hash of all that decides a cell's samples: config, notebook, dataset, weights and what was fitted to them.
-
-    Of a policy that is given, its settings and its source code too.
+    Of a policy that is given, its settings and its source code too. The second is how an older kvlib wrote the same.
     """
     own = {} if policy is None else {"policy": policy_source(policy)}
     policy = policy or make_policy(config.policy, **config.policy_options)
-    return fingerprint(
-        {
-            "config": config.parameters(),
-            "notebook": notebook_sha256,
-            "dataset": dataset_sha256(config.dataset, config.n_problems),
-            "model": weights_sha256(config.model),
-            "predictor": None,
-            **check_fitted(policy, config.model),
-            **own,
-        }
-    )
+    parts = {
+        "config": config.parameters(),
+        "dataset": dataset_sha256(config.dataset, file_state(config.dataset), config.n_problems),
+        "model": weights_sha256(config.model),
+        "predictor": None,
+        **check_fitted(policy, config.model),
+        **own,
+    }
+    return tuple(fingerprint({**parts, "notebook": notebook}) for notebook in ("", NOTEBOOK_OF_OLD))
+
+
+def file_state(name: str) -> tuple | None:
+    """Tells a file from the same file changed; None for what is no file. Keys what is kept of it in memory."""
+    path = Path(name).absolute()
+    return (path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+# A grid asks for hundreds of cells of one dataset.
+@functools.cache
+def dataset_sha256(name: str, state: tuple | None, n_problems: int | None) -> str:
+    return content_sha256(load_problems(name, n_problems))
+
+
+def prompts_of(config: RunConfig) -> tuple[tuple[Problem, ...], tuple[tuple[int, ...], ...]]:
+    """A cell's problems and the prompt of each. Raises ConfigError for a prompt that a problem's kind has not."""
+    dataset = (config.dataset, file_state(config.dataset), config.n_problems)
+    return _prompts(config.model, weights_sha256(config.model), *dataset, config.prompt)
 
 
 @functools.cache
-def dataset_sha256(name: str, n_problems: int | None) -> str:
-    """Of the problems; kept, because a comparison asks for hundreds of cells of one dataset."""
-    return content_sha256(load_problems(name, n_problems))
+def _prompts(model: str, weights: str, dataset: str, state: tuple | None, n_problems: int | None, prompt: str):
+    problems, reasoner = tuple(load_problems(dataset, n_problems)), load_tokenizer(model)
+    return problems, tuple(prompt_of(problem, prompt, reasoner) for problem in problems)
 
 
 def policy_source(policy: Policy) -> dict:
@@ -123,25 +136,36 @@ def policy_source(policy: Policy) -> dict:
     return {"name": type(policy).__name__, "settings": plain, "methods": methods}
 
 
-def requests_of(config: RunConfig, problems: list[Problem], reasoner: Reasoner) -> list[Request]:
+def requests_of(config: RunConfig, problems: Sequence[Problem], reasoner: Reasoner) -> list[Request]:
     """One request per problem and sample, in order; its noise depends on seed, problem and sample only.
 
     A benchmark is asked through the chat template. Raises ConfigError for a prompt that a problem's kind has not.
     """
+    return as_requests(config, problems, [prompt_of(problem, config.prompt, reasoner) for problem in problems])
+
+
+def as_requests(config: RunConfig, problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]]) -> list[Request]:
     return [
         Request(f"{problem.id}/{sample}", prompt, noise.key(config.seed, problem.id, sample))
-        for problem in problems
-        for prompt in [prompt_of(problem, config.prompt, reasoner)]
+        for problem, prompt in zip(problems, prompts, strict=True)
         for sample in range(config.n_samples)
     ]
 
 
 def prompt_of(problem: Problem, prompt: str, reasoner: Reasoner) -> tuple[int, ...]:
-    if problem.kind != "chain":
+    if problem.kind == "chain":
+        if prompt != "bare":
+            raise ConfigError(
+                f"prompt is {prompt!r} and {problem.id} is a chain, which has no box; set prompt to 'bare'"
+            )
+        return reasoner.encode(problem.question)
+    try:
         return reasoner.encode_problem(problem.question, INSTRUCTIONS[problem.kind] if prompt == "boxed" else "")
-    if prompt != "bare":
-        raise ConfigError(f"prompt is {prompt!r} and {problem.id} is a chain, which has no box; set prompt to 'bare'")
-    return reasoner.encode(problem.question)
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise ConfigError(
+            f"the model's tokenizer has no words for {problem.id} ({error}); use a model that reads text, or, with "
+            "'tiny', the datasets chain-a to chain-d"
+        ) from error
 
 
 def build_decoder(
@@ -149,17 +173,15 @@ def build_decoder(
 ) -> Decoder:
     """A decoder of config.batch_size rows. Raises ConfigError naming the first prompt that does not fit the budget."""
     policy = policy or make_policy(config.policy, **config.policy_options)
-    check_lengths(policy, config.kv_budget, requests)
     settings = {
         "n_rows": config.batch_size,
-        "n_prompt_max": max(len(request.prompt) for request in requests),
         "max_new_tokens": config.max_new_tokens,
         "sampling": Sampling(config.temperature, config.top_p, config.top_k),
         "eos_ids": reasoner.eos_ids,
         "answer_id": reasoner.answer_id,
     }
     policy = fit(policy, config.model, reasoner)
-    return Decoder(reasoner.model, policy, config.kv_budget, **{**settings, **options})
+    return decoder_for(reasoner.model, policy, config.kv_budget, requests, **{**settings, **options})
 
 
 def check_lengths(policy: Policy, kv_budget: int | None, requests: list[Request]) -> None:
@@ -177,7 +199,7 @@ def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -
         "problem": problem.id,
         "sample": int(completion.request.id.rsplit("/", 1)[1]),
         "output": output,
-        **verdicts(problem, output, completion.stop == "length"),
+        **verdicts(problem, output, completion.stop == "length", reasoner.answer_id is not None),
         "n_prompt": len(completion.request.prompt),
         "n_tokens": len(completion.tokens),
         "stop": completion.stop,
@@ -185,6 +207,13 @@ def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -
         "peak_slots": max(completion.held),
         "rounds": completion.rounds,
     }
+
+
+def regraded(sample: dict, by_id: dict[str, Problem], reasoner: Reasoner) -> dict:
+    """A sample, graded again where an older kvlib looked for a `</think>` that the tokenizer has not."""
+    if reasoner.answer_id is not None or "strict_rule" in sample or "strict_correct" not in sample:
+        return sample
+    return sample | verdicts(by_id[sample["problem"]], sample["output"], sample["stop"] == "length", thinks=False)
 
 
 def results_of(samples: list[dict]) -> dict:
@@ -213,7 +242,10 @@ def results_of(samples: list[dict]) -> dict:
 
 def strict_results_of(samples: list[dict]) -> dict:
     rate, low, high = pass_at_1((s["problem"], s["strict_correct"]) for s in samples)
+    own = {"scorer_n_correct": sum(s["scorer_correct"] for s in samples)} if "scorer_correct" in samples[0] else {}
     return {
+        **own,
+        "strict_rule": samples[0].get("strict_rule", AFTER_THINKING),
         "strict_n_correct": sum(s["strict_correct"] for s in samples),
         "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
         "strict_pass_at_1": rate,
@@ -227,7 +259,7 @@ def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
     """By verdict ("correct", ...) and problem, a 1 or 0 per sample: what pairwise comparison needs, without a text."""
     found = {}
     for sample in samples:
-        for name in ("correct", "strict_correct"):
+        for name in ("correct", "strict_correct", "scorer_correct"):
             if name in sample:
                 by_problem = found.setdefault(name, {})
                 by_problem[sample["problem"]] = by_problem.get(sample["problem"], "") + str(int(sample[name]))
@@ -237,7 +269,6 @@ def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
 def run(
     config: RunConfig,
     folder: Path | str,
-    notebook_sha256: str = "",
     progress: Callable[[int, int], None] | None = None,
     policy: Policy | None = None,
 ) -> dict:
@@ -249,29 +280,25 @@ def run(
     moves them aside. progress is called with (samples done, samples in all). Returns the record.
     Raises ConfigError before the first token if the config cannot run.
     """
-    check(config, policy)
+    cell = prepare(config, policy)
     torch.set_num_threads(config.threads)
     try:
         reasoner = load_reasoner(config.model, config.dtype, config.device)
     except torch.OutOfMemoryError as error:
         raise GpuMemoryError(f"the GPU has no room for {config.model}: free it, or use a larger one") from error
-    problems = load_problems(config.dataset, config.n_problems)
-    by_id = {problem.id: problem for problem in problems}
-    requests = requests_of(config, problems, reasoner)
-    # Before older samples are moved aside.
-    check_lengths(policy or make_policy(config.policy, **config.policy_options), config.kv_budget, requests)
+    by_id = {problem.id: problem for problem in cell.problems}
+    requests = cell.requests
     meter = Meter(config.device)
-    mark = run_fingerprint(config, notebook_sha256, policy)
+    mark, *older = cell.fingerprints
     header = {"fingerprint": mark, "config": config.parameters()}
     header["provenance"] = {**provenance(), "model": reasoner.sha256}
     started = time.monotonic()
-    with SampleLog(folder, header) as log:
+    with SampleLog(folder, header, older) as log:
         n_before = len(log.done)
 
         def decoded(n_rows: int) -> Decoder:
-            decoder = build_decoder(config, reasoner, requests, policy, meter=meter, n_rows=n_rows)
-            queues = [[r for r in requests[row::n_rows] if r.id not in log.done] for row in range(n_rows)]
-            for completion in generate(decoder, queues):
+            decoder = build_decoder(config, reasoner, requests, cell.policy, meter=meter, n_rows=n_rows)
+            for completion in completions(decoder, requests, set(log.done)):
                 problem = by_id[completion.request.id.rsplit("/", 1)[0]]
                 log.append({**sample_entry(completion, problem, reasoner), "n_rows": n_rows})
                 if progress:
@@ -279,20 +306,23 @@ def run(
             return decoder
 
         decoder = halved_once(config, log.done, decoded)
-        samples = [log.done[request.id] for request in requests]
-        n_rows = len(decoder.current)
+        samples = [regraded(log.done[request.id], by_id, reasoner) for request in requests]
+        n_rows = len(decoder.rows)
         return publish(
             folder,
             {
                 "kind": "cell",
-                "fingerprint": mark,
+                "fingerprint": log.header["fingerprint"],
                 "config": config.parameters(),
                 "provenance": {"finished": provenance(), "started": log.header["provenance"]},
                 "dataset": dataset_source(config.dataset),
                 "results": results_of(samples),
                 "verdicts": verdicts_of(samples),
+                "agreement": agreement_of(samples),
                 "cost": {
+                    "step": decoder.model.name,
                     "kv_bytes": decoder.cache.nbytes(),
+                    "bytes_by_layer": decoder.model.nbytes(),
                     "slots_per_row": decoder.cache.shape.n_slots,
                     "n_rows": n_rows,
                     "batch_halved": n_rows < config.batch_size,

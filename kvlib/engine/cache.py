@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from kvlib.kernels.compact import compact
+from kvlib.policies.base import Policy
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What decides the memory of a cache. `shared_layers` and `shared_heads`: one slot map for all of them."""
+    """What decides the memory of a cache. `shared_layers` and `shared_heads`: one slot map for all of them.
+
+    head_dim: of keys and queries, and of values unless they have a value_dim of their own.
+    """
 
     n_layers: int
     n_rows: int
@@ -22,6 +26,7 @@ class CacheShape:
     shared_heads: bool = False
     n_queries: int = 0
     state_names: tuple[str, ...] = ()
+    value_dim: int | None = None
 
     @property
     def slot_map(self) -> tuple[int, int, int, int]:
@@ -33,11 +38,24 @@ class CacheShape:
     def nbytes(self, itemsize: int) -> int:
         """Bytes of keys, values, the query ring (itemsize each), positions (int32) and policy state (float32)."""
         L, B, H, D = self.n_layers, self.n_rows, self.n_kv_heads, self.head_dim
-        keys_and_values = 2 * L * B * H * self.n_slots * D * itemsize
+        keys_and_values = L * B * H * self.n_slots * (D + (self.value_dim or D)) * itemsize
         ring = L * B * self.n_query_heads * self.n_queries * D * itemsize
         layers, _, heads, N = self.slot_map
         per_slot = 4 * (1 + len(self.state_names)) * layers * B * heads * N
         return keys_and_values + ring + per_slot
+
+
+def cache_shape(policy: Policy, n_rows: int, n_slots: int, **of_model: int) -> CacheShape:
+    """The cache that a policy needs; of_model: CacheShape's layers, heads and widths."""
+    return CacheShape(
+        n_rows=n_rows,
+        n_slots=n_slots,
+        shared_layers=policy.share in ("head_across_layers", "model") or not policy.evicts,
+        shared_heads=policy.share in ("layer", "model") or not policy.evicts,
+        n_queries=policy.n_queries,
+        state_names=policy.state_names,
+        **of_model,
+    )
 
 
 class SlotCache:
@@ -52,7 +70,7 @@ class SlotCache:
         self.shape = shape
         L, B, H, N, D = shape.n_layers, shape.n_rows, shape.n_kv_heads, shape.n_slots, shape.head_dim
         self.keys = torch.zeros(L, B, H, N, D, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.values = self.keys.new_zeros(L, B, H, N, shape.value_dim or D)
         self.positions = torch.full(shape.slot_map, -1, dtype=torch.int32, device=device)
         self.state = {name: torch.zeros(shape.slot_map, device=device) for name in shape.state_names}
         self.ring = torch.zeros(L, B, shape.n_query_heads, shape.n_queries, D, dtype=dtype, device=device)

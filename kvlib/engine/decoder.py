@@ -1,65 +1,24 @@
 """Prefill and decode under a KV budget: the loop, the eviction clock, sampling and row refill."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.engine.attention import PrefillStep
-from kvlib.engine.cache import CacheShape, SlotCache
 from kvlib.engine.evict import Round, evict
-from kvlib.engine.graph import Graph
-from kvlib.engine.layers import DecodeLayers, fuse
+from kvlib.engine.graph import Graph, Pool
 from kvlib.engine.meter import Meter
+from kvlib.engine.rows import Completion, Request, Rows
 from kvlib.engine.sampling import Sampling
+from kvlib.engine.step import step_for
 from kvlib.errors import ConfigError
 from kvlib.policies import Policy
 
+ROUND_BYTES = 2**29
+"""Of the keys, in float32, that a policy looks at together in a round; what it makes of them is a few times that."""
 FINISH_LAG = 8
 """Steps between two looks at the end-of-sequence flags, for which the host waits."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sample to decode: prompt ids, and the key of its noise (kvlib.engine.noise.key)."""
-
-    id: str
-    prompt: tuple[int, ...]
-    noise_key: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A decoded request. tokens end with the end-of-sequence id iff stop is "eos".
-
-    held: slots per KV head in use after each token; rounds: evictions. kept, if traced: after each round, the number
-    of tokens seen and the surviving positions, ascending, by layer and KV head (one where the keep set is shared).
-    """
-
-    request: Request
-    tokens: tuple[int, ...]
-    stop: str
-    held: tuple[int, ...]
-    rounds: int
-    kept: tuple[tuple[int, list[list[list[int]]]], ...] = ()
-
-
-def cache_shape(config, policy: Policy, n_rows: int, n_slots: int) -> CacheShape:
-    """The cache that a policy needs for a model of this transformers config."""
-    return CacheShape(
-        n_layers=config.num_hidden_layers,
-        n_rows=n_rows,
-        n_kv_heads=config.num_key_value_heads,
-        n_query_heads=config.num_attention_heads,
-        n_slots=n_slots,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        shared_layers=policy.share in ("head_across_layers", "model") or not policy.evicts,
-        shared_heads=policy.share in ("layer", "model") or not policy.evicts,
-        n_queries=policy.n_queries,
-        state_names=policy.state_names,
-    )
 
 
 class Decoder:
@@ -99,13 +58,15 @@ class Decoder:
                 f"reindex turns stored keys again in each round, and in {model.dtype} their rounding adds up to noise; "
                 "use dtype float32, or reindex=False"
             )
-        self.model, self.policy, self.kv_budget, self.sampling = model, policy, kv_budget, sampling
-        self.max_new_tokens, self.trace = max_new_tokens, trace
-        self.device = next(model.parameters()).device
+        self.policy, self.kv_budget, self.sampling = policy, kv_budget, sampling
+        self.trace = trace
+        self.rows = Rows(policy, kv_budget, n_rows, max_new_tokens)
+        n_positions = n_prompt_max + max_new_tokens
+        n_slots = n_positions if kv_budget is None else kv_budget + 1
+        self.model = step_for(model, policy, n_rows, n_slots, n_positions)
+        self.cache = self.model.cache
+        self.device = self.cache.keys.device
         self.meter = meter or Meter(self.device)
-        n_slots = n_prompt_max + max_new_tokens if kv_budget is None else kv_budget + 1
-        self.cache = SlotCache(cache_shape(model.config, policy, n_rows, n_slots), model.dtype, self.device)
-        self.layers = DecodeLayers(model)
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.answer_id = answer_id
 
@@ -117,24 +78,16 @@ class Decoder:
         self.done, self.answering, self.live = zeros(torch.bool), zeros(torch.bool), zeros(torch.bool)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.output = torch.zeros(n_rows, max_new_tokens + 1, dtype=torch.int64, device=self.device)
-        self.current: list[Request | None] = [None] * n_rows
-        self.n_prompt = np.zeros(n_rows, dtype=np.int64)
-        self.n_made = np.zeros(n_rows, dtype=np.int64)
-        self.length = np.zeros(n_rows, dtype=np.int64)
-        self.history = np.zeros((n_rows, max_new_tokens), dtype=np.int32)
-        self.rounds_at: list[list[int]] = [[] for _ in range(n_rows)]
-        self.kept: list[list[tuple[int, list]]] = [[] for _ in range(n_rows)]
-        self.limit = np.zeros(n_rows, dtype=np.int64)
         self.was_live = np.zeros(n_rows, dtype=bool)
-        self.inv_freq = model.base_model.rotary_emb.inv_freq
-        self.head = fuse(model.get_output_embeddings())
-        self.logits = torch.zeros(n_rows, len(self.head.weight), dtype=model.dtype, device=self.device)
+        self.logits = torch.zeros(n_rows, self.model.vocab_size, dtype=self.cache.keys.dtype, device=self.device)
         self.n_max = 1
         # Their replays follow one another on one stream, so they can share what they allocate inside.
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.forward = Graph("forward", Decoder._forward, self.device, self.pool)
+        self.pool = Pool() if self.device.type == "cuda" else None
+        self.forward = Decoder._forward  # of the general step n_max is a part, and its modules may wait for the device
+        if self.model.name == "fast":
+            self.forward = Graph("forward", Decoder._forward, self.device, self.pool)
         self.sample = Graph("sampling", Decoder._sample, self.device, self.pool)
-        self.rounds: dict[int, tuple[Tensor, Round, Graph]] = {}
+        self.round_graphs: dict[int, tuple[Tensor, Round, Graph]] = {}
 
     @torch.inference_mode()
     def admit(self, row: int, request: Request) -> None:
@@ -143,62 +96,51 @@ class Decoder:
         if self.kv_budget is not None:
             self.policy.check(self.kv_budget, P, request.id)
         with self.meter.phase("prefill"):
-            ids = torch.tensor([request.prompt], device=self.device)
-            step = PrefillStep(self.cache, row, P)
-            positions = torch.arange(P, device=self.device)[None]
-            hidden = self.model.base_model(
-                input_ids=ids, position_ids=positions, past_key_values=step, use_cache=True, kv_step=step
-            ).last_hidden_state[0]
+            ids = torch.tensor(request.prompt, device=self.device)
+            hidden, logits = self.model.prefill(row, ids)
+            self._check(logits)
             self.answering[row] = False
-            for name, score in self._creation_scores(hidden, ids[0], torch.zeros_like(ids[0], dtype=torch.bool)):
+            for name, score in self._creation_scores(hidden, ids, torch.zeros_like(ids, dtype=torch.bool)):
                 self.cache.state[name][:, row, :, :P] = score.transpose(1, 2)
             self.noise_key[row], self.done[row] = request.noise_key, False
             self.position[row] = self.first[row] = P
-            logits = self._logits(hidden[-1:])
             self.token[row] = self.sampling(
-                logits, self.noise_key[row, None], torch.zeros_like(self.position[row, None])
+                logits[None], self.noise_key[row, None], torch.zeros_like(self.position[row, None])
             )[0]
             self.output[row, 0] = self.token[row]
             self.done[row] = torch.isin(self.token[row], self.eos)
-        self.current[row] = request
-        self.n_prompt[row], self.n_made[row], self.length[row] = P, 1, P
-        if self.kv_budget is not None:
-            self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, P, P))
-        self.history[row, 0] = P
-        self.rounds_at[row], self.kept[row] = [], []
+        self.rows.admit(row, request)
 
     @torch.inference_mode()
     def step(self) -> None:
         """Feed every row's last token, evict where a row is over its budget, sample the next token."""
-        live = np.array([request is not None for request in self.current]) & (self.n_made < self.max_new_tokens)
+        rows = self.rows
+        live = rows.live
         if (live != self.was_live).any():
             self.live.copy_(torch.from_numpy(live))
             self.was_live = live
-        self.n_max = int(self.length.max()) + 1
+        self.n_max = int(rows.n_held.max()) + 1
         with self.meter.phase("forward"):
             self.forward(self)
         with self.meter.phase("evict"):
-            self.length += live
-            if self.kv_budget is not None:
-                due = live & (self.length > self.limit)
-                for n_live in np.unique(self.length[due]):
-                    self._evict(np.flatnonzero(due & (self.length == n_live)), int(n_live))
+            rows.n_held += live
+            for due, n_live in rows.due(live):
+                self._evict(due, n_live)
         with self.meter.phase("sample"):
             self.sample(self)
-        rows = np.flatnonzero(live)
-        self.history[rows, self.n_made[rows]] = self.length[rows]
-        self.n_made += live
+        rows.made(live)
 
     def _forward(self) -> None:
         """The logits after every row's last token, which takes the row's next slot."""
         cache = self.cache
-        hidden = self.layers(self.token, self.position, cache, self.n_max)
+        hidden, logits = self.model.step(self.token, self.position, self.n_max)
+        self._check(logits)
         if self.answer_id is not None:
             self.answering |= self.token == self.answer_id
         for name, score in self._creation_scores(hidden, self.token, self.answering):
             cache.state[name][:, cache.rows, :, cache.lengths] = score.transpose(0, 1)
         cache.lengths += self.live
-        self.logits.copy_(self._logits(hidden))
+        self.logits.copy_(logits)
 
     def _sample(self) -> None:
         made = self.position - self.first + 1
@@ -207,75 +149,68 @@ class Decoder:
         self.output.scatter_(1, made[:, None], self.token[:, None])
         self.done |= torch.isin(self.token, self.eos)
 
-    def finished(self) -> list[tuple[int, Completion]]:
+    def finished(self, watch: "Watch | None" = None) -> list[tuple[int, Completion]]:
         """Rows that ended, as (row, Completion), now idle. Waits for the device."""
         if not self.finite.item():
             raise FloatingPointError(
                 "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
             )
-        done = self.done.cpu().numpy() | (self.n_made >= self.max_new_tokens)
-        ended = [row for row in np.flatnonzero(done) if self.current[row] is not None]
-        completions = [(row, self._completion(row)) for row in ended]
-        for row in ended:
-            self.current[row] = None
+        rows, eos = self.rows, set(self.eos.tolist())
+        ended = self.done.cpu().numpy() | (rows.n_made >= rows.max_new_tokens)
+        seen = [row for row, request in enumerate(rows.requests) if request is not None and (watch or ended[row])]
+        made = {}
+        for row in seen:
+            tokens = self.output[row, : rows.n_made[row]].tolist()
+            made[row] = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos), None)]
+        stops = watch([(rows.requests[row], made[row]) for row in seen]) if watch and seen else {}
+        completions = []
+        for row in seen:
+            n, tokens = stops.get(rows.requests[row].id), made[row]
+            if n is not None:
+                completions.append((row, rows.completion(row, tokens[:n], "stopped")))
+            elif ended[row]:
+                completions.append((row, rows.completion(row, tokens, "eos" if tokens[-1] in eos else "length")))
+        for row, _ in completions:
+            rows.requests[row] = None
         return completions
 
-    def _completion(self, row: int) -> Completion:
-        tokens = self.output[row, : self.n_made[row]].tolist()
-        eos = set(self.eos.tolist())
-        n = next((i + 1 for i, token in enumerate(tokens) if token in eos), None)
-        stop, n = ("length", len(tokens)) if n is None else ("eos", n)
-        seen = int(self.n_prompt[row]) + n
-        return Completion(
-            request=self.current[row],
-            tokens=tuple(tokens[:n]),
-            stop=stop,
-            held=tuple(self.history[row, :n].tolist()),
-            rounds=sum(at < seen for at in self.rounds_at[row]),
-            kept=tuple(kept for kept in self.kept[row] if kept[0] < seen),
-        )
+    def close(self) -> None:
+        """Leave the model as it was before; no step may follow."""
+        self.model.close()
 
     def _evict(self, due: np.ndarray, n_live: int) -> None:
         """A round on the rows `due`, each holding n_live slots."""
-        P, seen = self.n_prompt[due].tolist(), (self.n_prompt[due] + self.n_made[due]).tolist()
-        n_keep = self.n_keep(due, n_live)
+        n_keep = self.rows.n_keep(due, n_live)
         if self.device.type != "cuda":
             self.evict_rows(self.round(due, n_live, n_keep))
-        elif len(due) == len(self.length):
-            self.replay_round(due, n_live, n_keep)
         else:
-            for i in range(len(due)):
-                self.replay_round(due[i : i + 1], n_live, n_keep[i : i + 1])
-        self.length[due] = n_keep
-        for row, n_prompt, n_seen, n in zip(due.tolist(), P, seen, n_keep.tolist(), strict=True):
-            self.limit[row] = min(self.kv_budget, self.policy.limit(self.kv_budget, n_prompt, n))
-            if n < n_live:
-                self.rounds_at[row].append(n_seen)
-                if self.trace:
-                    positions = self.cache.positions[:, row, :, :n].sort(-1).values
-                    self.kept[row].append((n_seen, positions.tolist()))
+            for part in graph_sizes(len(due), len(self.rows)):
+                self.replay_round(due[part], n_live, n_keep[part])
+        for row in self.rows.evicted(due, n_live, n_keep):
+            if self.trace:
+                positions = self.cache.positions[:, row, :, : self.rows.n_held[row]].sort(-1).values
+                self.rows.kept[row].append((self.rows.rounds[row][-1], positions.tolist()))
 
     def evict_rows(self, due: Round) -> None:
-        _, finite = evict(self.cache, self.policy, due)
-        self.finite &= finite
+        """A round, in slices of as many rows as leave its memory small, whatever the policy reads of them."""
+        shape = self.cache.shape
+        row = 4 * shape.n_layers * shape.n_kv_heads * due.n_live * shape.head_dim
+        for part in due.split(max(1, ROUND_BYTES // row)):
+            _, finite = evict(self.cache, self.policy, part)
+            self.finite &= finite
 
     def replay_round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> None:
-        """A round of one row or of all, so that two graphs serve whatever is due; below the budget, a plain round."""
+        """A round of a number of rows that has a graph (graph_sizes); below the budget, a plain round."""
         if n_live != self.kv_budget + 1:
             self.evict_rows(self.round(due, n_live, n_keep))
             return
-        if len(due) not in self.rounds:
+        if len(due) not in self.round_graphs:
             packed = self._packed(due, n_keep)
             graph = Graph(f"a round of {len(due)}", Decoder.evict_rows, self.device, self.pool)
-            self.rounds[len(due)] = packed, self._round_of(packed, n_live), graph
-        packed, fixed, graph = self.rounds[len(due)]
+            self.round_graphs[len(due)] = packed, self._round_of(packed, n_live), graph
+        packed, fixed, graph = self.round_graphs[len(due)]
         packed.copy_(self._packed(due, n_keep))
         graph(self, fixed)
-
-    def n_keep(self, rows: np.ndarray, n_live: int) -> np.ndarray:
-        """Slots that a round on these rows, each holding n_live, would leave now."""
-        counts = zip(self.n_prompt[rows].tolist(), (self.n_prompt[rows] + self.n_made[rows]).tolist(), strict=True)
-        return np.minimum([self.policy.keep(self.kv_budget, *row) for row in counts], min(n_live, self.kv_budget))
 
     def round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> Round:
         """What a round on the rows `due`, each holding n_live slots, would be now."""
@@ -283,9 +218,9 @@ class Decoder:
 
     def _packed(self, due: np.ndarray, n_keep: np.ndarray) -> Tensor:
         """int64 `[5, R]`, sent to the device in one piece: rows, prompt tokens, slots that stay, noise, tokens seen."""
-        noise = [self.current[row].noise_key for row in due]
-        seen = self.n_prompt[due] + self.n_made[due]
-        packed = torch.from_numpy(np.array([due, self.n_prompt[due], n_keep, noise, seen], dtype=np.int64))
+        rows = self.rows
+        noise = [rows.requests[row].noise_key for row in due]
+        packed = torch.from_numpy(np.array([due, rows.n_prompt[due], n_keep, noise, rows.n_seen[due]], dtype=np.int64))
         return packed.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else packed
 
     def _round_of(self, packed: Tensor, n_live: int) -> Round:
@@ -298,15 +233,13 @@ class Decoder:
             n_keep=n_keep,
             noise_key=noise_key,
             n_seen=n_seen,
-            scaling=self.layers.scaling,
-            inv_freq=self.inv_freq,
+            scaling=self.model.scaling,
+            inv_freq=self.model.inv_freq,
         )
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)
-        # One pass: a sum is finite only where every term is.
+    def _check(self, logits: Tensor) -> None:
+        """Note it if a logit is not finite, in one pass: a sum is finite only where every term is."""
         self.finite &= logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
-        return logits
 
     def _creation_scores(self, hidden: Tensor, token_ids: Tensor, answering: Tensor) -> list[tuple[str, Tensor]]:
         """(name, score `[L or 1, B, H or 1]`) of B new tokens."""
@@ -314,20 +247,54 @@ class Decoder:
         return [(name, score if score.dim() == 3 else score[None, :, None]) for name, score in scores.items()]
 
 
-def generate(decoder: Decoder, queues: Sequence[Sequence[Request]]) -> Iterator[Completion]:
-    """Decode `queues[row]`, one queue per row, and yield completions as rows end.
+def graph_sizes(n_due: int, n_rows: int) -> list[slice]:
+    """n_due rows in parts of all rows, or of 1, 2, 4, 8, ... rows, so that few graphs serve whatever is due."""
+    parts, start = [], 0
+    while start < n_due:
+        n = n_rows if n_due == n_rows else 1 << ((n_due - start).bit_length() - 1)
+        parts.append(slice(start, start + n))
+        start += n
+    return parts
 
-    A row takes the next request of its own queue only, so that which row decodes what does not depend on what
-    was decoded before.
+
+Watch = Callable[[list[tuple[Request, list[int]]]], dict[str, int]]
+"""Sees what every row has made so far, and says by request id after how many of these tokens one stops."""
+
+
+def decoder_for(
+    model, policy: Policy, kv_budget: int | None, requests: Sequence[Request], *, n_rows: int | None = None, **settings
+) -> Decoder:
+    """A decoder with room for these requests, in a row each or in n_rows; settings: those of Decoder.
+
+    Greedy, and to the last token, unless settings say otherwise. Raises ConfigError naming the first prompt, longest
+    first, that does not fit into the budget.
     """
-    waiting = [list(reversed(queue)) for queue in queues]
+    longest_first = sorted(requests, key=lambda request: -len(request.prompt))
+    if kv_budget is not None:
+        for request in longest_first:
+            policy.check(kv_budget, len(request.prompt), request.id)
+    settings = {"sampling": Sampling(0.0), "eos_ids": (), **settings}
+    n_prompt_max = len(longest_first[0].prompt)
+    return Decoder(model, policy, kv_budget, n_rows=n_rows or len(requests), n_prompt_max=n_prompt_max, **settings)
+
+
+def completions(
+    decoder: Decoder, requests: Sequence[Request], done: Collection[str] = (), watch: Watch | None = None
+) -> Iterator[Completion]:
+    """Decode the requests but those done (ids), and yield completions as rows end.
+
+    Request i goes to row i mod n_rows, so that which row decodes what does not depend on what was decoded before.
+    watch is called every FINISH_LAG steps.
+    """
+    n_rows = len(decoder.rows)
+    waiting = [[r for r in requests[row::n_rows] if r.id not in done][::-1] for row in range(n_rows)]
     for row, queue in enumerate(waiting):
         if queue:
             decoder.admit(row, queue.pop())
-    while any(request is not None for request in decoder.current):
+    while any(request is not None for request in decoder.rows.requests):
         for _ in range(FINISH_LAG):
             decoder.step()
-        for row, completion in decoder.finished():
+        for row, completion in decoder.finished(watch):
             yield completion
             if waiting[row]:
                 decoder.admit(row, waiting[row].pop())

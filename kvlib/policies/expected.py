@@ -1,6 +1,7 @@
 """Expected Attention: what queries like the last ones will pay to a slot from later positions (arXiv 2510.00636)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,7 @@ class ExpectedAttention(Policy):
     use_covariance: bool = True
     use_vnorm: bool = True
     epsilon: float = 0.0
+    reads_rope: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,3 +11,4 @@ class Full(Policy):
     """The reference: memory grows with the output."""
 
     evicts: ClassVar[bool] = False
+    reads_heads: ClassVar[bool] = False

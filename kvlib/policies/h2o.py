@@ -20,6 +20,7 @@ class H2O(Policy):
     recent_ratio: float = 0.5
     per_query: bool = False
     state_names: ClassVar[tuple[str, ...]] = (MASS,)
+    reads_heads: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

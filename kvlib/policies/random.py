@@ -1,6 +1,7 @@
 """Random eviction: the null every scorer must beat (arXiv 2609.03430)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvlib.policies.base import Policy
 
@@ -11,6 +12,8 @@ class Random(Policy):
 
     With protect_prompt and n_recent=64, buffer=64 it is Random Attention as published.
     """
+
+    reads_heads: ClassVar[bool] = False
 
     def score(self, view, state):
         return view.uniform(), state

@@ -35,6 +35,7 @@ class SepLLM(Policy):
     separators: tuple[int, ...] | None = None
     state_names: ClassVar[tuple[str, ...]] = (SEPARATOR,)
     needs: ClassVar[tuple[str, ...]] = ("separators",)
+    reads_heads: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

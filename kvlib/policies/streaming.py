@@ -1,6 +1,7 @@
 """StreamingLLM: attention sinks and the newest tokens (arXiv 2309.17453)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvlib.policies.base import Policy, Share
 
@@ -15,6 +16,7 @@ class StreamingLLM(Policy):
 
     n_sink: int = 4
     share: Share = "model"
+    reads_heads: ClassVar[bool] = False
 
     def score(self, view, state):
         return view.positions.float(), state

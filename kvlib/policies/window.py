@@ -1,6 +1,7 @@
 """Sliding window: the newest tokens only."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvlib.policies.base import Policy, Share
 
@@ -10,6 +11,7 @@ class Window(Policy):
     """Keep the newest tokens. With protect_prompt it is the recency + prompt null of arXiv 2609.03430."""
 
     share: Share = "model"
+    reads_heads: ClassVar[bool] = False
 
     def score(self, view, state):
         return view.positions.float(), state

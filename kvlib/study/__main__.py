@@ -1,7 +1,169 @@
-"""`python -m kvlib.study`: see kvlib.study.engine."""
+"""A whole study from its grid: plan, decode every cell, time, draw; its status, report and verification; publish.
 
+    python -m kvlib.study charts --grid notebooks/tiny.yml --seed 0
+    python -m kvlib.study publish --grid notebooks/tiny.yml --seed 0 --results results/tiny
+
+Everything is resumable: the same command again continues. Exit codes: 0 done, 1 something failed, 2 a bad grid or
+something missing, 75 another engine at work, 130 interrupted, 141 nobody reads the output.
+"""
+
+import argparse
+import os
 import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from kvlib.study.engine import main
+from kvlib.config import load_grid
+from kvlib.cost import clock
+from kvlib.errors import ConfigError
+from kvlib.study.decode import all_faults, decode, measure_throughput, relative_to, work
+from kvlib.study.draw import draw, drawn, make_report, publish
+from kvlib.study.layout import Study, known_fingerprints, present, timing_fingerprints
+from kvlib.study.plan import estimate, known_problems, plan_text, planned_seconds
+from kvlib.study.processes import StudyError, alone, exit_code
+from kvlib.study.status import CellState, cell_state, is_locked, seconds_left, status_text, timing_state
+from kvlib.study.verify import owner, verdict_text, verify, verify_benches, verify_published
 
-sys.exit(main())
+
+def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", do: Sequence[str] = ()) -> int:
+    """The command. prog, grid, do: as another name of it, with another default grid and only some of what it does."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser.add_argument("do", choices=list(do or DO), help="run: decode and nothing else; cost: of a comparison, time "
+                        "a round of every arm, on an otherwise idle machine; work: what run starts")  # fmt: skip
+    parser.add_argument("--grid", type=Path, default=Path(grid), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise; default: %(default)s")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
+    parser.add_argument("--figures", type=Path, default=Path("figures"), help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, or a cell a GPU")
+    parser.add_argument("--results", type=Path, help="publish, cost: where to; default: results/<study>")
+    parser.add_argument("--folder", type=Path, help="verify: records to verify; default: the study's in --runs")
+    given = parser.parse_args()
+
+    def asked() -> int | None:
+        grid, left_out = present(load_grid(given.grid))
+        if given.do != "work":
+            print(*left_out, sep="\n", end="\n" if left_out else "")
+        study = Study(grid, given.seed, given.runs.absolute(), given.figures.absolute())
+        given.results = (given.results or Path("results") / grid.study).absolute()
+        given.folder = given.folder and given.folder.absolute()
+        os.chdir(grid.path.parent)  # a relative path in a grid is relative to the grid
+        return DO[given.do](study, given)
+
+    return exit_code(asked)
+
+
+def make_charts(study: Study, given: argparse.Namespace) -> None:
+    start = time.monotonic()
+    with alone(study.folder):
+        decode(study, given.jobs, charts=True)
+        measure_throughput(study)
+        draw(study)
+    for path in drawn(study):
+        print(path)
+    print(f"{len(study.cells)} cells, {clock(time.monotonic() - start)} in all", flush=True)
+
+
+def run_cells(study: Study, given: argparse.Namespace) -> None:
+    with alone(study.folder):
+        decode(study, given.jobs)
+
+
+def make_plan(study: Study, given: argparse.Namespace) -> None:
+    """Print what the study will take and what is missing, and start nothing."""
+    cost = estimate(study.grid, study.seed)
+    states = cell_states(study, known_fingerprints(study))
+    n_done = sum(state.state == "done" for state in states)
+    print(plan_text(study.grid, study.seed, cost, study.workers(given.jobs), n_done), flush=True)
+    faults = all_faults(study, given.jobs, charts=True) if n_done < len(states) else []
+    print("\n  - ".join(["\nmissing", *faults, *relative_to(study)]) if faults else "\nnothing is missing")
+
+
+def cell_states(study: Study, prints: dict[Path, tuple[str, ...]] | None) -> list[CellState]:
+    problems = known_problems(study.grid)
+    lock = study.folder / ".engine.lock"
+    since = lock.stat().st_mtime if is_locked(lock) else None
+    states = []
+    for folder, config in study.cells.items():
+        n_problems = problems.get(config.dataset)
+        total = n_problems and n_problems * config.n_samples
+        states.append(cell_state(study.folder, folder, config, prints and prints[folder], total, since))
+    return states
+
+
+def show_status(study: Study, given: argparse.Namespace) -> None:
+    """Print how far the study is, whether or not it is running."""
+    prints = known_fingerprints(study)
+    cells = cell_states(study, prints)
+    timings = [timing_state(study.folder, folder, mark) for folder, mark in timing_fingerprints(study).items()]
+    planned = planned_seconds(study.grid, study.cells.values())
+    at_work = is_locked(study.folder / ".engine.lock")
+    n_running = sum(cell.state == "running" for cell in cells)
+    time_left = seconds_left(cells, planned, n_running or study.workers(given.jobs))
+    left = f"about {clock(time_left[0])} of decoding, reckoned {time_left[1]}" if time_left and time_left[0] else ""
+    hint = "" if prints else "the model or the data is not here, so records are told by their config alone"
+    title = f"{study.grid.study}, seed {study.seed} in {study.folder}"
+    print(status_text(title, cells, timings, at_work or n_running > 0, left, hint))
+
+
+def show_report(study: Study, given: argparse.Namespace) -> None:
+    print(make_report(study))
+
+
+def verify_records(study: Study, given: argparse.Namespace) -> int:
+    """Print which files of a runs or results folder are damaged or missing; the exit code is 1 if any is.
+
+    Of a folder that is named, the grid is the one that its records were made for, whatever --grid says.
+    """
+    folder = given.folder or study.folder
+    root = folder / "records" if (folder / "records").is_dir() else folder
+    if not root.is_dir():
+        raise StudyError(f"there is no folder {root}; name one with FOLDER=, or run the study first:\n"
+                         f"{study.command('run')}")  # fmt: skip
+    benches = sorted(root.glob("*.json")) if given.folder else []
+    if benches and not (root / "cells.jsonl").exists() and not any(root.rglob("record.json")):
+        verdict, whose = verify_benches(benches), " (of a bench)"
+    else:
+        grid, seeds, whose = study.grid, {given.seed}, ""
+        if given.folder:
+            found = owner(root, study.grid.path.parent)
+            grid, seeds = found or (None, set())
+            whose = f", of study {grid.study} ({grid.path.name})" if grid else f", of no grid in {Path.cwd()}"
+        studies = [Study(grid, seed, study.runs, study.figures) for seed in seeds] if grid else []
+        cells = {own.name(path): config for own in studies for path, config in own.cells.items()}
+        if grid and grid.comparison and (root / "cells.jsonl").exists():
+            verdict = verify_published(root / "cells.jsonl", cells)
+        else:
+            timings = [own.name(path) for own in studies for path in own.timings]
+            verdict = verify(root, cells, timings, known_problems(grid) if grid else {})
+    print(verdict_text(root, verdict, whose))
+    return 0 if verdict.whole else 1
+
+
+def publish_results(study: Study, given: argparse.Namespace) -> None:
+    with alone(study.folder):
+        publish(study, given.results)
+
+
+def show_costs(study: Study, given: argparse.Namespace) -> None:
+    if study.grid.comparison is None:
+        raise ConfigError(f"{study.grid.path} has no arms whose cost to compare; `charts` times its KV budgets")
+    from kvlib.study.timing import measure_costs  # torch
+
+    measure_costs(study.grid.comparison.cells, given.results)
+
+
+DO: dict[str, Callable] = {
+    "charts": make_charts,
+    "run": run_cells,
+    "plan": make_plan,
+    "status": show_status,
+    "report": show_report,
+    "verify": verify_records,
+    "publish": publish_results,
+    "cost": show_costs,
+    "work": lambda study, given: work(study),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,28 +16,16 @@ import shlex
 import shutil
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 from kvlib.config import RunConfig
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
-from kvlib.record import RecordError, explained, is_done, locked, notebook_sha256, sha256, utc_now
+from kvlib.record import RecordError, explained, is_done, locked, sha256, utc_now
 from kvlib.study.gpus import leased_gpu
+from kvlib.study.processes import TIED, NotebookError, die_with_parent, failed
 
 NOTEBOOK_ERROR, BAD_CONFIG, NO_RECORD, NO_MEMORY, TIMED_OUT, KERNEL_DIED = 1, 2, 65, 77, 124, 138
-# A Python module that ends with the process of the given id, its parent, whatever ends that.
-TIED = "import runpy, sys; from kvlib.study.cell_command import die_with_parent; die_with_parent(int(sys.argv[1])); "
-TIED += "sys.argv[:] = sys.argv[2:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-
-
-class NotebookError(RuntimeError):
-    """A notebook that did not run to its end; `code` is the exit code that says why."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
 
 
 def main() -> int:
@@ -57,17 +45,12 @@ def main() -> int:
     try:
         run_cell(notebook, folder, given.config, given.time_limit, given.attempt)
     except ConfigError as error:
-        return failed(BAD_CONFIG, error)
+        return failed(BAD_CONFIG, f"kvlib.study.cell_command: {error}")
     except RecordError as error:
-        return failed(NO_RECORD, error)
+        return failed(NO_RECORD, f"kvlib.study.cell_command: {error}")
     except NotebookError as error:
-        return failed(error.code, error)
+        return failed(error.code, f"kvlib.study.cell_command: {error}")
     return 0
-
-
-def failed(code: int, error: Exception) -> int:
-    print(f"kvlib.study.cell_command: {error}", file=sys.stderr, flush=True)
-    return code
 
 
 def positive(text: str) -> int:
@@ -81,13 +64,11 @@ def run_cell(notebook: Path, folder: Path, config_json: str, time_limit: int | N
 
     time_limit: seconds. A later attempt of one engine does not repeat what the GPU had no room for.
     """
-    from kvlib.cell import check, run_fingerprint
+    from kvlib.cell import prepare  # torch
 
     config = read_config(config_json)
-    code = notebook_sha256(notebook)
     os.chdir(notebook.parent)  # relative paths mean the same here, in the kernel and in JupyterLab
-    check(config)
-    fingerprint = run_fingerprint(config, code)
+    fingerprints = prepare(config).fingerprints
     with contextlib.ExitStack() as held:
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,42 +76,35 @@ def run_cell(notebook: Path, folder: Path, config_json: str, time_limit: int | N
         known = read_failure(folder)
         with contextlib.suppress(FileNotFoundError):
             (folder / "failed.json").unlink()
-        if is_done(folder, fingerprint):
+        if is_done(folder, fingerprints):
             print(f"{folder} is done already", flush=True)
             return
-        command = [
-            "python",
-            "-m",
-            "kvlib.study.cell_command",
-            "--notebook",
-            notebook.name,
-            "--folder",
-            config.cell_path,
-        ]
+        command = ["python", "-m", "kvlib.study.cell_command", "--notebook", notebook.name]
+        command += ["--folder", config.cell_path]
         environment = {
             "OMP_NUM_THREADS": str(config.threads),
             "MKL_NUM_THREADS": str(config.threads),
             "MPLBACKEND": "agg",
             "KVLIB_COMMAND": shlex.join(command),
         }
-        parameters = {**dataclasses.asdict(config), "folder": str(folder), "notebook_sha256": code}
+        parameters = {**dataclasses.asdict(config), "folder": str(folder)}
         check_parameters(notebook, parameters)
         trouble = None
         try:
-            if attempt > 1 and (known.get("code"), known.get("fingerprint")) == (NO_MEMORY, fingerprint):
+            if attempt > 1 and (known.get("code"), known.get("fingerprint")) == (NO_MEMORY, fingerprints[0]):
                 raise NotebookError(NO_MEMORY, known["reason"])
             gpu, inherited = held.enter_context(leased_gpu()) if config.device == "cuda" else ({}, ())
             environment |= gpu
             execute_notebook(notebook, folder / "run.ipynb", parameters, environment, inherited, time_limit)
         except NotebookError as error:
             trouble = error
-        if is_done(folder, fingerprint):
+        if is_done(folder, fingerprints):
             print(f"{folder} is done" + (f", although {trouble}" if trouble else ""), flush=True)
             return
         trouble = trouble or NotebookError(
             NO_RECORD, f"{notebook.name} ran to its end, yet {folder} holds no valid record of this config; see "
             "run.ipynb there")  # fmt: skip
-        note_failure(folder, {"fingerprint": fingerprint, "code": trouble.code, "reason": str(trouble)})
+        note_failure(folder, {"fingerprint": fingerprints[0], "code": trouble.code, "reason": str(trouble)})
         raise trouble
 
 
@@ -236,21 +210,6 @@ def execute_notebook(
 
 def unformatted(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")  # papermill puts paths through str.format
-
-
-def die_with_parent(parent: int) -> None:
-    """Exit within half a second once the process `parent`, which started this one, is gone, whatever killed it.
-
-    Polls, as ipykernel does: the kernel's death signal follows the parent's thread, not its process. The parent is
-    named by whoever knows it, because it may be gone before this is called.
-    """
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(143)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

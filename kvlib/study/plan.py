@@ -3,16 +3,21 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from kvlib.config import Grid, RunConfig, check_names
+from kvlib.config import Grid, RunConfig, check_keys
+from kvlib.cost import SHAPES, Step, kv_bytes, minimum_bytes, model_bytes
 from kvlib.errors import ConfigError
 from kvlib.tasks.datasets import dataset_title
 
-WORKSPACE_GB = 3
-"""GPU memory beside weights and cache: the CUDA context, activations and logits."""
+ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2}
+WORKSPACE_GB = 5
+"""GPU memory beside weights and cache: the CUDA context, activations, logits, and a round, which of the policies that
+look at keys holds up to 3.3 GB at R1-Llama's shape and 5,000 slots, whatever the batch (counted in tests/bench)."""
 BYTES_PER_TOKEN = 5
 """Of a token in samples.jsonl: about 4 characters, some of them escaped."""
 BYTES_PER_SAMPLE = 500
@@ -21,38 +26,16 @@ BYTES_PER_CELL = 200_000
 
 
 @dataclass(frozen=True)
-class Step:
-    """The time of one decoding step by its bytes: launch_ms + (weights + cache) / (bandwidth x efficiency).
-
-    weights_gb: read in a step. kv_bytes: of a cached token, all layers. gb_per_s: the device's bandwidth. launch_ms:
-    what a step takes however little it reads. live_rows: the share of rows at work, less those whose queue has ended.
-    """
-
-    weights_gb: float
-    kv_bytes: int
-    gb_per_s: float
-    efficiency: float
-    launch_ms: float
-    live_rows: float
-
-    def seconds(self, n_rows: int, mean_live: float) -> float:
-        """Of a step of n_rows rows that hold mean_live tokens each."""
-        read = self.weights_gb * 1e9 + self.kv_bytes * n_rows * mean_live
-        return self.launch_ms / 1000 + read / (self.gb_per_s * 1e9 * self.efficiency)
-
-
-@dataclass(frozen=True)
 class Expected:
     """What a profile reckons with; `source` says what of it was measured and what assumed.
 
     output_tokens: mean tokens of a sample, by dataset; a dataset without is reckoned at max_new_tokens. problems: by
-    dataset, where the grid takes all. model_gb: on disk and in memory. Speed is either measured, in tokens/s of one
-    cell (decode_rate) and of a timing run (timing_rate), or reckoned by `step`.
+    dataset, where the grid takes all. Speed is either measured, in tokens/s of one cell (decode_rate) and of a timing
+    run (timing_rate), or reckoned by `step` from the bytes that the model's shape asks for.
     """
 
     source: str
     prompt_tokens: int
-    model_gb: float
     output_tokens: dict
     problems: dict = dataclasses.field(default_factory=dict)
     decode_rate: float | None = None
@@ -84,7 +67,10 @@ class Estimate:
 
 
 def load_expected(grid: Grid) -> Expected | None:
-    """A grid's `expected`, checked; None if it has none. Raises ConfigError."""
+    """A grid's `expected`, checked; None if it has none. Of other datasets than the grid's it may tell too.
+
+    Raises ConfigError.
+    """
     if grid.expected is None:
         return None
     where = f"expected in {grid.path}"
@@ -94,23 +80,18 @@ def load_expected(grid: Grid) -> Expected | None:
     for name in ("output_tokens", "problems"):
         if not isinstance(given.get(name, {}), Mapping):
             raise ConfigError(f"{where}: {name} must map datasets to numbers")
-        check_names(given.get(name, {}), grid.datasets, f"dataset in {name} of {where}")
     expected = Expected(**given)
-    if (expected.step is None) == (expected.decode_rate is None or expected.timing_rate is None):
-        raise ConfigError(f"{where} needs either step, or decode_rate and timing_rate")
+    measured = expected.decode_rate and (expected.timing_rate or not grid.timing)
+    if bool(measured) == bool(expected.step):
+        raise ConfigError(f"{where} needs either step, or decode_rate and, with timing, timing_rate")
     return expected
 
 
 def checked_fields(kind: type, given, where: str) -> dict:
     """The mapping, if it has the fields of a dataclass and numbers where those are numbers. Raises ConfigError."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} must be a mapping with the keys {', '.join(fields)}")
-    check_names(given, list(fields), f"key in {where}")
     needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
-    for name in needed:
-        if name not in given:
-            raise ConfigError(f"{where} lacks {name}; add it")
+    check_keys(given, needed, [name for name in fields if name not in needed], f"key in {where}")
     for name, value in given.items():
         if fields[name].type in (int, float, float | None) and not (type(value) in (int, float) and value >= 0):
             raise ConfigError(f"{where}: {name}={value!r} must be a number, 0 or more")
@@ -138,44 +119,96 @@ def built_policy(name: str, options: tuple):
     return make_policy(name, **dict(options))
 
 
-def cell_seconds(config: RunConfig, expected: Expected, n_samples: int, n_tokens: float) -> float:
+@functools.cache
+def model_shape(model: str) -> Mapping | None:
+    """A model's config.json as a mapping; None where the model is not here and no shape of it is known."""
+    known = SHAPES.get(model.split("@")[0])
+    if known:
+        return known
+    from kvlib.models import where  # torch
+
+    with contextlib.suppress(ConfigError, OSError, ValueError):
+        return json.loads((Path(where(model)[0]) / "config.json").read_text())
+    return None
+
+
+def step_seconds(config: RunConfig, expected: Expected, n_rows: int, n_tokens: float) -> float | None:
+    """Of a step of n_rows rows, on average over outputs of n_tokens; None where the model's shape is not known."""
+    shape, live = model_shape(config.model), mean_live(config, expected.prompt_tokens, round(n_tokens))
+    return shape and expected.step.seconds(shape, ITEMSIZES[config.dtype], n_rows, live)
+
+
+def cell_seconds(config: RunConfig, expected: Expected, n_samples: int, n_tokens: float) -> float | None:
     if expected.step is None:
         return n_samples * n_tokens / expected.decode_rate
     n_rows = min(config.batch_size, n_samples)
-    step = expected.step.seconds(n_rows, mean_live(config, expected.prompt_tokens, round(n_tokens)))
-    return n_samples * n_tokens / (n_rows * expected.step.live_rows) * step
+    step = step_seconds(config, expected, n_rows, n_tokens)
+    return step and n_samples * n_tokens / (n_rows * expected.step.live_rows) * step
 
 
-def timing_seconds(config: RunConfig, expected: Expected, timing: dict) -> float:
+def timing_seconds(config: RunConfig, expected: Expected, timing: dict) -> float | None:
     n_rows, n_steps, repeats = (timing[name] for name in ("batch_size", "n_steps", "repeats"))
     if expected.step is None:
         return repeats * n_rows * n_steps / expected.timing_rate
-    return repeats * n_steps * expected.step.seconds(n_rows, mean_live(config, expected.prompt_tokens, n_steps))
+    step = step_seconds(config, expected, n_rows, n_steps)
+    return step and repeats * n_steps * step
 
 
 def gpu_memory_gb(config: RunConfig, expected: Expected, n_rows: int) -> float | None:
-    if expected.step is None:
+    shape = model_shape(config.model)
+    if expected.step is None or shape is None:
         return None
     slots = config.kv_budget + 1 if config.kv_budget else expected.prompt_tokens + config.max_new_tokens
-    return expected.model_gb + expected.step.kv_bytes * n_rows * slots / 1e9 + WORKSPACE_GB
+    return model_gb(config) + kv_bytes(shape, ITEMSIZES[config.dtype]) * n_rows * slots / 1e9 + WORKSPACE_GB
 
 
-def estimate(grid: Grid, seed: int, problems: dict[str, int]) -> Estimate:
-    """What the whole grid takes on one worker. problems: how many each dataset has, where that is known.
+def hours_of(seconds: Iterable[float | None]) -> float | None:
+    """Their sum in hours; None if one is not known."""
+    found = list(seconds)
+    return None if None in found else sum(found) / 3600
+
+
+def known_problems(grid: Grid) -> dict[str, int]:
+    """How many problems a dataset has in this grid, as far as it tells."""
+    n_problems, expected = grid.shared.get("n_problems"), load_expected(grid)
+    if n_problems:
+        return dict.fromkeys(grid.datasets, n_problems)
+    return dict(expected.problems) if expected else {}
+
+
+def planned_seconds(grid: Grid, cells: Iterable[RunConfig]) -> float | None:
+    """Of decoding these cells of the grid one after another; None where that cannot be reckoned."""
+    expected, problems, seconds = load_expected(grid), known_problems(grid), []
+    for cell in cells if expected else ():
+        n_problems = problems.get(cell.dataset)
+        each = expected.output_tokens.get(cell.dataset, cell.max_new_tokens)
+        seconds.append(cell_seconds(cell, expected, n_problems * cell.n_samples, each) if n_problems else None)
+    return None if None in seconds or not expected else sum(seconds)
+
+
+def model_gb(config: RunConfig) -> float | None:
+    """Of a cell's model, on disk and in memory; None where its shape is not known."""
+    shape = model_shape(config.model)
+    return shape and model_bytes(shape, ITEMSIZES[config.dtype]) / 1e9
+
+
+def estimate(grid: Grid, seed: int) -> Estimate:
+    """What the whole grid takes on one worker.
 
     Raises ConfigError for an `expected` that is malformed, or a policy that does not exist.
     """
-    expected = load_expected(grid)
+    expected, problems = load_expected(grid), known_problems(grid)
     cells = grid.cells(seed)
     costs, tokens, samples = [], 0.0, 0
     for dataset in grid.datasets:
         own = [cell for cell in cells if cell.dataset == dataset]
-        n_problems = problems.get(dataset) or (expected.problems.get(dataset) if expected else None)
+        n_problems = problems.get(dataset)
         n_samples = n_problems * own[0].n_samples if n_problems else None
         most = own[0].max_new_tokens
         each = expected.output_tokens.get(dataset, most) if expected else most
-        timed = expected and grid.timing
-        known = expected and n_samples
+        timed, known = expected and grid.timing, expected and n_samples
+        seconds = {n: [cell_seconds(cell, expected, n_samples, n) for cell in own] if known else [None]
+                   for n in (each, most)}  # fmt: skip
         costs.append(
             Cost(
                 dataset=dataset,
@@ -183,19 +216,19 @@ def estimate(grid: Grid, seed: int, problems: dict[str, int]) -> Estimate:
                 n_cells=len(own),
                 n_samples=n_samples,
                 output_tokens=each,
-                hours=sum(cell_seconds(cell, expected, n_samples, each) for cell in own) / 3600 if known else None,
-                most_hours=sum(cell_seconds(cell, expected, n_samples, most) for cell in own) / 3600 if known else None,
-                timing_hours=sum(timing_seconds(cell, expected, grid.timing) for cell in own) / 3600 if timed else None,
+                hours=hours_of(seconds[each]),
+                most_hours=hours_of(seconds[most]),
+                timing_hours=hours_of(timing_seconds(cell, expected, grid.timing) for cell in own) if timed else None,
             )
         )
         tokens += (n_samples or 0) * each * len(own)
         samples += (n_samples or 0) * len(own)
     n_rows = max(cells[0].batch_size, grid.timing["batch_size"] if grid.timing else 0)
-    memory = [gpu_memory_gb(cell, expected, n_rows) for cell in cells] if expected and expected.step else []
+    memory = [gpu_memory_gb(cell, expected, n_rows) for cell in cells] if expected else []
     return Estimate(
         costs=costs,
         disk_gb=(tokens * BYTES_PER_TOKEN + samples * BYTES_PER_SAMPLE + len(cells) * BYTES_PER_CELL) / 1e9,
-        gpu_memory_gb=max(memory) if memory else None,
+        gpu_memory_gb=max((gb for gb in memory if gb), default=None),
     )
 
 
@@ -204,11 +237,15 @@ def plan_text(grid: Grid, seed: int, estimate: Estimate, n_workers: int, n_done:
     cells = grid.cells(seed)
     one, expected = cells[0], load_expected(grid)
     budgets = ", ".join([str(budget) for budget in grid.kv_budgets] + ["full cache"] * grid.full_cache)
+    policies, seeds = f"policy {grid.shared.get('policy', one.policy)}", f"seed {seed}"
+    if grid.comparison:
+        policies = f"{len({cell.arm for cell in grid.comparison.cells})} arms"
+        seeds = f"seeds {', '.join(str(seed) for seed in sorted({cell.seed for cell in cells}))}"
     samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} a problem"
     lines = [
-        f"study {grid.study} ({grid.path}), seed {seed}: {len(cells)} cells, {n_done} of them done",
-        f"{one.model} in {one.dtype} on {one.device}",
-        f"policy {grid.shared.get('policy', one.policy)}, KV budgets {budgets}",
+        f"study {grid.study} ({grid.path}), {seeds}: {len(cells)} cells, {n_done} of them done",
+        f"{', '.join(dict.fromkeys(cell.model for cell in cells))} in {one.dtype} on {one.device}",
+        f"{policies}, KV budgets {budgets}",
         f"{samples}, temperature {one.temperature}, top-p {one.top_p}, top-k {one.top_k}, at most {one.max_new_tokens} "
         f"new tokens, batch {one.batch_size}, prompt {one.prompt}",
         "",
@@ -218,7 +255,7 @@ def plan_text(grid: Grid, seed: int, estimate: Estimate, n_workers: int, n_done:
         per_cell = "?" if cost.n_samples is None else f"{cost.n_cells} x {cost.n_samples}"
         lines.append(
             f"{label(cost.dataset)[:15]:<16}{cost.n_problems or '?':>9}{per_cell:>12}{cost.output_tokens:>13,.0f}"
-            f"{hours(cost.hours):>9}{hours(cost.most_hours):>9}{hours(cost.timing_hours):>9}"
+            f"{hours(cost.hours):>9}{hours(cost.most_hours):>9}{hours(cost.timing_hours) if grid.timing else '-':>9}"
         )
     unknown = any(cost.hours is None for cost in estimate.costs)
     if expected is None:
@@ -236,11 +273,11 @@ def plan_text(grid: Grid, seed: int, estimate: Estimate, n_workers: int, n_done:
             f"ended before {one.max_new_tokens} tokens" + ("; datasets marked ? come on top" if unknown else ""),
         ]
     lines.append(f"disk        {size(estimate.disk_gb)} of samples and records")
-    if expected and "/" in one.model:
-        lines[-1] += f", {size(expected.model_gb)} of model"
+    if "/" in one.model and model_gb(one):
+        lines[-1] += f", {size(model_gb(one))} of model"
     if estimate.gpu_memory_gb:
         lines.append(f"GPU memory  {size(estimate.gpu_memory_gb)} a cell")
-    if expected and expected.step:
+    if expected and expected.step and model_shape(one.model) and grid.kv_budgets:
         lines.append(f"step        {step_text(grid, seed, estimate, expected)}")
     if expected:
         lines.append(f"source      {' '.join(expected.source.split())}")
@@ -259,13 +296,15 @@ def step_text(grid: Grid, seed: int, estimate: Estimate, expected: Expected) -> 
     cost = max(estimate.costs, key=lambda cost: cost.output_tokens)
     cell = [cell for cell in grid.cells(seed) if cell.dataset == cost.dataset and cell.kv_budget][-1]
     step, live = expected.step, mean_live(cell, expected.prompt_tokens, round(cost.output_tokens))
-    cache = step.kv_bytes * cell.batch_size * live / 1e9
-    seconds = step.seconds(cell.batch_size, live)
+    shape, itemsize = model_shape(cell.model), ITEMSIZES[cell.dtype]
+    weights, token = minimum_bytes(shape, 1, 0, itemsize) / 1e9, kv_bytes(shape, itemsize)
+    seconds = step.seconds(shape, itemsize, cell.batch_size, live)
     return (
         f"at KV budget {cell.kv_budget} a row holds {live:,.0f} tokens on average: {step.launch_ms:g} ms + "
-        f"({step.weights_gb:g} GB of weights + {cell.batch_size} x {live:,.0f} x {step.kv_bytes:,} bytes = "
-        f"{cache:.1f} GB of cache) / ({step.gb_per_s:,g} GB/s x {step.efficiency:g}) = {1000 * seconds:.1f} ms, "
-        f"{cell.batch_size / seconds:,.0f} tokens/s, times {step.live_rows:g} for rows whose queue has ended"
+        f"({weights:.2f} GB of weights + {cell.batch_size} x {live:,.0f} x {token:,} bytes = "
+        f"{token * cell.batch_size * live / 1e9:.1f} GB of cache) / ({step.gb_per_s:,g} GB/s x {step.efficiency:g}) = "
+        f"{1000 * seconds:.1f} ms, {cell.batch_size / seconds:,.0f} tokens/s, times {step.live_rows:g} for rows whose "
+        "queue has ended"
     )
 
 

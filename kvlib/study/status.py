@@ -4,12 +4,13 @@ import contextlib
 import errno
 import fcntl
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from kvlib.config import RunConfig
-from kvlib.record import RecordError, read_record
+from kvlib.record import RecordError, is_done, read_record
 from kvlib.study.cell_command import read_failure
 
 
@@ -30,16 +31,21 @@ class CellState:
 
 
 def cell_state(
-    root: Path, folder: Path, config: RunConfig, mark: str | None, total: int | None, since: float | None = None
+    root: Path,
+    folder: Path,
+    config: RunConfig,
+    marks: Collection[str] | None,
+    total: int | None,
+    since: float | None = None,
 ) -> CellState:
-    """mark: the cell's fingerprint; None where it cannot be known here, then the config alone decides.
+    """marks: the cell's fingerprints; None where they cannot be known here, then the config alone decides.
 
     since: when the run at work began (a file's time), None if there is none.
     """
     name = str(folder.relative_to(root))
 
     def belongs(entry: dict) -> bool:
-        return entry["fingerprint"] == mark if mark else entry.get("config") == config.parameters()
+        return entry["fingerprint"] in marks if marks else entry.get("config") == config.parameters()
 
     note = ""
     if (folder / "record.json").exists():
@@ -51,10 +57,10 @@ def cell_state(
             if belongs(record):
                 n, cost = record["results"].get("n_samples", total or 0), record.get("cost", {})
                 return CellState(name, "done", n, n, "", cost.get("seconds", 0.0), n - cost.get("resumed_samples", 0))
-            note = "its record was made with other settings, data, weights or notebook; the next run decodes it anew"
+            note = "its record was made with other settings, data or weights; the next run decodes it anew"
     done = n_samples(folder / "samples.jsonl", belongs)
     log = folder / "run.log"
-    why = read_failure(folder).get("reason") or failure(log)
+    why = why_failed(folder)
     # A cell loads its model's library before it takes its lock.
     begun = since is not None and not why and log.exists() and log.stat().st_mtime >= since
     if begun or is_locked(folder / ".lock"):
@@ -84,6 +90,11 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def why_failed(folder: Path) -> str:
+    """The reason that the last attempt left in a cell's folder; "" if it left none."""
+    return read_failure(folder).get("reason") or failure(folder / "run.log")
+
+
 def failure(log: Path) -> str:
     """The cell command's last complaint; "" if the log has none."""
     with contextlib.suppress(OSError):
@@ -96,13 +107,10 @@ def failure(log: Path) -> str:
     return ""
 
 
-def timing_state(root: Path, folder: Path, mark: str) -> CellState:
+def timing_state(root: Path, folder: Path, marks: Collection[str]) -> CellState:
     name = str(folder.relative_to(root))
-    try:
-        if read_record(folder)["fingerprint"] == mark:
-            return CellState(name, "done")
-    except RecordError:
-        pass
+    if is_done(folder, marks):
+        return CellState(name, "done")
     why = failure(folder / "run.log")
     return CellState(name, "failed" if why else "missing", note=why)
 

@@ -1,9 +1,12 @@
 """Whether a folder of records is whole: every checksum, every sample once, every cell that the grid asks for."""
 
+import contextlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvlib.config import RunConfig
+from kvlib.config import Cell, Grid, RunConfig, load_grid
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, load_samples, read_record
 
@@ -78,8 +81,89 @@ def check_folder(
             )
 
 
-def verdict_text(root: Path, verdict: Verdict) -> str:
-    lines = [f"{root}: {verdict.n_records} records and {verdict.n_samples:,} samples are whole"]
+def owner(root: Path, grids: Path) -> tuple[Grid, set[int]] | None:
+    """Whose records lie below root, and their seeds: of the grid files in a folder the one that asks for the most."""
+    found: dict[str, dict] = {}
+    for path in root.rglob("record.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(path.read_bytes())
+            if record.get("kind", "cell") == "cell":
+                found[str(path.parent.relative_to(root))] = record["config"]
+    for line in published_cells(root / "cells.jsonl"):
+        with contextlib.suppress(ConfigError, KeyError, TypeError):
+            found[published_path(line)] = line["config"]
+    seeds = {config["seed"] for config in found.values() if type(config.get("seed")) is int}
+    best, most = None, 0
+    for path in sorted(grids.glob("*.yml")):
+        with contextlib.suppress(ConfigError):
+            grid = load_grid(path)
+            asked = {name: config for seed in seeds for name, config in grid.folders(seed).items()}
+            n = sum(name in asked and asked[name].parameters() == config for name, config in found.items())
+            best, most = (grid, n) if n > most else (best, most)
+    return best and (best, seeds)
+
+
+def published_cells(path: Path) -> list[dict | None]:
+    """The lines of a published comparison, None for one that is damaged."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            lines.append(None)
+    return lines
+
+
+def published_path(line: dict) -> str:
+    return Cell(RunConfig.from_parameters(line["config"]), line["arm"], line["protected"]).path
+
+
+def verify_published(path: Path, cells: Mapping[str, RunConfig]) -> Verdict:
+    """Of a published comparison: every cell once, of the grid's config, its counts those of its verdicts."""
+    verdict, seen = Verdict(), set()
+    for number, line in enumerate(published_cells(path), 1):
+        try:
+            name, results, n = published_path(line), line["results"], len(line["correct"])
+            lists = [line[key] for key in ("problems", "correct", "n_tokens", "truncated")]
+            counts = [n, sum(line["correct"]), sum(line["n_tokens"]), sum(line["truncated"])]
+            stated = [results[key] for key in ("n_samples", "n_correct", "n_tokens", "n_truncated")]
+            wrong = {
+                "repeats": name in seen,
+                "was made with other settings than the grid asks for,": name in cells
+                and line["config"] != cells[name].parameters(),
+                "states counts that its verdicts do not add up to,": counts != stated
+                or {len(own) for own in lists} != {n}
+                or len(set(line["problems"])) * line["config"]["n_samples"] != n
+                or abs(results["pass_at_1"] - counts[1] / n) > 1e-9,
+            }
+        except (KeyError, TypeError, ZeroDivisionError, ConfigError):
+            verdict.bad.append(f"{path}:{number} is damaged; restore the file with `git checkout -- {path}`")
+            continue
+        seen.add(name)
+        verdict.bad += [f"{path}:{number} {what} {name}; publish the comparison again" for what in wrong if wrong[what]]
+        verdict.n_records, verdict.n_samples = verdict.n_records + 1, verdict.n_samples + n
+    verdict.missing = [name for name in cells if name not in seen]
+    return verdict
+
+
+def verify_benches(paths: list[Path]) -> Verdict:
+    """Of the records of a bench: whole, complete, behind a gate that holds, a time for every round of every arm."""
+    verdict = Verdict()
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            short = {arm["arm"]: len(arm["seconds"]) for arm in record["arms"]}
+            if not (record["complete"] and record["gate"]["holds"] and set(short.values()) == {record["rounds"]}):
+                raise ValueError(f"complete: {record['complete']}, gate: {record['gate']['holds']}, rounds: {short}")
+            verdict.n_records += 1
+            verdict.n_samples += sum(short.values())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            verdict.bad.append(f"{path} is no whole record of a bench ({error}); measure again")
+    return verdict
+
+
+def verdict_text(root: Path, verdict: Verdict, whose: str = "") -> str:
+    lines = [f"{root}: {verdict.n_records} records and {verdict.n_samples:,} samples are whole{whose}"]
     lines += [f"bad      {sentence}" for sentence in verdict.bad]
     lines += [f"missing  {name}" for name in verdict.missing]
     if not verdict.whole:

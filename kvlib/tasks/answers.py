@@ -3,14 +3,22 @@ r"""What an output answers: by the rules of the published protocol, and by stric
 Published rules, those of the source's grader (an adapted copy of Qwen2.5-Math's): read what follows the last
 `</think>`, or the whole text if there is none; take the last \boxed{...}, else what follows "the answer is", else the
 last number; of a choice, the last letter A to E standing alone, whatever it is doing there. Strict rules: only what
-follows the last `</think>`, and there only the last \boxed{...} whose braces balance.
+follows the last `</think>` (all of it, of a model that does not think), and there only the last \boxed{...} that holds
+anything and whose braces balance.
 """
 
 import re
 
 # The token that ends an output, as decoders write it.
 END_TOKEN = re.compile(r"(?:<[|｜][^<>]{1,40}[|｜]>|</s>|<eos>)$")
-BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+# What opens a box, and the other signs that count while its braces are matched.
+STRICT_BOX = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
+PUBLISHED_BOX = re.compile(r"(?P<box>boxed\{)|[{}]")
+SOLUTION_BOX = re.compile(
+    r"(?P<box>\\f?box(?:ed)?\s*\{)|\\f?box(?:ed)?(?![a-zA-Z])\s*(?P<bare>(?:[^\s${}]|\{[^{}]*\})+(?<![.,;]))"
+    r"|\\.|[{}]",
+    re.DOTALL,
+)
 NUMBER = re.compile(r"-?\d*\.?\d+")
 LETTER = re.compile(r"\b[A-E]\b")
 CHOICE_WORDS = re.compile("choice is|answer is")
@@ -38,19 +46,35 @@ def without_end_token(output: str) -> str:
     return END_TOKEN.sub("", output.rstrip()).rstrip()
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the \boxed{...} that opens last among those whose braces balance; None if there is none."""
+def boxes(text: str, rules: re.Pattern) -> list[tuple[int, int]]:
+    """Where the contents of boxes whose braces balance begin and end, in the order in which the boxes open."""
     opened: list[tuple[bool, int]] = []
-    found = None
-    for match in BRACES.finditer(text):
-        sign = match[0]
-        if sign.endswith("{") and sign != "\\{":
-            opened.append((len(sign) > 1, match.end()))
-        elif sign == "}" and opened:
+    found = []
+    for match in rules.finditer(text):
+        kind = match.lastgroup
+        if kind == "bare":
+            found.append(match.span("bare"))
+        elif kind == "box" or match[0] == "{":
+            opened.append((kind == "box", match.end()))
+        elif match[0] == "}" and opened:
             is_box, start = opened.pop()
-            if is_box and (found is None or start > found[0]):
-                found = start, match.start()
-    return None if found is None else text[found[0] : found[1]].strip()[:LONGEST]
+            if is_box:
+                found.append((start, match.start()))
+    return sorted(found)
+
+
+def last_boxed(text: str, rules: re.Pattern = STRICT_BOX) -> str | None:
+    """What the last box that is not empty holds; None if there is none."""
+    contents = (text[start:end].strip() for start, end in reversed(boxes(text, rules)))
+    return next(filter(None, contents), None)
+
+
+def solution_answer(solution: str) -> str | None:
+    r"""What a worked solution ends in: MATH's \boxed{2}, \fbox{2} or \boxed 2, else what follows GSM8K's ####."""
+    boxed = last_boxed(solution, SOLUTION_BOX)
+    if boxed is None and "####" in solution:
+        boxed = solution.rpartition("####")[2].strip().split("\n")[0].strip()
+    return boxed or None
 
 
 def published_answer(output: str, is_choice: bool) -> str | None:
@@ -64,7 +88,9 @@ def _published_math(text: str) -> str:
     if "final answer is $" in text and "$. I hope" in text:
         found = text.split("final answer is $", 1)[1].split("$. I hope", 1)[0]
     elif "boxed" in text:
-        found = _loose_box(text.rpartition("boxed")[2])
+        rest = text.rpartition("boxed")[2]
+        braced = boxes(f"boxed{rest}", PUBLISHED_BOX)  # else to the end, or, braceless, to a dollar
+        found = rest[1 : braced[0][1] - 5] if braced else rest[1:] if rest.startswith("{") else rest.split("$")[0]
     elif "he answer is" in text:
         found = text.rpartition("he answer is")[2]
     elif "答案是" in text:
@@ -74,18 +100,6 @@ def _published_math(text: str) -> str:
         found = numbers[-1] if numbers else ""
     found = re.sub(r"\n\s*", "", found.strip()[:LONGEST])
     return tidy(found.removeprefix(":").removesuffix(".").removesuffix("/"))[:LONGEST]
-
-
-def _loose_box(rest: str) -> str:
-    """What a box holds, given what follows the word: to its closing brace, to the end, or, braceless, to a dollar."""
-    if not rest.startswith("{"):
-        return rest.split("$")[0]
-    depth = 0
-    for i, sign in enumerate(rest):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0:
-            return rest[1:i]
-    return rest[1:]
 
 
 def _published_choice(text: str) -> str:
@@ -124,13 +138,14 @@ def tidy(answer: str) -> str:
     return re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", text)
 
 
-def strict_answer(output: str, letters: str = "") -> str | None:
-    """The answer by the strict rules: what the last balanced box after thinking holds; None if there is none.
+def strict_answer(output: str, letters: str = "", thinks: bool = True, longest: int | None = LONGEST) -> str | None:
+    """The answer by the strict rules: what the last box after thinking holds; None if there is none.
 
-    letters: of a choice, the ones there are; a box that holds anything but one of them answers nothing.
+    letters: of a choice, the ones there are; a box that holds anything but one of them answers nothing. thinks: of a
+    model without a `</think>`, False, and boxes count wherever they are. longest: in characters; None for all.
     """
-    boxed = last_boxed(after_thinking(output) or "")
-    if not boxed or not letters:
-        return boxed or None
-    letter = BOXED_LETTER.match(FONT.sub("", boxed).strip())
+    boxed = last_boxed((after_thinking(output) or "") if thinks else output)
+    if boxed is None or not letters:
+        return boxed and boxed[:longest]
+    letter = BOXED_LETTER.match(FONT.sub("", boxed[:longest]).strip())
     return letter[1].upper() if letter and letter[1].upper() in letters else None

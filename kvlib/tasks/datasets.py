@@ -1,17 +1,20 @@
-"""Problems by name: embedded chains of rising difficulty, benchmarks from the hub, or a file of one's own."""
+"""Problems by name: embedded chains of rising difficulty, benchmarks from the hub, a file of one's own, a generator."""
 
 import difflib
 import functools
 import hashlib
 import json
+import math
 import random
-import time
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256
-from kvlib.tasks.answers import last_boxed
+from kvlib.tasks import gym
+from kvlib.tasks.answers import solution_answer
 from kvlib.tasks.chains import make_chain
 from kvlib.tasks.rows import SUFFIXES, read_rows
 
@@ -23,8 +26,10 @@ TUNE_SUFFIX = "-tune"
 class Problem:
     """id "chain-a/12"; question: prompt text; answer: what a right output must give.
 
-    kind says how an output is graded: "chain" exactly, "math" as a number or expression, "choice" as a letter.
-    choices: the options of a choice in the order asked (answer "A" means the first); the question lists them already.
+    kind says how an output is graded: "chain" exactly, "math" as a number or expression, "choice" as a letter, "sum"
+    (to learn on) as a stated number. choices: the options of a choice in the order asked (answer "A" means the first);
+    the question lists them already. scorer: the dataset's own judge of an answer, None if its time runs out; where
+    answer is empty, only it knows the right ones.
     """
 
     id: str
@@ -32,6 +37,7 @@ class Problem:
     answer: str
     kind: str = "chain"
     choices: tuple[str, ...] = ()
+    scorer: Callable[[str], bool | None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,18 @@ class ChainDataset:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of n_problems: one file of one revision of a dataset on the hub, known by its sha256."""
+    """A benchmark of n_problems: one file of one revision of a dataset on the hub, known by its sha256.
+
+    hub_id is None where no revision's bytes were seen: it is read from a file only. rows: hashes of its problems.
+    """
 
     title: str
     n_problems: int
-    hub_id: str
-    revision: str
-    file: str
-    sha256: str
+    hub_id: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    rows: Sequence[str] = ()
 
 
 CHAINS = {
@@ -62,45 +72,15 @@ CHAINS = {
     "chain-c": ChainDataset("Chain-C", 5, 12, (0.6, 0.15, 0.22, 0.03)),
     "chain-d": ChainDataset("Chain-D", 6, 12, (0.5, 0.15, 0.25, 0.1)),
 }
-# docs/DATA.md says where each revision and sha256 comes from.
+# docs/DATA.md says where each revision and hash comes from.
 BENCHMARKS = {
-    "aime24": Benchmark(
-        "AIME24",
-        30,
-        "HuggingFaceH4/aime_2024",
-        "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-        "data/train-00000-of-00001.parquet",
-        "26139847601a5037c237d5928b195e7260ca8074cf4f264b794af42847f79ccf",
-    ),
-    "aime25": Benchmark(
-        "AIME25",
-        30,
-        "math-ai/aime25",
-        "563bb8404243c5f09de6ec262f2db674fe5bce9b",
-        "test.jsonl",
-        "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331",
-    ),
-    "amc23": Benchmark(
-        "AMC23",
-        40,
-        "math-ai/amc23",
-        "80815d37005feb82cd7f8fbc6901d5d3eff43057",
-        "test-00000-of-00001.parquet",
-        "b696e87ba47be4e879a60fd4ef1d4aa522ba78c5ae013c6aff5cc9788a397c5e",
-    ),
-    "gpqa-diamond": Benchmark(
-        "GPQA-D",
-        198,
-        "Idavidrein/gpqa",
-        "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
-        "gpqa_diamond.csv",
-        "41d1213cd7a4998605a26c2798500652572007161b3a92817ba46b35befcd305",
-    ),
+    name: Benchmark(**found)
+    for name, found in json.loads(Path(__file__).with_name("benchmarks.json").read_text()).items()
 }
-ROWS = Path(__file__).parent / "benchmark_rows.json"
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "solution")
 GPQA_COLUMNS = ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
+WORKED = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])|####")  # an answer that comes with its working
 LETTERS = "ABCDE"
 CHOICE_SEED = 0  # of the order in which the options of GPQA are asked
 
@@ -120,7 +100,8 @@ def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
     come from the hub (or, offline, from its cache), at a pinned revision and with a pinned sha256. A path ending in
     .jsonl, .json, .csv or .parquet is read as it is: a column problem, question or prompt and a column answer,
     expected_answer, final_answer or solution (which boxes it), or the columns of GPQA's official CSV; a file called
-    as a benchmark is (aime24.jsonl, gpqa_diamond.csv) must have as many rows.
+    as a benchmark is (aime24.jsonl, gpqa_diamond.csv) must have as many rows. What that generator makes is
+    "reasoning-gym/gsm_symbolic?seed=1&size=100", less what it asks twice.
 
     Raises ConfigError for an unknown name, more problems than there are, and data that is missing, gated or damaged.
     """
@@ -146,20 +127,21 @@ def dataset_title(name: str) -> str:
     chain = name.removesuffix(TUNE_SUFFIX)
     if chain in CHAINS:
         return CHAINS[chain].title
+    if name.startswith(gym.PREFIX):
+        return gym.parsed(name)[0]
     benchmark = _benchmark_of(name)
     return benchmark.title if benchmark else Path(name).stem
 
 
-def content_sha256(problems: list[Problem]) -> str:
-    """Hash of ids, questions and answers, and, beyond chains, of kinds and choices."""
-    entries = [
-        {
-            key: value
-            for key, value in asdict(problem).items()
-            if problem.kind != "chain" or key not in ("kind", "choices")
-        }
-        for problem in problems
-    ]
+def content_sha256(problems: list[Problem], kinds: bool = True) -> str:
+    """Hash of ids, questions and answers, and, beyond chains, of kinds and choices, unless these decide nothing."""
+    entries = []
+    for problem in problems:
+        entry = asdict(replace(problem, scorer=None))
+        del entry["scorer"]
+        if problem.kind == "chain" or not kinds:
+            del entry["kind"], entry["choices"]
+        entries.append(entry)
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
@@ -168,14 +150,16 @@ def dataset_source(name: str) -> dict:
 
     source: "kvlib", hub id and revision, or the file's name; sha256 of that file; rows_as_pinned: how many of its
     problems are, word for word and with their answer, the ones whose hashes kvlib ships (None where it ships none).
+    Of a generator, reasoning-gym's version and all settings.
     """
     if name.removesuffix(TUNE_SUFFIX) in CHAINS:
         return {"source": "kvlib"}
-    path = _fetch(name)
-    on_hub = BENCHMARKS.get(name)
-    pinned = _pinned_rows(name)
+    if name.startswith(gym.PREFIX):
+        return {"source": gym.version(), "settings": gym.generated(name)[2]}
+    path, benchmark = _fetch(name), _benchmark_of(name)
+    pinned = benchmark.rows if benchmark else ()
     return {
-        "source": f"{on_hub.hub_id}@{on_hub.revision}" if on_hub else path.name,
+        "source": path.name if _is_file(name) else f"{benchmark.hub_id}@{benchmark.revision}",
         "sha256": file_sha256(path),
         "choice_seed": CHOICE_SEED,
         "rows_as_pinned": sum(row_sha256(p) in pinned for p in load_problems(name)) if pinned else None,
@@ -187,13 +171,13 @@ def row_sha256(problem: Problem) -> str:
     return hashlib.sha256(f"{problem.question}\n{problem.answer}".encode()).hexdigest()
 
 
-def _pinned_rows(name: str) -> set[str]:
-    key = Path(name).stem.replace("_", "-").lower()
-    return set(json.loads(ROWS.read_text()).get(key, []))
-
-
 def _is_file(name: str) -> bool:
-    return Path(name).suffix in SUFFIXES
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+def is_ones_own(name: str) -> bool:
+    """Whether a name is that of a file or of a generator, so of no benchmark that kvlib reports."""
+    return _is_file(name) or name.startswith(gym.PREFIX)
 
 
 def _benchmark_of(name: str) -> Benchmark | None:
@@ -205,12 +189,15 @@ def _benchmark_of(name: str) -> Benchmark | None:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"unknown dataset {name!r}{hint} (known: {', '.join(known)}, or the path of a file: {', '.join(SUFFIXES)})"
+            f"unknown dataset {name!r}{hint} (known: {', '.join(known)}, the path of a file: {', '.join(SUFFIXES)}, or "
+            f"{gym.PREFIX}<generator>?<settings>)"
         )
     return BENCHMARKS[name]
 
 
 def _load_benchmark(name: str) -> list[Problem]:
+    if name.startswith(gym.PREFIX):
+        return _made(name)
     benchmark = _benchmark_of(name)
     path = _fetch(name)
     problems = _problems(read_rows(path), Path(name).stem, path)
@@ -229,65 +216,37 @@ def _fetch(name: str) -> Path:
             raise ConfigError(f"there is no file {name} (seen from {Path.cwd()}); check the path")
         return Path(name)
     spec = _benchmark_of(name)
-    page = f"https://huggingface.co/datasets/{spec.hub_id}"
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, LocalEntryNotFoundError
+    if spec.hub_id is None:
+        raise ConfigError(
+            f"{name} is read from a file only, as kvlib has seen no revision of it on the hub; set dataset to the path "
+            f"of its {spec.n_problems} problems, e.g. ../data/{name}.jsonl (docs/DATA.md says which columns)"
+        )
+    from kvlib.hub import Source  # takes half a second, and most names are of no benchmark
 
-    at = {"repo_type": "dataset", "revision": spec.revision}
-    unreachable = (
-        f"{name} is not in the hub's cache and the hub cannot be reached; where there is a network run "
-        f"`hf download --repo-type dataset {spec.hub_id} {spec.file} --revision {spec.revision}` and copy "
-        "the cache (HF_HOME), or set dataset to the path of a local file"
-    )
-    try:
-        if not constants.is_offline_mode() and not try_to_load_from_cache(spec.hub_id, spec.file, **at):
-            trouble = _network_trouble(spec.hub_id, spec.revision, int(time.monotonic() // 120))
-            if trouble:
-                raise trouble
-        path = Path(hf_hub_download(spec.hub_id, spec.file, **at))
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"{name} is gated: accept its terms at {page}, then log in with `hf auth login` (or set HF_TOKEN)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(unreachable) from error
-    except (OSError, EntryNotFoundError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"{name} could not be had from {page} ({reason}); check network and login, or set dataset to a local file"
-        ) from error
-    except HTTPError as error:  # the network's, which is no OSError
-        raise ConfigError(unreachable) from error
+    path = Source(spec.hub_id, spec.revision, spec.file, "dataset").fetch()
     if file_sha256(path) != spec.sha256:
         raise ConfigError(f"{path} is not the {name} that kvlib knows (its sha256 differs); delete it and run again")
     return path
 
 
-@functools.cache
-def _network_trouble(hub_id: str, revision: str, period: int) -> Exception | None:
-    """What keeps the hub from answering for a dataset; raises what it answers. A download would try for half a minute.
-
-    Asked once a period: every cell asks, and behind a firewall that swallows packets each question takes 15 s.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    try:
-        HfApi().repo_info(hub_id, repo_type="dataset", revision=revision, timeout=15)
-    except HfHubHTTPError:
-        raise
-    except (OSError, HTTPError) as error:
-        return error
-    return None
+def _made(name: str) -> list[Problem]:
+    """The problems of a generator, numbered as it does; a question it asks again is left out."""
+    judge, pairs, _ = gym.generated(name)
+    problems = {}
+    for i, (question, answer) in enumerate(pairs):
+        stated = "" if answer is None else str(answer)
+        id = f"{gym.parsed(name)[0]}/{i}"
+        problems.setdefault(question, Problem(id, question, stated, "math", scorer=functools.partial(judge.scored, i)))
+    return list(problems.values())
 
 
 def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
     """Rows to problems "<prefix>/<row>", checked for what is missing, empty or there twice."""
-    columns = {str(column).strip().lower(): column for column in rows[0]}
+    columns = {str(column).strip().lower(): column for row in reversed(rows) for column in row}
     question = next((columns[name] for name in QUESTION_COLUMNS if name in columns), None)
-    answer = next((columns[name] for name in ANSWER_COLUMNS if name in columns), None)
+    answers = [columns[name] for name in ANSWER_COLUMNS if name in columns]
     is_gpqa = question is not None and all(name in columns for name in GPQA_COLUMNS)
-    if question is None or (answer is None and not is_gpqa):
+    if question is None or not (answers or is_gpqa):
         raise ConfigError(
             f"{path} has the columns {', '.join(map(str, rows[0]))}; needed are one of {', '.join(QUESTION_COLUMNS)} "
             f"and one of {', '.join(ANSWER_COLUMNS)}, or the columns of GPQA's official CSV"
@@ -301,9 +260,10 @@ def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
             key = str(row.get(columns.get("record id"), "") or "").strip() or asked
             problem = _choice_problem(f"{prefix}/{i}", asked, options, key)
         else:
+            answer = next((column for column in answers if row.get(column) is not None), answers[0])
             stated = _text(row, answer, where)
-            if answer.strip().lower() == "solution" or "\\boxed" in stated:
-                stated = last_boxed(stated) or ""
+            if answer.strip().lower() == "solution" or WORKED.search(stated):
+                stated = solution_answer(stated)
                 if not stated:
                     raise ConfigError(f"{where} boxes no answer in the column {answer}; add a column answer")
             problem = Problem(f"{prefix}/{i}", _text(row, question, where), stated, "math")
@@ -321,7 +281,8 @@ def _text(row: dict, column: str, where: str) -> str:
     value = row.get(column)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
+    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not is_text or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"{where} has no text in the column {column} but {value!r}; fill it in")
     text = str(value).strip()
     if not text:

@@ -1,11 +1,13 @@
-"""Whether two answers are equal: numbers are compared here, the rest by math-verify in a process that may be killed."""
+"""Whether an answer is right: numbers are compared here, the rest is judged in a process that may be killed."""
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import threading
+import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,8 +16,20 @@ from kvlib.tasks.answers import LONGEST
 
 CPU_SECONDS = 10  # per answer, as in the source
 WALL_SECONDS = 600  # per answer, should the process wait for something instead of computing
-PLAIN_NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40})?", re.ASCII)
-SPELLINGS = str.maketrans("−–＋－．，∕／（）％０１２３４５６７８９", "--+-.,//()%0123456789")
+PLAIN_NUMBER = re.compile(r"[+-]?(?:\d{1,300}(?:\.\d{0,300})?|\.\d{1,300})", re.ASCII)
+BASED = re.compile(r"(\d[\dA-Z]*)(?:_\{?(\d+)\}?)?", re.ASCII)
+SPELLINGS = str.maketrans("−–＋－．，∕／⁄（）％０１２３４５６７８９", "--+-.,///()%0123456789") | str.maketrans(
+    {"°": "", "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "±": r"\pm ",
+     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
+)  # fmt: skip
+FRACTIONS, ABOVE, BELOW = "¼-¾⅐-⅞", "⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ", "₀-₉₊₋₍₎"
+ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+ROOT = re.compile(r"([√∛∜])\s*(?:\{([^{}]*)\}|(\d+(?:\.\d+)?|\([^()]*\)|\\?[a-zA-Z]+))")
+RECURRING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))", re.ASCII)
+MIXED = re.compile(
+    r"(?<![\d./}_^])(\d+)(?:(?:\s|\\[ ,])+(\d+)\s*/\s*(\d+)(?![\d./])"  # 1 1/4
+    r"|(?:\s|\\[ ,!])*\\[dt]?frac\s*(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)))", re.ASCII)  # fmt: skip
+INFINITY = re.compile(r"\\text\{inf(?:inity)?\}|(?<![A-Za-z\\])inf(?:inity)?(?![A-Za-z])", re.IGNORECASE)
 TOLERANCE = 1e-4  # relative, of the published grader
 
 
@@ -23,10 +37,11 @@ class Comparer:
     """Compares answers with the help of one process, started at the first need and again after it was killed.
 
     It works in threads, in notebooks and in scripts without a main guard: the process is a program of its own.
+    generator: the name and, as JSON, the settings of a generator of reasoning-gym whose scorer is to be asked.
     """
 
-    def __init__(self, cpu_seconds: int = CPU_SECONDS, wall_seconds: float = WALL_SECONDS):
-        self.cpu_seconds, self.wall_seconds = cpu_seconds, wall_seconds
+    def __init__(self, cpu_seconds: int = CPU_SECONDS, wall_seconds: float = WALL_SECONDS, generator: tuple = ()):
+        self.cpu_seconds, self.wall_seconds, self.generator = cpu_seconds, wall_seconds, generator
         self.process = None
         self.lock = threading.Lock()
 
@@ -38,6 +53,9 @@ class Comparer:
         # Nearly every answer: exact, and without waking the process.
         if PLAIN_NUMBER.fullmatch(gold) and PLAIN_NUMBER.fullmatch(answer):
             return Fraction(gold) == Fraction(answer)
+        right, given = BASED.fullmatch(gold), BASED.fullmatch(answer)
+        if right and given and (right[2] or given[2]):  # a base that one of them leaves out is the question's
+            return right[1] == given[1] and (right[2] or given[2]) == (given[2] or right[2])
         return self._ask("strict", gold, answer)
 
     def as_published(self, gold: str, answer: str) -> bool | None:
@@ -58,12 +76,21 @@ class Comparer:
                 return True
         return self._ask("published", gold, answer)
 
+    def scored(self, i: int, answer: str) -> bool | None:
+        """Whether the generator's scorer gives full marks to an answer to its problem i; None if its time ran out."""
+        return self._ask("scorer", i, answer)
+
+    def opening(self):
+        """What the process says first: "ready", or a generator's problems or faults."""
+        with self.lock:
+            return self._start()
+
     def close(self) -> None:
         with self.lock:
             self._stop()
 
-    def _ask(self, rules: str, gold: str, answer: str) -> bool | None:
-        if not answer.strip() or len(answer) >= LONGEST:
+    def _ask(self, rules: str, gold: str | int, answer: str) -> bool | None:
+        if not answer.strip() or (len(answer) >= LONGEST and rules != "scorer"):
             return False
         with self.lock:
             if self.process is None or self.process.poll() is not None:
@@ -85,21 +112,25 @@ class Comparer:
                 self._stop()
             return json.loads(reply) if reply else None
 
-    def _start(self) -> None:
+    def _start(self):
         self._stop()
-        # -P keeps this folder, whose modules are called as some of Python's are, off the path.
+        # -P keeps this folder, whose modules are called as some of Python's are, off the path; some generators draw
+        # from sets, whose order hangs on the hash seed.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", Path(__file__).with_name("mathverify.py")],
+            [sys.executable, "-P", Path(__file__).with_name("judge.py"), *self.generator],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
+            env=os.environ | {"PYTHONHASHSEED": "0"},
         )
-        if self.process.stdout.readline() != "ready\n":
+        line = self.process.stdout.readline()
+        if not line:
             said = self.process.stderr.read().strip().splitlines()
             self._stop()
             raise ConfigError(f"math-verify does not start ({said[-1] if said else 'killed'}); "
                               "pip install 'math-verify>=0.9,<0.10', then run again")  # fmt: skip
+        return json.loads(line)
 
     def _stop(self) -> None:
         if self.process is not None:
@@ -109,10 +140,36 @@ class Comparer:
 
 
 def spelled(text: str) -> str:
-    """Less what stands around and between digits without a meaning, and in ASCII where there is such a sign."""
-    text = text.translate(SPELLINGS).replace("°", "").removesuffix("\\\\").strip().removesuffix(".")
+    """An answer in the LaTeX that math-verify reads, less what stands around and between digits without a meaning."""
+    text = re.sub(f"[{FRACTIONS}]", lambda sign: rf"\frac{{{_plain(sign[0])}}}".replace("⁄", "}{"), text)
+    text = re.sub(f"[{ABOVE}]+", lambda signs: f"^{{{_plain(signs[0])}}}", text)
+    text = re.sub(f"[{BELOW}]+", lambda signs: f"_{{{_plain(signs[0])}}}", text)
+    text = text.translate(SPELLINGS).removesuffix("\\\\").strip()
+    text = re.sub(r"(?<!\\)[.,;]+$", "", text)
+    text = ROOT.sub(lambda root: f"{ROOTS[root[1]]}{{{root[2] or root[3]}}}", text)
+    text = RECURRING.sub(_recurring, text)
+    text = re.sub(r"(?<![\w.}])(\d+\.\d*|\.\d+)[eE]([+-]?\d{1,3})(?![\w.])", r"\1\\cdot10^{\2}", text)
+    text = MIXED.sub(_mixed, text)
+    text = INFINITY.sub(r"\\infty", text)
     text = re.sub(r"(?<=\d)(?:\\[,;!: ]|\{,\}|\s)(?=\d{3}(?!\d))", "", text)
     return re.sub(r"^([+-])\s+(?=\d)", r"\1", text)
+
+
+def _plain(signs: str) -> str:
+    return unicodedata.normalize("NFKC", signs)
+
+
+def _recurring(number: re.Match) -> str:
+    """0.1\\overline{6} as 1/6."""
+    whole, fixed, again = number[1] or "0", number[2], number[3] or number[4] or number[5]
+    value = Fraction(int(whole + fixed + again) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(again) - 1))
+    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _mixed(number: re.Match) -> str:
+    """1 1/4 as 5/4; what is left of an improper fraction is no mixed number."""
+    whole, above, below = (int(digits) for digits in number.groups() if digits)
+    return rf"\frac{{{whole * below + above}}}{{{below}}}" if above < below else number[0]
 
 
 def as_float(text: str) -> float | None:

@@ -1,6 +1,7 @@
 """The rows of a JSONL, JSON, CSV or Parquet file, as dicts of column to value. Knows no problems."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -11,10 +12,11 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a table with named columns. Raises ConfigError saying which file, which line, and the next step."""
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ConfigError(f"{path} is of no known format; use one of {', '.join(SUFFIXES)}")
     try:
-        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_text(path)
+        rows = _read_parquet(path) if suffix == ".parquet" else _read_text(path, suffix)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -24,10 +26,10 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _read_text(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
-        table = csv.DictReader(text.splitlines(keepends=True), strict=True)
+def _read_text(path: Path, suffix: str) -> list[dict]:
+    text = path.read_bytes().decode("utf-8-sig")  # read_text would make other signs of line ends that cells may hold
+    if suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             rows = list(table)
         except csv.Error as error:
@@ -37,8 +39,8 @@ def _read_text(path: Path) -> list[dict]:
                 raise ConfigError(f"{path}: row {number} has not as many fields as the header; quote fields that "
                                   "hold commas")  # fmt: skip
         return rows
-    # Not splitlines(), which also breaks at signs that may stand inside a JSON string.
-    lines = [text] if path.suffix == ".json" else text.split("\n")
+    # Not splitlines(), which also breaks at signs that may stand inside a cell or a JSON string.
+    lines = [text] if suffix == ".json" else text.split("\n")
     entries = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -46,10 +48,10 @@ def _read_text(path: Path) -> list[dict]:
                 entries.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}:{number} is not valid JSON ({error})") from error
-    if path.suffix == ".json":
+    if suffix == ".json":
         entries = entries[0] if entries else []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        wanted = "a list of objects" if path.suffix == ".json" else "one object a line"
+        wanted = "a list of objects" if suffix == ".json" else "one object a line"
         raise ConfigError(f"{path} does not hold {wanted}; write each problem as an object with named fields")
     return entries
 

@@ -2,34 +2,28 @@
 
 import random
 import re
-from pathlib import Path
 
 from kvlib.errors import ConfigError
-from kvlib.tasks.chains import extract_answer, make_chain
-from kvlib.tasks.datasets import Problem
-from kvlib.tasks.grade import comparer
-from kvlib.tasks.rows import read_rows
+from kvlib.hub import Source
+from kvlib.tasks.answers import solution_answer
+from kvlib.tasks.chains import make_chain
+from kvlib.tasks.datasets import Problem, is_ones_own, load_problems
+from kvlib.tasks.grade import verdicts
+from kvlib.tasks.rows import SUFFIXES, read_rows
 
 LEVEL_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
 MATH = "EleutherAI/hendrycks_math"
 MATH_REVISION = "21a5633873b6a120296cce3e2df9d5550074f4a3"
 N_MATH = 7500
-SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
+SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra"]
+SUBJECTS += ["precalculus"]
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Leo")
 THINGS = ("apples", "books", "stickers", "marbles", "coins", "pencils", "cards", "shells", "stamps", "buttons")
 
 
 def training_problems(name: str, n: int, seed: int) -> list[Problem]:
     """n problems of a training set, the same for the same seed: "chains" (what the tiny reasoner solves), "sums"
-    (made-up arithmetic word problems), "math" (MATH train), or a file of rows with the fields problem and answer.
+    (made-up arithmetic word problems), "math" (MATH train), or a file or generator as `load_problems` takes it.
 
     None is in a reported dataset of kvlib. Raises ConfigError for what is unknown, missing or too small.
     """
@@ -37,24 +31,27 @@ def training_problems(name: str, n: int, seed: int) -> list[Problem]:
         return [_chain(i, seed) for i in range(n)]
     if name == "sums":
         return [_sum(i, seed) for i in range(n)]
-    found = [
-        Problem(f"{Path(name).stem}/{i}", entry["problem"], entry["answer"])
-        for i, entry in enumerate(math_train() if name == "math" else entries_of(Path(name)))
-    ]
+    if name != "math" and not is_ones_own(name):
+        raise ConfigError(
+            f"unknown training set {name!r}; use 'chains', 'sums', 'math' or the path of a file "
+            f"({', '.join(SUFFIXES)}), or a generator of reasoning-gym"
+        )
+    found = math_train() if name == "math" else load_problems(name)
     if n > len(found):
         raise ConfigError(f"n_traces is {n} and training set {name!r} has {len(found)} problems; use at most that")
     return random.Random(f"predictor {name} {seed}").sample(found, n)
 
 
-def right_answer(name: str, problem: Problem, output: str) -> bool:
-    """Whether an output gives the problem's answer, by the training set's own way of stating one."""
-    if name == "chains":
-        return extract_answer(output) == problem.answer
-    if name == "sums":
+def right_answer(problem: Problem, output: str) -> bool:
+    """Whether an output gives the problem's answer: as a chain, a sum ("the answer is 7"), a boxed letter or in a box.
+
+    An output without a `</think>` is searched as a whole: whether a trace must think is its profile's to say.
+    """
+    if problem.kind == "sum":
         stated = re.findall(r"answer is\D{0,3}(\d+)", output)
         return bool(stated) and stated[-1] == problem.answer
-    stated = boxed(output.rpartition("</think>")[2])
-    return stated is not None and comparer().strictly(problem.answer, stated) is True
+    found = verdicts(problem, output, thinks="</think>" in output)
+    return found.get("strict_correct", found["correct"])
 
 
 def _chain(i: int, seed: int) -> Problem:
@@ -84,63 +81,15 @@ def _sum(i: int, seed: int) -> Problem:
         else:
             count += n
             story.append(f"{who} gets {n} more {thing} from {friend}.")
-    return Problem(f"sums/{i}", " ".join([*story, f"How many {thing} does {who} have now?"]), str(count))
+    return Problem(f"sums/{i}", " ".join([*story, f"How many {thing} does {who} have now?"]), str(count), "sum")
 
 
-def math_train() -> list[dict]:
-    """The 7,500 problems of MATH train from the hub, at a pinned revision, as problem and boxed answer."""
-    try:
-        import pandas as pd
-        import pyarrow  # noqa: F401
-        from huggingface_hub import hf_hub_download
-
-        files = [
-            hf_hub_download(
-                MATH, f"{subject}/train-00000-of-00001.parquet", repo_type="dataset", revision=MATH_REVISION
-            )
-            for subject in SUBJECTS
-        ]
-        frames = [pd.read_parquet(file) for file in files]
-    except ImportError as error:
-        raise ConfigError(f"MATH train is stored as parquet ({error}); pip install 'kvlib[math]'") from error
-    except OSError as error:
-        raise ConfigError(
-            f"MATH train could not be had from the hub ({str(error).splitlines()[0]}); check the network, or set "
-            "problems to a JSONL file with the fields problem and answer"
-        ) from error
+def math_train() -> list[Problem]:
+    """The 7,500 problems of MATH train from the hub, at a pinned revision, with what their solutions box."""
+    files = [f"{subject}/train-00000-of-00001.parquet" for subject in SUBJECTS]
+    rows = [row for file in files for row in read_rows(Source(MATH, MATH_REVISION, file, "dataset").fetch())]
+    if len(rows) != N_MATH:
+        raise ConfigError(f"MATH train has {len(rows)} problems instead of {N_MATH}; clear the hub's cache")
     # A problem whose solution boxes nothing stays, and no trace of it counts as right.
-    entries = [
-        {"problem": row.problem, "answer": boxed(row.solution) or ""} for frame in frames for row in frame.itertuples()
-    ]
-    if len(entries) != N_MATH:
-        raise ConfigError(f"MATH train has {len(entries)} problems instead of {N_MATH}; clear the hub's cache")
-    return entries
-
-
-def entries_of(path: Path) -> list[dict]:
-    """Problem and answer (or what a solution boxes) of each row of a file. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"unknown training set {str(path)!r}; use 'chains', 'sums', 'math' or the path of a file")
-    rows = read_rows(path)
-    for row in rows:
-        if "problem" not in row or not {"answer", "solution"} & set(row):
-            raise ConfigError(f"{path} has a row without the fields problem and answer or solution; name them so")
-    return [
-        {"problem": str(row["problem"]), "answer": str(row.get("answer", boxed(str(row.get("solution", "")))))}
-        for row in rows
-    ]
-
-
-def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} (or \boxed x) holds, braces balanced; None if there is none."""
-    rest = re.split(r"\\f?box(?:ed)?(?![a-z])\s*", text)[1:]
-    if not rest:
-        return None
-    if not rest[-1].startswith("{"):
-        return re.match(r"[^\s$.]*", rest[-1])[0]
-    depth = 0
-    for i, sign in enumerate(rest[-1]):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0:
-            return rest[-1][1:i]
-    return None
+    answers = [solution_answer(row["solution"]) or "" for row in rows]
+    return [Problem(f"math/{i}", rows[i]["problem"], answer, "math") for i, answer in enumerate(answers)]

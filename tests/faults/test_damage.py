@@ -30,7 +30,7 @@ def test_a_record_edited_or_cut_at_any_byte_is_found_and_kept_aside(tmp_path, da
         path.write_bytes(content)
         with pytest.raises(RecordError):
             record.read_record(tmp_path)
-        assert not record.is_done(tmp_path, "f1")
+        assert not record.is_done(tmp_path, {"f1"})
     record.publish(tmp_path, BODY)
     assert path.read_bytes() == whole and (tmp_path / "record.1.json").read_bytes() == content
 
@@ -44,7 +44,7 @@ def test_a_samples_file_edited_or_cut_at_any_byte_never_yields_another_sample(tm
     refused = 0
     for content in damaged(whole):
         path.write_bytes(content)
-        assert not record.is_done(tmp_path, "f1")
+        assert not record.is_done(tmp_path, {"f1"})
         try:
             _, done, _ = record.load_samples(path)
         except RecordError:
@@ -108,4 +108,4 @@ def test_a_full_disk_leaves_the_old_record_and_every_whole_sample(small_disk):
     assert sorted(path.name for path in cell.iterdir()) == [".samples.lock", "record.json", "samples.jsonl"]
     (small_disk / "filler").unlink()
     record.publish(cell, {**BODY, "fingerprint": "f1"})
-    assert record.is_done(cell, "f1")
+    assert record.is_done(cell, {"f1"})

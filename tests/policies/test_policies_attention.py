@@ -193,14 +193,14 @@ def test_attention_mass_read_from_the_ring_is_the_mass_collected_step_by_step(qw
     state["prefill_mass"][:] = state[MASS]
     compared = 0
     for _ in range(36):
-        due = decoder.length[0] + 1 > decoder.limit[0]
+        due = decoder.rows.n_held[0] + 1 > decoder.rows.limit[0]
         decoder.step()
         if due:
-            n, compared = int(decoder.length[0]), compared + 1
+            n, compared = int(decoder.rows.n_held[0]), compared + 1
             collected = (state[MASS] - state["prefill_mass"])[..., :n]
             torch.testing.assert_close(state["lazy_mass"][..., :n], collected, rtol=1e-5, atol=1e-5)
     assert compared >= 6
-    assert decoder.rounds_at[0]
+    assert decoder.rows.rounds[0]
 
 
 @pytest.mark.parametrize("kind", [LazyEviction, RaaS])

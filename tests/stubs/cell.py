@@ -4,26 +4,24 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 
 
-def check(config):
+def prepare(config):
     if config.dataset == "nowhere":
         raise ConfigError("unknown dataset 'nowhere'; valid: chain-a, chain-b")
+    return SimpleNamespace(fingerprints=run_fingerprints(config))
 
 
-def check_prompts(configs):
-    pass
+def run_fingerprints(config):
+    return (fingerprint({"config": config.parameters()}),)
 
 
-def run_fingerprint(config, notebook_sha256):
-    return fingerprint({"config": config.parameters(), "notebook": notebook_sha256})
-
-
-def run(config, folder, notebook_sha256):
-    mark = run_fingerprint(config, notebook_sha256)
+def run(config, folder):
+    (mark,) = run_fingerprints(config)
     if config.dataset == "broken":
         raise ValueError("the stub was asked to fail")
     if config.dataset == "killed":

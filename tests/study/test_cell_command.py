@@ -19,7 +19,7 @@ from kvlib.study import cell_command as cell
 
 HERE = Path(__file__).parents[1]
 NOTEBOOK = HERE / "notebooks" / "30_run.ipynb"
-NAMES = [*RunConfig.__dataclass_fields__, "folder", "notebook_sha256"]
+NAMES = [*RunConfig.__dataclass_fields__, "folder"]
 
 
 def environment(**more):
@@ -103,7 +103,7 @@ def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, text, monk
     )
     monkeypatch.setattr(cell, "die_with_parent", lambda _: None)
     monkeypatch.setitem(sys.modules, "kvlib.cell", type(sys)("kvlib.cell"))
-    sys.modules["kvlib.cell"].check = sys.modules["kvlib.cell"].run_fingerprint = None
+    sys.modules["kvlib.cell"].prepare = None
     assert cell.main() == 2
     assert capsys.readouterr().err and not (tmp_path / "c").exists()
 

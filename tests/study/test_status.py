@@ -25,7 +25,7 @@ def finished(folder, mark="m"):
 
 
 def state(tmp_path, mark="m", since=None):
-    return cell_state(tmp_path, tmp_path / "a", CONFIG, mark, 4, since)
+    return cell_state(tmp_path, tmp_path / "a", CONFIG, mark and (mark,), 4, since)
 
 
 def test_from_nothing_to_done(tmp_path):
@@ -80,7 +80,7 @@ def test_time_left_comes_from_finished_cells_else_from_the_plan():
 @pytest.mark.parametrize("engine", [True, False])
 def test_the_text_names_what_runs_and_what_failed(engine):
     cells = [CellState("a", "done", 4, 4), CellState("b", "failed", 1, 4, "no memory"), CellState("c", "running", 2, 4)]
-    text = status_text("s", cells, [CellState("t", "done")], engine, "about 01:00", "")
+    text = status_text("s", cells, [CellState("t", "done")], engine, "about 1 h 00 min", "")
     assert "1 done, 1 running, 1 failed, 0 missing (of 3)" in text and "samples  7 of 12" in text
     assert "failed   b, 1 of 4 samples: no memory" in text and "running  c, 2 of 4 samples" in text
     assert ("a run is at work" in text) == engine and "timing   1 of 1 done" in text

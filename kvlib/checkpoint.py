@@ -1,0 +1,70 @@
+"""The files of a model in transformers' format, looked at without reading weights: what is missing, cut or damaged."""
+
+import json
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+LFS = b"version https://git-lfs"
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a folder lacks to be loaded: files by name, among them shards of the weights."""
+    lacks = [] if (folder / "config.json").exists() else ["config.json"]
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        lacks.append("tokenizer.json")
+    return lacks + [shard for shard in shards(folder) if not (folder / shard).exists()]
+
+
+def shards(folder: Path) -> list[str]:
+    """The files that hold the weights; the index itself, if it cannot be read, is said to be missing."""
+    if not (folder / INDEX).exists():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return [f"a readable {INDEX}"]
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether Git LFS left a pointer where the file should be."""
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first file that is not what its name says, in a clause; None if all are. Reads headers only."""
+    files = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json", *shards(folder))]
+    for path in files:
+        if not path.exists():
+            continue
+        if path.stat().st_size == 0:
+            return f"{path.name} is empty"
+        if is_pointer(path):
+            return f"{path.name} is a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
+        try:
+            tensors(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{path.name} is damaged ({error})"
+    return None
+
+
+def tensors(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a .safetensors file, from its header; ValueError if the file is not whole.
+
+    The layout: 8 bytes n (little-endian), n bytes of JSON, then the data to the last tensor's end and not further.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        if size < 8 or n > size - 8:
+            raise ValueError(f"its header should have {n} bytes and the file has {size}")
+        header = json.loads(file.read(n))
+    try:
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        found = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError("its header is not that of safetensors") from error
+    if size != 8 + n + end:
+        raise ValueError(f"it should have {8 + n + end} bytes and has {size}")
+    return found

@@ -1,0 +1,268 @@
+"""Prefill and decode steps of a plain Llama, Qwen2 or Qwen3 model: a token per row in, hidden states and logits out.
+
+The weights are the Hugging Face model's own. Matrices that read the same input are fused into one, and the model's
+separate ones become slices of it, so that a step reads every weight once in four products a layer, and prefill,
+which goes through the model itself, needs no second copy. In float32 on a CPU a step reads packed copies of large
+ones, at twice the memory of the weights: there speed runs out first. `FastModel.close` undoes both.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.activations import ACT2FN
+
+from kvlib.engine.attention import PrefillStep, through_kvlib
+from kvlib.engine.cache import SlotCache, cache_shape
+from kvlib.errors import ConfigError
+from kvlib.kernels.append import append
+from kvlib.kernels.attention import decode_attention
+from kvlib.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
+from kvlib.policies.base import MASS, Policy
+
+PLAIN = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+RECORDS = "transformers.utils.output_capturing"
+"""Where the hooks come from that transformers leaves on a model once asked for its hidden states: they only read."""
+PACKED_FROM = 2**20
+"""Bytes of a weight. Smaller ones stay in the CPU's cache, and a step gains nothing from packing them."""
+PACKS = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+"""Where packing was measured; elsewhere oneDNN's float32 products may be no faster, or missing."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight `[outputs, inputs]`, bias `[outputs]` or None; packed: the weight as oneDNN reads it fastest, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    packed: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """qkv yields query, key and value heads in this order; gate_up yields gate and up. q_norm, k_norm: Qwen3 only."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+    products: ClassVar = ("qkv", "output", "gate_up", "down")
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Layer":
+        """What the fast step reads of a decoder layer of transformers."""
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        return cls(
+            attention_norm=layer.input_layernorm.weight.detach(),
+            qkv=fuse(attention.q_proj, attention.k_proj, attention.v_proj),
+            q_norm=None if norms[0] is None else norms[0].weight.detach(),
+            k_norm=None if norms[1] is None else norms[1].weight.detach(),
+            output=fuse(attention.o_proj),
+            mlp_norm=layer.post_attention_layernorm.weight.detach(),
+            gate_up=fuse(mlp.gate_proj, mlp.up_proj),
+            down=fuse(mlp.down_proj),
+        )
+
+
+def fuse(*linears: nn.Linear) -> Linear:
+    """The linears of one input as one, sharing storage with them. A second call finds what the first one made.
+
+    A packed copy is of the weights as they are now; it is kept on the first linear, for all decoders of the model.
+    """
+    if len({linear.bias is None for linear in linears}) > 1:
+        raise ConfigError("the model's projections differ in whether they have a bias, which kvlib does not fuse")
+    bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
+    weight = _joined([linear.weight for linear in linears])
+    return Linear(weight, bias, _packed(weight, linears))
+
+
+def _packed(weight: Tensor, linears: Sequence[nn.Linear]) -> Tensor | None:
+    """A copy in oneDNN's blocked layout, where it pays: products of a few rows then take half the time."""
+    if not PACKS or weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.nbytes < PACKED_FROM:
+        return None
+    made_of = weight.data_ptr(), weight.shape, [linear.weight._version for linear in linears]
+    kept = getattr(linears[0], "packed", None)
+    if kept is None or kept[0] != made_of:
+        kept = linears[0].packed = made_of, torch.ops.mkldnn._reorder_linear_weight(weight)
+    return kept[1]
+
+
+def _joined(parts: list[nn.Parameter]) -> Tensor:
+    """The parameters as slices, along their first dimension, of the tensor returned."""
+    if not _adjacent(parts):
+        with torch.inference_mode(False), torch.no_grad():  # of inference tensors no gradient could be taken again
+            joined = torch.cat([part.detach() for part in parts])
+            for part, own in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+                part.data = own
+    first = parts[0]
+    size = (sum(map(len, parts)), *first.shape[1:])
+    return first.detach().as_strided(size, first.stride(), first.storage_offset())
+
+
+def _adjacent(parts: list[nn.Parameter]) -> bool:
+    """Whether they follow one another in one storage."""
+    first, start = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.storage_offset() != start or not part.is_contiguous():
+            return False
+        start += part.numel()
+    return True
+
+
+def _alone(part: nn.Parameter) -> bool:
+    return part.untyped_storage().nbytes() <= part.nbytes
+
+
+def why_not_fast(model: nn.Module) -> str | None:
+    """What keeps a model from the fast step, which reads weights instead of calling modules; None for a plain model."""
+    if type(model) not in PLAIN:
+        return f"the model is a {type(model).__name__}"
+    base, config = model.base_model, model.config
+    if config.hidden_act != "silu":
+        return f"its feed-forward uses {config.hidden_act} instead of silu"
+    if base.rotary_emb.rope_type in ("dynamic", "longrope"):
+        return f"its RoPE is of type {base.rotary_emb.rope_type}, whose frequencies change with the length"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        return "some of its layers have a sliding window"
+    numbers = [layer.self_attn.layer_idx for layer in base.layers]
+    if numbers != list(range(config.num_hidden_layers)):
+        return f"its layers are numbered {numbers}, and its config says {config.num_hidden_layers}"
+    own = (nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
+    for name, module in model.named_modules():
+        if type(module) not in own and type(module).__module__ != type(model).__module__:
+            return f"its module {name} is a {type(module).__name__}"
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module) or any(getattr(hook, "__module__", "") != RECORDS for hook in hooks):
+            return f"its module {name or type(module).__name__} has a hook or a forward of its own"
+    first = next(model.parameters())
+    for name, part in model.named_parameters():
+        if type(part) is not nn.Parameter or type(part.data) is not Tensor or part.dtype not in DTYPES:
+            return f"its weight {name} is not a plain tensor of floating-point numbers"
+        if (part.device, part.dtype) != (first.device, first.dtype):
+            return f"its weights differ in device or dtype ({name}: {part.device}, {part.dtype})"
+    for layer in base.layers:
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            parts = [getattr(layer.self_attn if "q_proj" in names else layer.mlp, name).weight for name in names]
+            if not _adjacent(parts) and not all(map(_alone, parts)):
+                return "its weights share a storage, of which a part cannot be moved"
+    return None
+
+
+class FastModel:
+    """A plain model (see `why_not_fast`) beside the cache of a policy: n_rows rows of n_slots slots.
+
+    cache: SlotCache of the layers that are evicted, here all. scaling: of q.k. inv_freq `[D / 2]`: RoPE's, radians
+    per position.
+    """
+
+    name: ClassVar = "fast"
+
+    def __init__(self, model: nn.Module, policy: Policy, n_rows: int, n_slots: int):
+        base, config = model.base_model, model.config
+        self.model, self.base = model, base
+        shape = cache_shape(
+            policy,
+            n_rows,
+            n_slots,
+            n_layers=config.num_hidden_layers,
+            n_kv_heads=config.num_key_value_heads,
+            n_query_heads=config.num_attention_heads,
+            head_dim=base.layers[0].self_attn.head_dim,
+        )
+        self.cache = SlotCache(shape, model.dtype, model.device)
+        self.vocab_size = model.get_output_embeddings().out_features
+        self.scaling = base.layers[0].self_attn.scaling
+        self.inv_freq = base.rotary_emb.inv_freq
+        self.n_query_heads, self.eps = config.num_attention_heads, config.rms_norm_eps
+        linears = [module for module in model.modules() if type(module) is nn.Linear]
+        parts = [part for linear in linears for part in (linear.weight, linear.bias) if part is not None]
+        self.alone, self.unpacked = list(filter(_alone, parts)), [one for one in linears if "packed" not in vars(one)]
+        try:
+            self.layers = [Layer.of(layer) for layer in base.layers]
+            self.head = fuse(model.get_output_embeddings())
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()  # the matrices that were fused
+        except BaseException:
+            self.close()
+            raise
+
+    def prefill(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one unpadded prompt `[P]` into `row`: hidden states `[P, d]`, as in `step`, and last logits `[V]`."""
+        step = PrefillStep(self.cache, row, len(ids))
+        positions = torch.arange(len(ids), device=ids.device)[None]
+        with through_kvlib(self.model, step):
+            hidden = self.base(
+                input_ids=ids[None], position_ids=positions, past_key_values=step, use_cache=True
+            ).last_hidden_state[0]
+        return hidden, self.head(hidden[-1:])[0]
+
+    def step(self, tokens: Tensor, positions: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
+        """Hidden states `[B, d]` (after the final norm) and logits `[B, V]` of tokens `[B]` at positions `[B]`.
+
+        Keys, values and positions go to each row's next free slot, `cache.lengths`, which the caller advances; n_max
+        bounds the slots in use, these included.
+        """
+        cache = self.cache
+        slots, lengths = cache.lengths, cache.lengths + 1
+        cache.claim(positions)
+        x = self.base.embed_tokens(tokens)
+        cos, sin = (table[:, 0] for table in self.base.rotary_emb(x, positions[:, None]))
+        masses, rings = cache.state.get(MASS), cache.ring if cache.shape.n_queries else None
+        y = None
+        for i, (layer, keys, values) in enumerate(zip(self.layers, cache.layer_keys, cache.layer_values, strict=True)):
+            if y is None:
+                normed = rms_norm(x, layer.attention_norm, self.eps)
+            else:
+                normed, x = add_rms_norm(y, x, layer.attention_norm, self.eps)
+            query = append(
+                layer.qkv(normed),
+                cos,
+                sin,
+                keys,
+                values,
+                slots,
+                positions,
+                n_query_heads=self.n_query_heads,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=self.eps,
+                ring=None if rings is None else rings.select(0, i),
+            )
+            mass = None if masses is None else masses.select(0, i)
+            attended = decode_attention(query, keys, values, lengths, self.scaling, n_max, mass)
+            normed, x = add_rms_norm(layer.output(attended.flatten(1)), x, layer.mlp_norm, self.eps)
+            y = layer.down(silu_mul(layer.gate_up(normed)))
+        hidden = add_rms_norm(y, x, self.base.norm.weight, self.eps)[0]
+        return hidden, self.head(hidden)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by kind of layer."""
+        return {"full_attention": self.cache.nbytes()}
+
+    def close(self) -> None:
+        """Leave the model as it was before; a step must not follow."""
+        self.layers, self.head = [], None
+        for linear in self.unpacked:
+            vars(linear).pop("packed", None)
+        with torch.inference_mode(False), torch.no_grad():
+            for part in self.alone:
+                if not _alone(part):
+                    part.data = part.data.clone()

@@ -1,0 +1,193 @@
+"""Decode every cell that has no valid record, then time the datasets: what stands in the way is said first, at once.
+
+Cells with a notebook each are run by Snakemake, which this module only watches; the cells of a comparison by worker
+processes. Either way a cell's folder, samples and record are the same, and the same command again continues.
+"""
+
+import contextlib
+import functools
+import json
+import time
+import traceback
+from pathlib import Path
+
+from kvlib.config import RULES
+from kvlib.cost import clock
+from kvlib.errors import ConfigError
+from kvlib.record import LockedError, explained, is_done, locked
+from kvlib.study.cell_command import check_parameters, note_failure
+from kvlib.study.layout import (  # fmt: skip
+    SNAKEFILE,
+    Study,
+    cell_fingerprints,
+    known_fingerprints,
+    timing_fingerprints,
+    unfinished,
+)
+from kvlib.study.plan import estimate, model_gb, planned_seconds
+from kvlib.study.preflight import (  # fmt: skip
+    check_disk,
+    check_gpus,
+    check_locks,
+    check_toolchain,
+    find_faults,
+    gpus_with_memory,
+)
+from kvlib.study.processes import Progress, StudyError, last_line, tied, watch
+from kvlib.study.status import why_failed
+
+SNAKEMAKE = (
+    "--force --keep-going --retries 1 --nolock --rerun-incomplete --scheduler greedy --nocolor "
+    "--profile none --workflow-profile none "  # a user's own profile is not part of the study
+    "--shared-fs-usage persistence input-output software-deployment sources storage-local-copies"
+)
+"""Shared is all but the source cache, which would lie in the user's home."""
+
+
+def decode(study: Study, jobs: int | None, charts: bool = False) -> None:
+    """Run the cells that have no valid record; raises StudyError naming those that fail. charts: they follow.
+
+    Raises ConfigError naming all that stands in the way, before anything starts.
+    """
+    prints = known_fingerprints(study)
+    if prints is None or unfinished(prints):
+        faults = all_faults(study, jobs, charts)
+        if faults:
+            raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults, *relative_to(study)]))
+        prints = cell_fingerprints(study)
+    left = unfinished(prints)
+    text = f"{len(prints) - len(left)} of {len(prints)} cells done"
+    seconds = planned_seconds(study.grid, [study.cells[folder] for folder in left])
+    if seconds:
+        n = study.workers(jobs)
+        text += f"; the others take about {clock(seconds / n)}, {n} at a time, if this machine is like the plan's"
+    print(text, flush=True)
+    if not left:
+        return
+    for model in study.models:
+        if "/" in model:
+            from kvlib.models import fetch_model  # torch
+
+            fetch_model(model)
+    run = run_by_workers if study.grid.comparison else run_by_snakemake
+    log = run(study, left, jobs, Progress(study.cells, prints))
+    left = unfinished(prints)
+    if left:
+        raise StudyError(summary(study, left, log))
+
+
+def relative_to(study: Study) -> list[str]:
+    """Said below faults: what a relative path in them is relative to."""
+    return [f"(relative paths are from {study.grid.path.parent}, the grid's folder)"]
+
+
+def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
+    """What stands in the way of running the study's cells, and of drawing its charts, a sentence each."""
+    from kvlib.cell import prepare  # torch
+
+    cost = estimate(study.grid, study.seed)
+    checks = [functools.partial(prepare, config) for config in study.cells.values()]
+    if charts:
+        checks.append(functools.partial(check_compared, study))
+    if study.on_gpu:
+        need = study.workers(jobs), cost.gpu_memory_gb, gpus_with_memory()
+        checks += [functools.partial(check_gpus, *need), check_toolchain]
+    checks.append(functools.partial(check_disk, study.folder, cost.disk_gb))
+    for model in study.models:
+        if "/" in model:
+            from kvlib.models import download_folder  # torch
+
+            folder, gb = download_folder(model), model_gb(next(iter(study.cells.values())))
+            if folder and gb:
+                checks.append(functools.partial(check_disk, folder, gb))
+    checks.append(functools.partial(check_locks, study.folder))
+    return find_faults(checks)
+
+
+def check_compared(study: Study) -> None:
+    if len(study.grid.kv_budgets) + study.grid.full_cache < 2:
+        raise ConfigError(
+            f"the charts compare KV budgets and {study.grid.path.name} has one: add a second, or full_cache: true, or "
+            f"decode without charts: {study.command('run')}"
+        )
+
+
+def run_by_snakemake(study: Study, folders: list[Path], jobs: int | None, progress: Progress) -> Path:
+    """Run exactly these cells, whatever is there of them: their records are missing, damaged or outdated."""
+    check_parameters(study.notebook, [*RULES, "folder"])
+    if not SNAKEFILE.exists():
+        raise StudyError(f"no Snakefile at {SNAKEFILE}; run from a clone, installed with `pip install -e .`")
+    threads, jobs = max(config.threads for config in study.cells.values()), study.workers(jobs)
+    options = ["--snakefile", SNAKEFILE, "--directory", study.folder, "--cores", jobs * threads]
+    options += SNAKEMAKE.split()
+    if study.on_gpu:
+        options += ["--resources", f"gpu={jobs}"]
+    # Not by --config: on its way to a job's own process Snakemake spoils paths with # : \ or ".
+    asked = json.dumps({"grid": str(study.grid.path), "runs": str(study.runs), "seed": study.seed})
+    targets, log = [f"{study.name(folder)}/record.json" for folder in folders], study.folder / "snakemake.log"
+    with open(log, "wb") as output, tied("snakemake", *targets, *options, output=output, KVLIB_STUDY=asked) as engine:
+        watch(engine, progress.line)
+    return log
+
+
+def run_by_workers(study: Study, folders: list[Path], jobs: int | None, progress: Progress) -> Path:
+    """Decode what is left in `jobs` processes, each of which takes the next cell that nobody holds."""
+    asked = ["work", "--grid", study.grid.path, "--runs", study.runs, "--seed", study.seed]
+    log = study.folder / "workers.log"
+    with open(log, "ab") as output, contextlib.ExitStack() as started:
+        count = range(study.workers(jobs))
+        workers = [started.enter_context(tied("kvlib.study", *asked, output=output)) for _ in count]
+        for worker in workers:
+            watch(worker, progress.line)
+    return log
+
+
+def work(study: Study) -> int:
+    """Decode every cell that nobody else holds and that is not done; go on after one that fails."""
+    from kvlib.cell import run, run_fingerprints  # torch
+
+    code = 0
+    for folder, config in study.cells.items():
+        name = study.name(folder)
+        try:
+            with explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / ".lock", wait=False):
+                if not is_done(folder, run_fingerprints(config)):
+                    (folder / "failed.json").unlink(missing_ok=True)
+                    started = time.monotonic()
+                    results = run(config, folder)["results"]
+                    took = time.monotonic() - started
+                    print(f"{name}: {100 * results['pass_at_1']:.1f} % in {took:.0f} s", flush=True)
+        except LockedError:
+            continue
+        except Exception as error:
+            print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
+            note_failure(folder, {"reason": f"{type(error).__name__}: {error}"})
+            code = 1
+    return code
+
+
+def summary(study: Study, left: list[Path], log: Path) -> str:
+    done = len(study.cells) - len(left)
+    lines = [f"{len(left)} of {len(study.cells)} cells failed; the {done} others and all samples are kept."]
+    lines += [f"  {study.name(folder)}: {why_failed(folder) or 'it never started'}" for folder in left[:20]]
+    if not any(map(why_failed, left)):
+        lines += log.read_text(errors="replace").splitlines()[-5:]
+    lines += [f"Each cell's run.log and run.ipynb in {study.folder} tell more, and {log}."]
+    return "\n".join([*lines, f"Then run again: {study.command('run' if study.grid.comparison else 'charts')}"])
+
+
+def measure_throughput(study: Study) -> None:
+    """One timing run after another, each alone on the machine; raises StudyError naming one that fails."""
+    for folder, marks in timing_fingerprints(study).items():
+        if is_done(folder, marks):
+            continue
+        dataset, log = study.timings[folder], folder / "run.log"
+        asked = ["--grid", study.grid.path, "--dataset", dataset, "--seed", study.seed, "--folder", folder]
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(log, "wb") as output, tied("kvlib.study.timing", *asked, output=output) as process:
+                watch(process, lambda dataset=dataset, log=log: last_line(log, "timing ") or f"timing {dataset}")
+        if not is_done(folder, marks):
+            raise StudyError(f"timing {dataset} failed: {why_failed(folder)}\nSee {log}; all cells are kept")

@@ -1,0 +1,113 @@
+"""Where one grid's cells, timing runs and charts lie for one seed, and which of its records are there."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import kvlib
+from kvlib.config import Grid, folder_name
+from kvlib.errors import ConfigError
+from kvlib.record import is_done
+from kvlib.study import gpus
+
+SNAKEFILE = Path(kvlib.__file__).parent.parent / "Snakefile"
+
+
+class Study:
+    """cells, timings: what there is to make, by folder."""
+
+    def __init__(self, grid: Grid, seed: int, runs: Path, figures: Path):
+        self.grid, self.seed, self.runs = grid, seed, runs
+        self.folder = runs / grid.study
+        self.figures = figures / grid.study / f"s{seed}"
+        self.cells = {self.folder / path: config for path, config in grid.folders(seed).items()}
+        timed = grid.datasets if grid.timing else []
+        self.timings = {self.folder / folder_name(name) / "timing" / f"s{seed}": name for name in timed}
+        self.models = list(dict.fromkeys(config.model for config in self.cells.values()))
+        self.notebook = grid.path.parent / "30_run.ipynb"
+        self.charts = grid.path.parent / "40_charts.ipynb"
+        self.typed = ["--grid", seen_from_here(grid.path), "--seed", str(seed)]
+        if runs != Path("runs").absolute():
+            self.typed += ["--runs", seen_from_here(runs)]
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(config.device.startswith("cuda") for config in self.cells.values())
+
+    def name(self, folder: Path) -> str:
+        return str(folder.relative_to(self.folder))
+
+    def command(self, do: str) -> str:
+        """What a person types for this study and seed, where they stood when they named it."""
+        return shlex.join(["python", "-m", "kvlib.study", do, *self.typed])
+
+    def workers(self, jobs: int | None) -> int:
+        """Cells at a time: as asked for, else one on each GPU that can be seen, or as many as the cores carry."""
+        if jobs:
+            return jobs
+        threads = max(config.threads for config in self.cells.values())
+        return max(1, len(gpus.visible_gpus()) if self.on_gpu else cores() // threads)
+
+
+def seen_from_here(path: Path) -> str:
+    """The path as one types it in the working folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def present(grid: Grid) -> tuple[Grid, list[str]]:
+    """The comparison without the cells whose model is not here, and a sentence for each such model.
+
+    Raises ConfigError if none is here. Any other grid as it is.
+    """
+    if grid.comparison is None:
+        return grid, []
+    from kvlib.models import check_model  # torch
+
+    cells, absent = grid.comparison.cells, {}
+    for model in dict.fromkeys(cell.config.model for cell in cells):
+        try:
+            check_model(model)
+        except ConfigError as error:
+            absent[model] = (
+                f"{sum(cell.config.model == model for cell in cells)} cells left out: {error}. For another training of "
+                "the tiny reasoner: make tiny-model TRAIN_SEED=8, then python -m kvlib.train predictor and "
+                f"python -m kvlib.train calibration, with --model and --out {model}"
+            )
+    cells = tuple(cell for cell in cells if cell.config.model not in absent)
+    if not cells:
+        raise ConfigError("\n".join(["no model of the comparison is there", *absent.values()]))
+    return dataclasses.replace(grid, comparison=dataclasses.replace(grid.comparison, cells=cells)), [*absent.values()]
+
+
+def cell_fingerprints(study: Study) -> dict[Path, tuple[str, ...]]:
+    """What each cell's record may say (kvlib.cell.run_fingerprints). Raises ConfigError where that cannot be known."""
+    from kvlib.cell import run_fingerprints  # torch
+
+    return {folder: run_fingerprints(config) for folder, config in study.cells.items()}
+
+
+def known_fingerprints(study: Study) -> dict[Path, tuple[str, ...]] | None:
+    """The cells' fingerprints, None where the model, the data or what is fitted is not here."""
+    with contextlib.suppress(ConfigError):
+        return cell_fingerprints(study)
+    return None
+
+
+def timing_fingerprints(study: Study) -> dict[Path, tuple[str]]:
+    if not study.timings:
+        return {}
+    from kvlib.study.timing import timing_fingerprint  # torch
+
+    return {folder: (timing_fingerprint(study.grid, name, study.seed),) for folder, name in study.timings.items()}
+
+
+def unfinished(prints: Mapping[Path, Collection[str]]) -> list[Path]:
+    """The folders without a valid record of their fingerprints."""
+    return [folder for folder, marks in prints.items() if not is_done(folder, marks)]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
