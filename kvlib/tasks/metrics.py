@@ -10,7 +10,7 @@ import pandas as pd
 
 from kvlib.errors import ConfigError
 from kvlib.record import read_record
-from kvlib.stats import BOOTSTRAP_DRAWS, wilson_interval
+from kvlib.stats import N_BOOT, wilson_interval
 from kvlib.tasks.grade import comparer
 
 ANSWERS = {"correct": "answer", "strict_correct": "strict_answer"}
@@ -83,7 +83,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of a mean over problems: Wilson's where each value is 0 or 1, else a bootstrap over problems."""
     if np.isin(values, (0, 1)).all():
         return wilson_interval(int(values.sum()), len(values))
-    draws = np.random.default_rng(0).integers(0, len(values), (BOOTSTRAP_DRAWS, len(values)))
+    draws = np.random.default_rng(0).integers(0, len(values), (N_BOOT, len(values)))
     low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
     return float(low), float(high)
 
