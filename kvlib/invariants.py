@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.evict import Round, evict, look
 from kvlib.errors import ConfigError
@@ -38,7 +37,7 @@ def random_model(family: str = "qwen2") -> torch.nn.Module:
     config = AutoConfig.for_model(family, **SHAPE, **({"head_dim": 8} if family == "qwen3" else {}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).double().eval()
+        return AutoModelForCausalLM.from_config(config).double().eval()
 
 
 def check_policy(

@@ -1,6 +1,7 @@
 """One round of eviction, the same for every policy: score, share, protect, select, compact."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,15 @@ class Round:
     n_seen: Tensor
     scaling: float
     inv_freq: Tensor
+
+    def split(self, n: int) -> Iterator["Round"]:
+        """The same in slices of n rows."""
+        if n >= len(self.rows):
+            yield self
+            return
+        by_row = ("rows", "n_prompt", "n_keep", "noise_key", "n_seen")
+        for start in range(0, len(self.rows), n):
+            yield replace(self, **{name: getattr(self, name)[start : start + n] for name in by_row})
 
 
 def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]:

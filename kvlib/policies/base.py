@@ -106,7 +106,9 @@ class Policy:
         while self._trouble(works, n_prompt) and works < MOST_SLOTS:
             fails, works = works, 2 * works
         if self._trouble(works, n_prompt):
-            step = "no kv_budget will do: lower n_recent, buffer or the share that is kept"
+            step = (
+                f"no kv_budget will do: lower n_recent={self.n_recent} or buffer={self.buffer}, or the share it keeps"
+            )
         else:
             while works - fails > 1:
                 middle = (fails + works) // 2
