@@ -227,7 +227,7 @@ def _held(kept: Kept, n_seen: int, until: int, device: torch.device) -> Tensor:
 def attention_recall(attention: Tensor, kept: Kept, n_seen: int, until: int) -> float:
     """Share of the full cache's attention by queries n_seen .. until - 1 that falls on slots still held, in [0, 1].
 
-    attention `[L, H, T, T]`; kept: what the round at `n_seen` tokens left; slots appended since then are held. Mean over
+    attention `[L, H, T, T]`; kept: what the round at n_seen tokens left; slots appended since then are held. Mean over
     layers and KV heads.
     """
     mass = attention[:, :, n_seen:until, :until]

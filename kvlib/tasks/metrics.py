@@ -79,11 +79,8 @@ def maj_at_k(marks: str, right: Sequence[bool], k: int) -> float:
     return total / math.comb(len(marks), k)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a mean over problems: Wilson's where each value is 0 or 1, else a bootstrap over problems."""
-    if np.isin(values, (0, 1)).all():
-        return wilson_interval(int(values.sum()), len(values))
-    return mean_interval(values)[1:]
+def by_problem(marks: dict[str, str], agreement: dict[str, str] | None, k: int) -> dict[str, np.ndarray]:
+    """{"pass@k", "maj@k", "avg@k": a value per problem, in [0, 1]} from a record's verdicts and agreement.
 
     avg@k is the share of right samples, whose expectation is the same for every k; maj@k is NaN without agreement.
     """
