@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,10 +80,9 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
     assert not list(home.glob(".snakemake")) and not list((home / "notebooks").glob(".snakemake"))
 
     before = (home / "runs/small/snakemake.log").stat().st_mtime_ns
-    begun = time.monotonic()
     code, output = run(home)
     assert code == 0 and "2 of 2 cells done" in output and "the charts are up to date" in output
-    assert (home / "runs/small/snakemake.log").stat().st_mtime_ns == before and time.monotonic() - begun < 5
+    assert (home / "runs/small/snakemake.log").stat().st_mtime_ns == before
 
     code, output = run(home, "status")
     assert code == 0 and "2 done, 0 running" in output and "timing   1 of 1 done" in output
@@ -125,9 +123,8 @@ def test_one_engine_at_a_time_and_any_end_is_resumable(home):
     cell = home / "runs/small/chain-a/dynts/b8/s0"
     first = start(home, STUB_SLEEP="0.1")
     wait_until(lambda: len(samples(home)) > 4)
-    begun = time.monotonic()
     code, output = run(home)
-    assert code == 75 and time.monotonic() - begun < 5
+    assert code == 75
     assert re.search(rf"small is in use by process {first.pid} on \S+ since \d{{4}}-", output)
 
     first.send_signal(signal.SIGINT)
