@@ -92,10 +92,8 @@ def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
         if "/" in model:
             from kvlib.models import download_folder  # torch
 
-            folder, gb = (
-                download_folder(model),
-                model_gb(next(cell for cell in study.cells.values() if cell.model == model)),
-            )
+            of_it = next(config for config in study.cells.values() if config.model == model)
+            folder, gb = download_folder(model), model_gb(of_it)
             if folder and gb:
                 checks.append(functools.partial(check_disk, folder, gb))
     checks.append(functools.partial(check_locks, study.folder))
