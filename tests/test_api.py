@@ -349,11 +349,21 @@ WHY = {
 
 
 @pytest.mark.parametrize("change", WHY, ids=lambda change: change.__name__)
-def test_what_the_fast_step_would_read_wrongly_is_told(change):
+def test_what_the_fast_step_would_read_wrongly_takes_the_general_one_or_is_refused(change):
     model = ordinary()
     assert fast.why_not_fast(model) is None
     change(model)
     assert WHY[change] in fast.why_not_fast(model)
+    settings = {"policy": "window", "max_new_tokens": N}
+    if change in (mixed, pruned):
+        with pytest.raises(ConfigError, match="use another model"):
+            kvlib.generate(model, PROMPTS, **settings)
+        return
+    before = state_of(model)
+    assert [list(one.tokens) for one in kvlib.generate(model, PROMPTS, **settings)] == [
+        alone(model, p) for p in PROMPTS
+    ]
+    assert_same(before, state_of(model))
 
 
 WRONG = [
@@ -380,8 +390,13 @@ WRONG = [
     ({"temperature": -1}, "temperature is -1"),
     ({"temperature": 1.0, "top_p": 0}, "top_p is 0"),
     ({"stop_strings": "x"}, "pass tokenizer"),
+    ({"eos_ids": "</s>"}, "an id of eos_ids is '<'"),
     ({"policy": "triattention"}, 'kvlib.fit("triattention", model, texts)'),
     ({"policy": "sepllm"}, "pass tokenizer"),
+    ({"tokenizer": "gpt2"}, "tokenizer is 'gpt2'"),
+    ({"policy_options": 3}, "policy_options is 3"),
+    ({"stop_strings": [""]}, "stop_strings is ['']"),
+    ({"seed": "a"}, "seed is 'a'"),
 ]
 
 
