@@ -88,11 +88,11 @@ bench-count: env ## count what a decode step at R1-Qwen's shapes moves and what 
 
 # Keeping freed memory makes glibc's allocator, and so training, about a quarter faster.
 tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour; TRAIN_SEED=8 for another
-	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.train.reasoner \
+	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=536870912 "$(PY)" -m kvlib.train reasoner \
 		--seed $(TRAIN_SEED) --out runs/tiny-model$(if $(filter 7,$(TRAIN_SEED)),,-s$(TRAIN_SEED))
 
 predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen, r1-llama
-	@"$(PY)" -m kvlib.train.predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
+	@"$(PY)" -m kvlib.train predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
 
 clean: ## remove caches and build leftovers; keeps .venv and everything measured
 	@rm -rf build dist kvlib.egg-info .pytest_cache .ruff_cache .hypothesis

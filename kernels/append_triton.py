@@ -5,39 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvlib.kernels.resources import Specimen
-
 
 @triton.jit
 def append_kernel(
-    qkv,
-    cos,
-    sin,
-    keys,
-    values,
-    slots,
-    positions,
-    q_norm,
-    k_norm,
-    ring,
-    query,
-    eps,
-    keys_b,
-    keys_h,
-    keys_n,
-    values_b,
-    values_h,
-    values_n,
-    ring_b,
-    ring_h,
-    ring_w,
-    n_ring,
-    HQ: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    RING: tl.constexpr,
-):
+    qkv, cos, sin, keys, values, slots, positions, q_norm, k_norm, ring, query, eps, keys_b, keys_h, keys_n,
+    values_b, values_h, values_n, ring_b, ring_h, ring_w, n_ring, HQ: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, NORM: tl.constexpr, RING: tl.constexpr
+):  # fmt: skip
     """One program per head of qkv and row: heads 0 .. HQ - 1 are queries, then H keys, then H values."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kind = keys.dtype.element_ty
@@ -110,55 +84,15 @@ def append(
         assert ring.dtype == qkv.dtype, (ring.dtype, qkv.dtype)
     query = qkv.new_empty(B, HQ, D)
     append_kernel[HQ + 2 * H, B](
-        qkv,
-        cos,
-        sin,
-        keys,
-        values,
-        slots,
-        positions,
-        qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm,
-        query if ring is None else ring,
-        query,
-        eps,
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        *((0, 0, 0) if ring is None else ring.stride()[:3]),
-        1 if ring is None else ring.shape[2],
-        HQ=HQ,
-        H=H,
-        D=D,
-        NORM=q_norm is not None,
-        RING=ring is not None,
+        qkv, cos, sin, keys, values, slots, positions, qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm, query if ring is None else ring, query, eps, *keys.stride()[:3],
+        *values.stride()[:3], *((0, 0, 0) if ring is None else ring.stride()[:3]),
+        1 if ring is None else ring.shape[2], HQ=HQ, H=H, D=D, NORM=q_norm is not None, RING=ring is not None,
         num_warps=1,
-    )
+    )  # fmt: skip
     return query
 
 
 @append.register_fake
 def _(qkv, cos, sin, keys, values, slots, positions, n_query_heads, q_norm, k_norm, eps, ring):
     return qkv.new_empty(keys.shape[0], n_query_heads, keys.shape[3])
-
-
-def specimens() -> list[Specimen]:
-    """R1-Qwen-7B's heads with a query ring, and a Qwen3 model's (head norm)."""
-    strides = ("keys_b", "keys_h", "keys_n", "values_b", "values_h", "values_n", "ring_b", "ring_h", "ring_w")
-    pointers = ("qkv", "cos", "sin", "keys", "values", "slots", "positions", "q_norm", "k_norm", "ring", "query")
-    signature = {
-        **{name: "*i64:16" if name in ("slots", "positions") else "*bf16:16" for name in pointers},
-        "eps": "fp32",
-        **dict.fromkeys(strides, "i32:16"),
-        "n_ring": "i32",
-    }
-    return [
-        Specimen(
-            f"append HQ{HQ} H{H} D{D}{' norm' if norm else ''}{' ring' if ring else ''}",
-            append_kernel,
-            signature,
-            {"HQ": HQ, "H": H, "D": D, "NORM": norm, "RING": ring},
-            num_warps=1,
-            num_stages=3,
-        )
-        for HQ, H, D, norm, ring in ((28, 4, 128, False, False), (28, 4, 128, False, True), (32, 8, 128, True, True))
-    ]

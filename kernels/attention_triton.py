@@ -7,41 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvlib.kernels.resources import Specimen
-
 BLOCK = 64  # slots per tile of the split kernel
 MASS_BLOCK = 512  # slots per program that adds mass
 MAX_SPLITS = 64
 PROGRAMS = 1024  # what the split kernel's grid aims at: two to three waves of three programs on each of 132 SMs
+STAGES = 3  # tiles of keys and values on their way at once
 NONE = tl.constexpr(-1.0e30)  # a logit that weighs nothing; finite, because exp(-inf + inf) is NaN
 
 
 @triton.jit
 def split_kernel(
-    query,
-    keys,
-    values,
-    lengths,
-    partial,
-    lse,
-    logits,
-    scaling,
-    keys_b,
-    keys_h,
-    keys_n,
-    values_b,
-    values_h,
-    values_n,
-    n_slots,
-    n_heads,
-    G: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    MASS: tl.constexpr,
-):
+    query, keys, values, lengths, partial, lse, logits, scaling, keys_b, keys_h, keys_n, values_b, values_h,
+    values_n, n_slots, n_heads, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr, MASS: tl.constexpr
+):  # fmt: skip
     """One split of one KV head: attention over its live slots alone, and its log2-sum-exp2.
 
     scaling includes log2(e). query `[B, HQ, D]`; partial float32 `[B, HQ, SPLITS, D]`, lse `[B, HQ, SPLITS]`,
@@ -66,7 +45,7 @@ def split_kernel(
     for start in range(first, last, BLOCK):
         slot = start + lane
         live = slot < last
-        k = tl.load(own_keys + slot[:, None] * keys_n, mask=live[:, None], other=0.0, eviction_policy="evict_first")
+        k = tl.load(own_keys + slot[:, None] * keys_n, mask=live[:, None], other=0.0)
         x = tl.dot(q, tl.trans(k.to(COMPUTE)), input_precision="ieee") * scaling
         x = tl.where(live[None, :], x, NONE)
         if MASS:
@@ -74,7 +53,7 @@ def split_kernel(
         new_top = tl.maximum(top, tl.max(x, 1))
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(x - new_top[:, None])
-        v = tl.load(own_values + slot[:, None] * values_n, mask=live[:, None], other=0.0, eviction_policy="evict_first")
+        v = tl.load(own_values + slot[:, None] * values_n, mask=live[:, None], other=0.0)
         acc = tl.dot(p.to(COMPUTE), v.to(COMPUTE), acc * shrink[:, None], input_precision="ieee")
         total = total * shrink + tl.sum(p, 1)
         top = new_top
@@ -88,22 +67,9 @@ def split_kernel(
 
 @triton.jit
 def merge_kernel(
-    partial,
-    lse,
-    logits,
-    lengths,
-    out,
-    mass,
-    mass_b,
-    mass_h,
-    n_slots,
-    n_heads,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASS: tl.constexpr,
-):
+    partial, lse, logits, lengths, out, mass, mass_b, mass_h, n_slots, n_heads, G: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, MASS: tl.constexpr
+):  # fmt: skip
     """Programs 0 .. G - 1 of a KV head merge one query head's splits; the others add one block of slots' mass."""
     part, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first_head = (row * n_heads + head) * G
@@ -131,9 +97,9 @@ def merge_kernel(
         tl.store(target, tl.load(target, mask=live, other=0.0) + received, mask=live)
 
 
-def n_splits(n_rows: int, n_heads: int, n_slots: int) -> int:
+def n_splits(n_rows: int, n_heads: int, n_slots: int, programs: int = PROGRAMS) -> int:
     """A power of two, from shapes alone: enough programs to fill a card, no split shorter than a tile."""
-    wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, n_rows * n_heads))
+    wanted = triton.next_power_of_2(triton.cdiv(programs, n_rows * n_heads))
     tiles = triton.cdiv(n_slots, BLOCK)
     return min(wanted, 1 << (tiles.bit_length() - 1), MAX_SPLITS)
 
@@ -143,6 +109,19 @@ def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scaling: float, mass: Tensor | None
 ) -> Tensor:
     """As `kvlib.kernels.attention.decode_attention`; float16, bfloat16 or float32, D a power of two >= 16."""
+    return launch(query, keys, values, lengths, scaling, mass)
+
+
+@decode_attention.register_fake
+def _(query, keys, values, lengths, scaling, mass):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def launch(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scaling: float, mass: Tensor | None,
+    programs: int = PROGRAMS, stages: int = STAGES,
+) -> Tensor:  # fmt: skip
+    """decode_attention, with what the bench varies."""
     B, HQ, D = query.shape
     H, N = keys.shape[1:3]
     G = HQ // H
@@ -159,58 +138,23 @@ def decode_attention(
             "mass: [B, H, N] float32"
         )
     query = query.contiguous()
-    splits = n_splits(B, H, N)
+    splits = n_splits(B, H, N, programs)
     wide = query.dtype == torch.float32
     scratch = {"dtype": torch.float32, "device": query.device}
     partial, lse = torch.empty(B, HQ, splits, D, **scratch), torch.empty(B, HQ, splits, **scratch)
     logits = torch.empty(B, HQ, N, **scratch) if with_mass else lse
     out = torch.empty_like(query)
     split_kernel[splits, H, B](
-        query,
-        keys,
-        values,
-        lengths,
-        partial,
-        lse,
-        logits,
-        scaling * math.log2(math.e),
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        N,
-        H,
-        G=G,
-        GROUP=max(16, triton.next_power_of_2(G)),
-        D=D,
-        SPLITS=splits,
-        BLOCK=BLOCK,
-        COMPUTE=compute_type(query.dtype),
-        MASS=with_mass,
-        num_warps=4,
-        num_stages=1 if wide else 3,
-    )
+        query, keys, values, lengths, partial, lse, logits, scaling * math.log2(math.e), *keys.stride()[:3],
+        *values.stride()[:3], N, H, G=G, GROUP=max(16, triton.next_power_of_2(G)), D=D, SPLITS=splits,
+        BLOCK=BLOCK, COMPUTE=compute_type(query.dtype), MASS=with_mass, num_warps=4, num_stages=1 if wide else stages,
+    )  # fmt: skip
     merge_kernel[G + (triton.cdiv(N, MASS_BLOCK) if with_mass else 0), H, B](
-        partial,
-        lse,
-        logits,
-        lengths,
-        out,
-        mass if with_mass else lse,
-        *(mass.stride()[:2] if with_mass else (0, 0)),
-        N,
-        H,
-        G=G,
-        D=D,
-        SPLITS=splits,
-        BLOCK=MASS_BLOCK,
-        MASS=with_mass,
-        num_warps=4,
-    )
+        partial, lse, logits, lengths, out, mass if with_mass else lse,
+        *(mass.stride()[:2] if with_mass else (0, 0)), N, H, G=G, D=D, SPLITS=splits, BLOCK=MASS_BLOCK,
+        MASS=with_mass, num_warps=4,
+    )  # fmt: skip
     return out
-
-
-@decode_attention.register_fake
-def _(query, keys, values, lengths, scaling, mass):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
@@ -218,47 +162,3 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
     if triton.knobs.runtime.interpret:
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
-
-
-def specimens() -> list[Specimen]:
-    """Both kernels at R1-Qwen-7B's heads (D 128, G 7) and at D 64, G 3; batch 20, so 16 splits."""
-    found = []
-    for D, G in ((128, 7), (64, 3)):
-        for with_mass in (False, True):
-            name = f"D{D} G{G}{' mass' if with_mass else ''}"
-            shared = {"G": G, "D": D, "SPLITS": 16, "MASS": with_mass}
-            found.append(
-                Specimen(
-                    f"attention split {name}",
-                    split_kernel,
-                    {
-                        **dict.fromkeys(("query", "keys", "values"), "*bf16:16"),
-                        "lengths": "*i64:16",
-                        **dict.fromkeys(("partial", "lse", "logits"), "*fp32:16"),
-                        "scaling": "fp32",
-                        **dict.fromkeys(("keys_b", "keys_h", "keys_n"), "i32:16"),
-                        **dict.fromkeys(("values_b", "values_h", "values_n"), "i32:16"),
-                        **dict.fromkeys(("n_slots", "n_heads"), "i32"),
-                    },
-                    {**shared, "GROUP": 16, "BLOCK": BLOCK, "COMPUTE": tl.bfloat16},
-                    num_warps=4,
-                    num_stages=3,
-                )
-            )
-            found.append(
-                Specimen(
-                    f"attention merge {name}",
-                    merge_kernel,
-                    {
-                        **dict.fromkeys(("partial", "lse", "logits"), "*fp32:16"),
-                        "lengths": "*i64:16",
-                        "out": "*bf16:16",
-                        "mass": "*fp32:16",
-                        **dict.fromkeys(("mass_b", "mass_h", "n_slots", "n_heads"), "i32"),
-                    },
-                    {**shared, "BLOCK": MASS_BLOCK},
-                    num_warps=4,
-                    num_stages=3,
-                )
-            )
-    return found

@@ -118,23 +118,3 @@ def compact_slots(tensors: list[Tensor], rows: Tensor, keep: Tensor, n_keep: Ten
 @compact_slots.register_fake
 def _(tensors, rows, keep, n_keep) -> None:
     return None
-
-
-def specimens():
-    from kvlib.kernels.resources import Specimen
-
-    index = "*i32:16"
-    plan = {"keep": "*i1:16", "n_keep": "*i64:16", "source": index, "target": index, "n_moves": index}
-    plan |= {"n": "i32", "capacity": "i32", "keep_layer": "i64", "keep_row": "i64", "keep_head": "i64"}
-    chosen = [Specimen("compact plan", plan_kernel, plan, {"SLOTS": PLAN_SLOTS}, 4, 3)]
-    for a, b, size, stride in (
-        ("bf16", "bf16", 128, "i64:16"),
-        ("fp32", "fp32", 64, "i64:16"),
-        ("i32", "fp32", 1, "i64"),
-    ):
-        move = {"a": f"*{a}:16", "b": f"*{b}:16", "rows": "*i64:16", "source": index, "target": index, "n_moves": index}
-        move |= {"n_heads": "i32", "capacity": "i32", "pair_layer": "i64", "pair_row": "i64", "pair_head": "i64"}
-        move |= {f"{tensor}_{axis}": stride for tensor in "ab" for axis in ("layer", "row", "head", "slot")}
-        sizes = {"SIZE": size, "PADDED": size, "TWO": True, "SLOTS": MOVE_SLOTS}
-        chosen.append(Specimen(f"compact move {a}, {b} x {size}", move_kernel, move, sizes, 4, 3))
-    return chosen

@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvlib.kernels.resources import Specimen
-
 SILU_BLOCK = 1024
 
 
@@ -73,17 +71,9 @@ def _launch_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, summed:
     normed = torch.empty_like(x)
     block = triton.next_power_of_2(n)
     rms_norm_kernel[(B,)](
-        x,
-        x if residual is None else residual,
-        weight,
-        normed,
-        normed if summed is None else summed,
-        eps,
-        n,
-        ADD=residual is not None,
-        BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),
-    )
+        x, x if residual is None else residual, weight, normed, normed if summed is None else summed, eps, n,
+        ADD=residual is not None, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
     return normed
 
 
@@ -100,28 +90,3 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 @silu_mul.register_fake
 def _(gate_up):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-
-
-def specimens() -> list[Specimen]:
-    """R1-Qwen-7B: hidden 3584, intermediate 18944."""
-    pointers = dict.fromkeys(("x", "residual", "weight", "normed", "summed"), "*bf16:16")
-    norms = [
-        Specimen(
-            f"{'add + ' if add else ''}RMSNorm 3584",
-            rms_norm_kernel,
-            {**pointers, "eps": "fp32", "n": "i32:16"},
-            {"ADD": add, "BLOCK": 4096},
-            num_warps=8,
-            num_stages=3,
-        )
-        for add in (True, False)
-    ]
-    silu = Specimen(
-        "silu * up 18944",
-        silu_mul_kernel,
-        {"gate_up": "*bf16:16", "out": "*bf16:16", "n": "i32:16"},
-        {"BLOCK": SILU_BLOCK},
-        num_warps=4,
-        num_stages=3,
-    )
-    return [*norms, silu]

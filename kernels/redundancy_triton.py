@@ -53,11 +53,14 @@ def spare_kernel(
     SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr, FIXED: tl.constexpr
 ):  # fmt: skip
-    """Add to spared int64 `[n]`, for each i of a tile, its cosine with the newest j more similar than threshold."""
-    head = tl.program_id(1).to(tl.int64)
+    """Add to spared int64 `[n]`, for each i of a tile, its cosine with the newest j more similar than threshold.
+
+    Heads, those of all layers and rows, are on the axis of the grid that takes 2^31; the others take 65,535.
+    """
+    head = tl.program_id(0).to(tl.int64)
     keys += head * n * key_slot
     inverse_norm += head * n
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = load_keys(keys, row, n, key_slot, SIZE, PADDED).to(COMPUTE)
     inverse = tl.load(inverse_norm + row, mask=row < n, other=0.0)
     newest = tl.where(row < n, -1, 0)
@@ -97,7 +100,7 @@ def mean_cosine_by_tiles(keys: Tensor, threshold: float | None) -> Tensor:
         low = keys.dtype != torch.float32 and keys.is_cuda
         compute = (tl.float16 if keys.dtype == torch.float16 else tl.bfloat16) if low else tl.float32
         rows, columns = TILE if low else TILE_FLOAT32
-        spare_kernel[(triton.cdiv(N, rows), n_heads)](
+        spare_kernel[(n_heads, triton.cdiv(N, rows))](
             keys, inverse_norm, spared, N, D, threshold, SIZE=D, PADDED=padded, ROWS=rows, COLUMNS=columns,
             COMPUTE=compute, FIXED=FIXED,
         )  # fmt: skip
@@ -108,25 +111,3 @@ def mean_cosine_by_tiles(keys: Tensor, threshold: float | None) -> Tensor:
 @mean_cosine_by_tiles.register_fake
 def _(keys, threshold) -> Tensor:
     return torch.empty_like(keys[..., 0], dtype=torch.float32, memory_format=torch.contiguous_format)
-
-
-def specimens():
-    from kvlib.kernels.resources import Specimen
-
-    chosen = []
-    for keys, compute, tile in (
-        ("bf16", tl.bfloat16, TILE),
-        ("fp16", tl.float16, TILE),
-        ("fp32", tl.float32, TILE_FLOAT32),
-    ):
-        for D in (64, 128):
-            shape = {"keys": f"*{keys}:16", "inverse_norm": "*fp32:16"}
-            size = {"SIZE": D, "PADDED": D}
-            total = {**shape, "total": "*fp32:16", "n": "i32", "key_slot": "i32:16"}
-            spare = {**shape, "spared": "*i64:16", "n": "i32", "key_slot": "i32:16", "threshold": "fp32"}
-            tiled = {"ROWS": tile[0], "COLUMNS": tile[1], "COMPUTE": compute, "FIXED": FIXED}
-            chosen += [
-                Specimen(f"redundancy total {keys} D={D}", total_kernel, total, {**size, "SLOTS": SUMMED}, 4, 3),
-                Specimen(f"redundancy spare {keys} D={D}", spare_kernel, spare, {**size, **tiled}, 4, 3),
-            ]
-    return chosen

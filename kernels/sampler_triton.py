@@ -80,6 +80,11 @@ def draw_kernel(
     tl.store(drawn + row, drawn_id.to(tl.int64))
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy if its address is no multiple of 16, which would compile another kernel: one row's slice."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 @torch.library.custom_op("kvlib::sample", mutates_args=())
 def sample_ids(logits: Tensor, request: Tensor, step: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """kvlib.kernels.sampler.sample where top_k is 1 .. LARGEST_TOP_K, or top_k is 0 and top_p is 1."""
@@ -88,6 +93,7 @@ def sample_ids(logits: Tensor, request: Tensor, step: Tensor, temperature: float
     assert request.dtype == step.dtype == torch.int64 and request.shape == step.shape == (B,)
     assert request.is_contiguous() and step.is_contiguous()
     assert 0 < top_k <= LARGEST_TOP_K or (top_k == 0 and top_p == 1), (top_k, top_p)
+    request, step = aligned(request), aligned(step)
     k, n_blocks = min(top_k, V) or 1, triton.cdiv(V, BLOCK)
     best = torch.empty(B, n_blocks, k, dtype=torch.float32 if top_k else torch.float64, device=logits.device)
     best_id = torch.empty(B, n_blocks, k, dtype=torch.int32, device=logits.device)
@@ -107,24 +113,3 @@ def sample_ids(logits: Tensor, request: Tensor, step: Tensor, temperature: float
 @sample_ids.register_fake
 def _(logits, request, step, temperature, top_p, top_k) -> Tensor:
     return torch.empty_like(request)
-
-
-def specimens():
-    from kvlib.kernels.resources import Specimen
-
-    chosen = []
-    for logits, k in (("bf16", 20), ("fp32", 20), ("fp32", LARGEST_TOP_K), ("bf16", 0), ("fp32", 0)):
-        wide, name = ("fp32", f"top-{k}") if k else ("fp64", "whole vocabulary")
-        keyed = {"request": "*i64:16", "step": "*i64:16"}
-        found = {"best": f"*{wide}:16", "best_id": "*i32:16"}
-        best = {"logits": f"*{logits}:16", **keyed, **found, "n_vocabulary": "i32:16", "logits_row": "i64:16"}
-        draw = {**keyed, **found, "drawn": "*i64:16", "n_candidates": "i32", "n_vocabulary": "i32:16"}
-        k, whole, n_candidates = max(k, 1), not k, triton.cdiv(152064, BLOCK) * max(k, 1)
-        block = {"TEMPERATURE": 0.6, "K": k, "NOISE": whole, "BLOCK": BLOCK}
-        row = {"TEMPERATURE": 0.6, "TOP_P": 1.0 if whole else 0.95, "K": k, "K_PADDED": padded(k)}
-        row["CANDIDATES"] = padded(n_candidates)
-        chosen += [
-            Specimen(f"sampler best {logits} {name}", best_kernel, best, block, 4, 3),
-            Specimen(f"sampler draw {logits} {name}", draw_kernel, draw, row, DRAW_WARPS, 3),
-        ]
-    return chosen

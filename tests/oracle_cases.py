@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvlib.engine.cache import CacheShape, SlotCache
-from kvlib.engine.evict import Round, evict, protection, select, share_scores
+from kvlib.engine.evict import Round, evict, select, share_scores
 from kvlib.policies import Policy, View
 
 FOLDER = Path(os.environ.get("KVLIB_ORACLES") or Path(__file__).parent / "oracles")
@@ -23,12 +23,36 @@ def load_cases() -> list[tuple[str, str]]:
     return found
 
 
+class Params(dict):
+    """Parameters that note which of them a driver read."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.unread = self.keys() - ABOUT
+
+    def __getitem__(self, name):
+        self.unread.discard(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.unread.discard(name)
+        return super().get(name, default)
+
+
+ABOUT = {
+    "policy", "batch", "H", "HQ", "D", "N", "layers", "rounds", "margin_rel", "threshold_margin",
+    "threshold_margin_rel", "max_abs_fp32_error", "pairs_above_threshold", "keys", "zero_query_rows", "padded_to",
+    "prompt_overflows", "rope_base", "rope_scale", "n_kept", "n_selected", "T", "commit",
+}  # fmt: skip
+"""Parameters that describe the arrays, and decide nothing that they do not hold."""
+
+
 class Case:
-    """One case of a file: params as attributes, arrays by name."""
+    """One case of a file: params and arrays by name."""
 
     def __init__(self, file: str, case: str):
         self._arrays, self._case = np.load(FOLDER / f"{file}.npz"), case
-        self.params = json.loads(str(self._arrays[f"{case}.params"]))
+        self.params = Params(json.loads(str(self._arrays[f"{case}.params"])))
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[f"{self._case}.{name}"]
@@ -122,7 +146,4 @@ def view_of(
 def kept_by(policy: Policy, view: View, scores: torch.Tensor) -> torch.Tensor:
     """The keep mask that the engine selects from a policy's scores, in position order `[L or 1, R, H or 1, N]`."""
     scores = share_scores(scores, policy.share)
-    positions = view.positions.expand(scores.shape)
-    recent = policy.recent(view.kv_budget)
-    protected = protection(positions, view.n_prompt, policy.n_sink, policy.protect_prompt, recent)
-    return select(scores, protected, view.n_keep)
+    return select(scores, policy.protection(view).expand(scores.shape), view.n_keep)

@@ -34,6 +34,7 @@ def check_batch(case: Case, policy: Policy) -> None:
     values = keys if policy_reads_keys_only(policy) else case.double("v")[None]
     view = view_of(keys, values=values, n_keep=case.params["keep"])
     scores, _ = policy.score(view, {})
+    scores = scores.expand(keys.shape[:-1])
     assert_scores(scores[0][..., policy.n_sink :], case["scores"][..., policy.n_sink :])
     assert slots(kept_by(policy, view, scores)[0]) == case["kept"].tolist()
 
@@ -55,10 +56,11 @@ class GivenProjection(CUR):
 
 def check_cur(case: Case) -> None:
     p = case.params
+    window, local = p.get("local_window_size", 16), p.get("use_local_approximation", True)
     settings = {
         "n_sink": p.get("num_sinks", 4),
         "leverage": p.get("leverage_type", "kv_product"),
-        "local_window": 16 if p.get("use_local_approximation", True) else 0,
+        "local_window": window if local else 0,
     }
     if p.get("use_random_leverage"):
         check_batch(case, GivenProjection(columns=case.double("projection"), **settings))
@@ -99,7 +101,7 @@ def check_triattention(case: Case) -> None:
     # Cached keys, and the queries that kvlib calibrates on, carry RoPE's own scale.
     scale = case.double("freq_scale_sq").sqrt()
     re, im, mean_abs = (scale * case.double(name) for name in ("q_mean_re", "q_mean_im", "q_abs_mean"))
-    if p["norm_term"] == "abs_only":
+    if {"abs_minus_mean": False, "abs_only": True}[p["norm_term"]]:
         mean_abs = mean_abs + torch.hypot(re, im)
     statistics = SimpleNamespace(mean_re=re, mean_im=im, mean_abs=mean_abs)
     policy = TriAttention(
@@ -111,8 +113,10 @@ def check_triattention(case: Case) -> None:
         calibration=statistics,
     )
     # Prompt slots are those of position < n_prompt; the recorded positions count the rest on.
-    positions = torch.from_numpy(case["positions"])[None, None]
-    prefix, n_prompt = p["prefix"], int(positions[0, 0, 0, p["prefix"]]) if p["prefix"] else 0
+    assert p["rope_style"] == "half"
+    positions, prefix = torch.from_numpy(case["positions"])[None, None], p["prefix"]
+    assert positions.shape[2] == (p["H"] if p["positions_per_head"] else 1)
+    n_prompt = int(positions[..., prefix - 1].max()) + 1 if prefix else 0
     view = view_of(
         case.double("k")[:, None], n_keep=p["budget"], positions=positions, seen=p["round_start"], n_prompt=n_prompt,
         frequencies=torch.from_numpy(case["inv_freq"]).double(),
@@ -138,7 +142,7 @@ def check_trimkv(case: Case) -> None:
     p = case.params
     log_beta = case.double("log_beta")[None]
     positions = torch.from_numpy(case["positions"])[None]
-    use_knorm = p["strategy"] == "knorm_alpha"
+    use_knorm = {"alpha": False, "knorm_alpha": True}[p["strategy"]]
     keys = case.double("k")[None] if use_knorm else torch.ones(*log_beta.shape, p["D"], dtype=torch.float64)
     policy = TrimKV(n_recent=p["sliding_window"], use_knorm=use_knorm)
     view = view_of(keys, n_keep=p["memory"], positions=positions, seen=p["seen"])
@@ -158,49 +162,54 @@ class GivenNoise(View):
         return torch.exp(-self.exponential)
 
 
+VASE_MODES = {
+    "attn", "attn_rkv", "range_attn", "range_sample_attn", "range_sink_sample_attn", "var_sink_sample_attn",
+    "l2_sink_sample_attn", "cur_fixed_gauss", "cur_resample_gauss", "evict_large_range",
+}  # fmt: skip
+"""With the recorded draw, a projection drawn once is one drawn afresh."""
+
+
 def check_vase(case: Case) -> None:
     p = case.params
     keys, values = case.double("k")[None, None], case.double("v")[None, None]
     budget, recent = p["budget"], p["recent"]
     older = slice(0, p["N"] - recent)
-    if p["mode"] == "cur_resample_gauss":
+    mode, lam, temperature, kernel = p["mode"], p["lam"], p["temperature"], 5 if p["smooth"] else 1
+    n_large, sinks = p["n_large"] * (mode != "attn"), p["sinks"] * ("sink" in mode or "cur" in mode)
+    assert mode in VASE_MODES
+    if mode.startswith("cur_"):
         policy = GivenProjection(
-            n_sink=p["sinks"], n_recent=recent, local_window=0, columns=case.double("projection") / 20**0.5
+            n_sink=sinks, n_recent=recent, local_window=0, columns=case.double("projection") / 20**0.5
         )
         view = view_of(keys, values=values, n_keep=budget)
         scores, _ = policy.score(view, {})
         ranked = scores[0, 0, :, older]
         ranked = ranked / ranked.sum(-1, keepdim=True)
-        assert_scores(ranked[:, p["sinks"] :], case["topk0_scores"][:, p["sinks"] :])
+        assert_scores(ranked[:, sinks:], case["topk0_scores"][:, sinks:])
         assert slots(kept_by(policy, view, scores)[0, 0]) == case["kept"].tolist()
         return
-    sampled = p["mode"].endswith("_sink_sample_attn")
+    sampled = "sample" in mode
     policy = VaSE(
-        n_obs=recent,
-        n_recent=recent,
-        n_sink=p["sinks"] if sampled else 0,
-        kernel=5 if p["smooth"] else 1,
-        large=0.0 if p["mode"] == "attn" else p["n_large"] / budget,
-        magnitude={"var": "variance", "l2": "l2"}.get(p["mode"].split("_")[0], "range"),
-        draw=sampled,
-    )
-    if p["mode"] == "evict_large_range":
+        n_obs=recent, n_recent=recent, n_sink=sinks, kernel=kernel, large=n_large / budget, draw=sampled,
+        magnitude={"var": "variance", "l2": "l2"}.get(mode.split("_")[0], "range"),
+    )  # fmt: skip
+    if mode == "evict_large_range":
         smallest = -value_magnitude(values[0, 0, :, older], "range")
         view = view_of(keys, values=values, n_keep=budget)
         kept = kept_by(policy, view, keep_window(smallest[None, None], recent))
         assert slots(kept[0, 0]) == case["kept"].tolist()
         return
     view = view_of(keys, case.double("queries")[None, None], values, n_keep=budget)
-    view = replace(view, scaling=view.scaling / p["temperature"])
+    view = replace(view, scaling=view.scaling / temperature)
     attention = policy.importance(view)[0, 0]
-    if p["mode"] == "attn_rkv":
+    if mode == "attn_rkv":
         repeated = redundancy(keys[0, 0, :, older], None)
-        mixed = p["lam"] * attention - (1 - p["lam"]) * repeated
+        mixed = lam * attention - (1 - lam) * repeated
         assert_scores(mixed, case["topk0_scores"])
         kept = kept_by(policy, view, keep_window(mixed[None, None], recent))
         assert slots(kept[0, 0]) == case["kept"].tolist()
         return
-    if p["mode"] == "attn":
+    if mode == "attn":
         assert_scores(attention, case["topk0_scores"])
     else:
         magnitude = value_magnitude(view.values[0, 0, :, older], policy.magnitude)

@@ -381,7 +381,7 @@ WRONG = [
     ({"kv_budget": None}, "needs a kv_budget"),
     ({"policy": Window(), "kv_budget": None}, "needs a kv_budget"),
     ({"policy": "full", "kv_budget": 64}, "takes no kv_budget"),
-    ({"policy": "window", "kv_budget": 4}, "does not fit into kv_budget 4"),
+    ({"policy": "window", "kv_budget": 4}, "the prompt does not fit; use 12 or more"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"max_new_tokens": None}, "pass e.g. 512"),
     ({"n_samples": 2}, "at temperature 0"),
@@ -449,6 +449,24 @@ def test_a_policy_may_be_an_object_or_a_class_of_ones_own(model):
         assert kvlib.generate(model, PROMPTS, kv_budget=20, max_new_tokens=N, **settings) == expected
 
 
+@pytest.mark.parametrize("name", ["triattention", "sepllm"])
+def test_what_a_policy_needs_is_made_by_the_call_that_its_sentence_names(tokenizer, name):
+    model = ordinary(dtype=torch.float32, implementation="eager").train()
+    before = state_of(model)
+    policy = kvlib.fit(name, model, [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS], tokenizer=tokenizer)
+    settings = {"kv_budget": 28, "max_new_tokens": N, "policy_options": {"n_recent": 4, "buffer": 4}}
+    made = kvlib.generate(model, PROMPTS, policy=policy, **settings)
+    assert max(max(one.held) for one in made) == 28 and made[0].rounds > 0
+    if name == "sepllm":
+        assert made == kvlib.generate(model, PROMPTS, policy=name, tokenizer=tokenizer, **settings)
+    assert_same(before, state_of(model))
+
+
+def test_a_short_call_shows_no_bar(model, capsys):
+    kvlib.generate(model, PROMPTS[0], policy="window", max_new_tokens=3)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_defaults_are_those_of_the_generation_config_and_what_kvlib_lacks_is_said():
     model = ordinary()
     asked = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_new_tokens": 9}
@@ -500,7 +518,7 @@ def test_criteria_see_what_generate_shows_them_and_end_what_it_ends(model, eos):
 
 def test_a_streamer_gets_every_token_and_its_end(model, tokenizer):
     ids = torch.tensor([PROMPTS[0]])
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=9)
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=N, streamer=streamer,
         custom_generate=kvlib.custom_generate(policy="window"),

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvlib import cell as running
-from kvlib.cell import check, run, run_fingerprint
+from kvlib.cell import prepare, run, run_fingerprints
 from kvlib.charts.tables import measured_cells
 from kvlib.config import RunConfig, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
+from kvlib.fitted import FITTED, held_out_of, load_fitted
 from kvlib.models import TINY, load_reasoner
 from kvlib.policies import Policy
 from kvlib.record import RecordError, SampleLog, load_records, read_record
 from kvlib.study.timing import time_dataset
-from kvlib.train import FILE, load_predictor
+from kvlib.tasks.datasets import load_problems
 
 SMALL = {"dataset": "chain-a", "n_problems": 12, "batch_size": 6, "max_new_tokens": 400}
 DYNTS = {"policy": "dynts", "kv_budget": 128, "policy_options": {"n_recent": 16, "ratio": 0.8}}
@@ -189,8 +190,9 @@ def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
         ({"policy_options": {"rato": 0.4}}, "did you mean 'ratio'"),
         ({"n_problems": 500}, "use 1 to 200"),
         ({"kv_budget": 24}, "kv_budget 24"),
-        ({"kv_budget": 40}, r"-token prompt of chain-a/\d+/0 does not fit into kv_budget 40; use \d+ or more"),
+        ({"kv_budget": 40}, r"small for chain-a/\d+/0 \(\d+-token prompt, .* the prompt does not fit; use \d+ or more"),
         ({"device": "cuda"}, "sees no CUDA GPU"),
+        ({"dataset": "chain-a", "prompt": "boxed"}, "a chain, which has no box"),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_sentence(change, sentence, tmp_path):
@@ -205,21 +207,21 @@ def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
     copy_of_tiny(tmp_path)
     monkeypatch.setattr("kvlib.models.TINY", tmp_path)
     monkeypatch.setattr("kvlib.fitted.TINY", tmp_path)
-    check(RunConfig(**SMALL, **DYNTS))
-    for name in ("model.safetensors", FILE):
+    prepare(RunConfig(**SMALL, **DYNTS))
+    for name in ("model.safetensors", FITTED["predictor"].file):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ConfigError, match=f"{name} is damaged .*git checkout"):
-            check(RunConfig(**SMALL, **DYNTS))
+            prepare(RunConfig(**SMALL, **DYNTS))
         (tmp_path / name).unlink()
         with pytest.raises(ConfigError, match=f"{name} is missing"):
-            check(RunConfig(**SMALL, **DYNTS))
+            prepare(RunConfig(**SMALL, **DYNTS))
         (tmp_path / name).write_bytes(whole)
 
 
 def test_a_predictor_of_other_weights_is_refused():
-    with pytest.raises(ConfigError, match="trained for other weights"):
-        load_predictor(TINY / FILE, "0" * 64)
+    with pytest.raises(ConfigError, match="made for other weights"):
+        load_fitted("predictor", TINY / FITTED["predictor"].file, "0" * 64)
 
 
 def test_the_tiny_reasoner_loads_with_plain_auto_classes_and_no_remote_code():
@@ -265,10 +267,12 @@ def expand_to_grid(folder):
 
 
 def test_the_shipped_reasoner_is_the_one_its_predictor_was_trained_for():
-    _, held_out = load_predictor(TINY / FILE, load_reasoner("tiny").sha256)
-    assert held_out.n_traces >= 50
-    assert held_out.spearman > 0.4
-    assert held_out.top20_recall > 0.5
+    file = TINY / FITTED["predictor"].file
+    load_fitted("predictor", file, load_reasoner("tiny").sha256)
+    held_out = held_out_of(file)
+    assert held_out["n_traces"] >= 50
+    assert held_out["spearman"] > 0.4
+    assert held_out["top20_recall"] > 0.5
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -290,9 +294,9 @@ def test_an_edited_policy_of_ones_own_decodes_anew():
         return Mine(decay=decay)
 
     config = RunConfig(policy="mine", kv_budget=96)
-    mark = run_fingerprint(config, "", made(0.5, 1))
-    assert mark == run_fingerprint(config, "", made(0.5, 1))
-    assert mark != run_fingerprint(config, "", made(0.6, 1))
+    mark = run_fingerprints(config, made(0.5, 1))
+    assert mark == run_fingerprints(config, made(0.5, 1))
+    assert mark != run_fingerprints(config, made(0.6, 1))
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(Policy):
@@ -301,4 +305,32 @@ def test_an_edited_policy_of_ones_own_decodes_anew():
         def score(self, view, state):
             return -view.positions, state
 
-    assert mark != run_fingerprint(config, "", Mine(decay=0.5))
+    assert mark != run_fingerprints(config, Mine(decay=0.5))
+
+
+def test_a_model_whose_tokenizer_lacks_the_words_is_told_before_anything_is_decoded(tmp_path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"problem": "How many apples are two and two?", "answer": "4"}))
+    english = RunConfig(dataset=str(tmp_path / "sums.jsonl"), kv_budget=96)
+    with pytest.raises(ConfigError, match=r"tokenizer has no words for .*use a model that reads text"):
+        prepare(english)
+    assert len(prepare(RunConfig(dataset="chain-a", kv_budget=96, n_problems=3)).requests) == 3
+
+
+def test_a_file_that_changes_is_another_cell(tmp_path):
+    path = tmp_path / "chains.jsonl"
+    config = RunConfig(model=copy_of_tiny(tmp_path), dataset=str(path), policy="full")
+    path.write_text(json.dumps({"problem": "a b +3 ; so a 2 ; b ?", "answer": "5"}))
+    first = prepare(config)
+    path.write_text(json.dumps({"problem": "a b +4 ; so a 2 ; b ?", "answer": "6"}))
+    second = prepare(config)
+    assert first.fingerprints != second.fingerprints and first.requests[0].prompt != second.requests[0].prompt
+    assert len(first.requests) == len(second.requests) == 1
+
+
+def test_prompts_are_encoded_once_for_all_cells_of_a_dataset(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(running, "load_problems", lambda *given: loaded.append(given) or load_problems(*given))
+    running.prompts_of.__globals__["_prompts"].cache_clear()
+    for budget in (96, 116, 136):
+        prepare(RunConfig(kv_budget=budget, n_problems=7))
+    assert len(loaded) <= 2  # prompts and hash

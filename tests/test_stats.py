@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from kvlib import stats as paired
 from kvlib.errors import ConfigError
-from kvlib.stats import differences_to, paired_difference, pass_at_1, pooled_difference, wilson_interval
+from kvlib.stats import (  # fmt: skip
+    Ratio,
+    differences_to,
+    paired_difference,
+    paired_ratio,
+    pass_at_1,
+    pooled_difference,
+    too_busy,
+    wilson_interval,
+)
 
 DRAWS = 500
 
@@ -185,6 +194,44 @@ def test_budgets_on_other_samples_are_not_compared():
         paired.budget_differences(verdicts_of({64.0: ["1", "0"], 96.0: ["1"]}))
     with pytest.raises(ConfigError, match="lack column"):
         paired.budget_differences(verdicts_of({64.0: ["1"]}).drop(columns="sample"))
+
+
+def made_rounds(speed: float, n: int, noise: float, seed: int) -> np.ndarray:
+    """Seconds `[n, 6]`: windows of unequal work, on a machine that drifts."""
+    draw = np.random.default_rng(seed)
+    drift = np.linspace(1, 3, n)[:, None]
+    return drift * np.arange(1, 7) / speed * draw.normal(1, noise, (n, 6))
+
+
+def test_a_ratio_of_pairs_is_that_of_the_same_windows_and_its_interval_covers_it():
+    covered = 0
+    for seed in range(60):
+        found = paired_ratio(made_rounds(1.5, 8, 0.03, seed), made_rounds(1.0, 8, 0.03, 1000 + seed))
+        assert found.low <= found.ratio <= found.high and found.high - found.low < 0.15
+        covered += found.low <= 1.5 <= found.high
+    assert covered >= 48, "a 95 % interval from eight rounds"
+    same = made_rounds(1.0, 3, 0.1, 0)
+    assert paired_ratio(same, same) == Ratio(1.0, 1.0, 1.0)
+
+
+def test_one_round_has_a_ratio_and_no_interval():
+    assert paired_ratio([[1.0, 2.0]], [[2.0, 4.0]]) == Ratio(2.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("control", "busy"),
+    [
+        (Ratio(1.0, 0.98, 1.02), False),
+        (Ratio(1.02, 0.99, 1.04), False),
+        (Ratio(1.005, 1.004, 1.006), False),  # off by more than its interval, and by nothing that matters
+        (Ratio(1.02, 1.015, 1.025), True),
+        (Ratio(0.96, 0.9, 1.1), True),
+        (Ratio(1.04, None, None), True),
+        (Ratio(1.01, None, None), False),
+    ],
+)
+def test_a_control_that_is_off_says_that_the_machine_was_too_busy(control, busy):
+    assert too_busy(control) is busy
 
 
 def test_wilson_interval_is_the_textbook_one():

@@ -1,7 +1,132 @@
-"""`python -m kvlib.bench`: see kvlib.bench.arms."""
+"""Speed against Hugging Face's own loop, kvpress and the machine's ceilings; correctness first. `make bench`.
 
+All arms decode the same prompts with the same weights. Each is a run of its own that stays alive and advances by the
+same number of steps in every round, in a balanced order, so that a ratio compares runs at the same place, moments
+apart. Whatever is measured is printed with its interval, next to what two equal arms differ by.
+"""
+
+import argparse
+import json
+import os
 import sys
+from dataclasses import replace
+from pathlib import Path
 
-from kvlib.bench.arms import main
+import pandas as pd
+import torch
+from transformers.utils.logging import disable_progress_bar
 
-sys.exit(main())
+from kvlib.bench.arms import BASELINE, check_arms, default_arms
+from kvlib.bench.measure import bench
+from kvlib.bench.shapes import SIZES, Sizes, load_subject
+from kvlib.errors import ConfigError
+from kvlib.files import write_atomically
+from kvlib.record import explained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SIZES, default="tiny")
+    parser.add_argument("--arms", help="e.g. hf-sdpa,linears,full,full-again,knorm@128,knorm@256,kvpress-knorm")
+    for name in ("batch", "n_prompt", "n_new", "kv_budget", "interval"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=420.0, help="wall time for the rounds (default 420)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--kvpress", metavar="PYTHON", help="a Python that has kvpress (make bench-kvpress-env)")
+    parser.add_argument("--out", type=Path, help="write the record to this file, instead of as the last line")
+    given = parser.parse_args()
+    disable_progress_bar()
+    own = {name: value for name in Sizes.__dataclass_fields__ if (value := getattr(given, name, None)) is not None}
+    sizes = replace(SIZES[given.model], **own)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if min(own.values(), default=1) < 1 or given.rounds < 1:
+            raise ConfigError("sizes and --rounds are whole numbers from 1 on")
+        if sizes.n_new % given.rounds:
+            raise ConfigError(f"--n-new {sizes.n_new} must be a multiple of --rounds {given.rounds}")
+        names = given.arms.split(",") if given.arms else default_arms(given.model, device, bool(given.kvpress))
+        check_arms(names, sizes, given.kvpress)
+        torch.set_num_threads(given.threads)
+        record = bench(
+            load_subject(given.model, sizes, device),
+            sizes,
+            names,
+            n_rounds=given.rounds,
+            seconds=given.seconds,
+            kvpress=given.kvpress,
+            say=lambda line: print(line, flush=True),
+        )
+    except ConfigError as error:
+        sys.exit(f"kvlib.bench: {error}")
+    report(record)
+    if given.out:
+        with explained(given.out.parent):
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(given.out, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+        print(f"the record: {given.out}")
+    else:
+        print(json.dumps(record, allow_nan=False))
+    if not record["gate"]["holds"]:
+        sys.exit("kvlib.bench: the gate is red, so nothing was timed; see the checks above")
+
+
+def table(record: dict) -> str:
+    """The arms as text for people."""
+    ratios = {(r["arm"], r["against"]): r["ratio"] for r in record["ratios"]}
+
+    def ratio(arm: str, against: str) -> str:
+        return f"{ratios[arm, against]:.2f}" if (arm, against) in ratios else ""
+
+    rows = [
+        {
+            "arm": row["arm"],
+            "KV budget": row["kv_budget"] or "",
+            "tokens/s": f"{row['steps']:.1f}",
+            "forward only": f"{row['forward']:.1f}" if "forward" in row else "",
+            "goodput": f"{row['goodput']:.1f}" if "goodput" in row else "",
+            "x HF sdpa": ratio(row["arm"], BASELINE),
+            "of linears": ratio(row["arm"], "linears"),
+            "of products": ratio(row["arm"], "products"),
+            "in rounds": f"{row['round_share']:.1%}" if row.get("round_share") is not None else "",
+            "live slots": f"{row['live_slots']:.0f}" if "live_slots" in row else "",
+            "KV MB": f"{row['kv_bytes'] / 1e6:.1f}" if "kv_bytes" in row else "",
+            "peak MB": f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") else "",
+            "GB/s": f"{row['bandwidth'] / 1e9:.1f}" if "bandwidth" in row else "",
+            "of copy": f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else "",
+        }
+        for row in record["arms"]
+    ]
+    return pd.DataFrame(rows).to_string(index=False)
+
+
+def report(record: dict) -> None:
+    """The table, and what to read it by."""
+    if not record["gate"]["holds"]:
+        return
+    print(f"\n{record['model']} ({record['weights']}), {record['device']}, {record['threads']} threads, batch "
+          f"{record['batch']}, {record['dtype']}, {record['n_prompt']} + {record['n_new']} tokens, a round every "
+          f"{record['interval']}; {record['rounds']} rounds of {record['steps_per_round']} steps\n")  # fmt: skip
+    print(table(record))
+    print("\nlinears: the model's linear layers alone. products: what kvlib's step makes of them, fused and packed.\n"
+          "tokens/s: rows x steps / wall time of the steps, everything included. forward only: the model's calls.\n"
+          "goodput: tokens up to the end of each output / wall time with prefill. in rounds: time spent evicting.\n"
+          "of copy: least bytes / time, as a share of a copy's bandwidth in this call.\n")  # fmt: skip
+    for r in record["ratios"]:
+        print(f"{r['arm']:>22} / {r['against']:<22} {interval(r)}")
+    if record["noise"]:
+        print(f"\nfull and full-again are the same work: their ratio, {interval(record['noise'])}, is this run's "
+              "noise; smaller differences say nothing")  # fmt: skip
+        if record["noise"]["too_busy"]:
+            print("the machine was too busy for these numbers to mean anything; repeat this on an idle one")
+    print(f"peak memory of the process: {record['peak_rss_bytes'] / 1e6:.0f} MB")
+
+
+def interval(ratio: dict) -> str:
+    if ratio["low"] is None:
+        return f"{ratio['ratio']:.3f}  (one round, no interval)"
+    return f"{ratio['ratio']:.3f}  ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+if __name__ == "__main__":
+    main()

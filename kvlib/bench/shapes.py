@@ -1,10 +1,22 @@
-"""The published dimensions of R1-Qwen-7B and R1-Llama-8B, for speed on random weights where the checkpoints are not."""
+"""What is measured: models at their published dimensions or as they are, prompts, and the policies' settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from kvlib.cost import SHAPES
 from kvlib.engine.attention import IMPLEMENTATION
+from kvlib.errors import ConfigError
+from kvlib.fitted import fit
+from kvlib.models import load_reasoner
+from kvlib.policies import Policy, make_policy
+from kvlib.policies.dynts import ImportanceHead
+from kvlib.policies.triattention import QueryStatistics
+from kvlib.tasks.datasets import load_problems
 
 
 def r1_qwen_config() -> Qwen2Config:
@@ -52,3 +64,90 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=config.initializer_range)
     return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows, tokens per prompt and to decode, KV budget (slots), tokens between rounds of eviction."""
+
+    dtype: torch.dtype
+    batch: int
+    n_prompt: int
+    n_new: int
+    kv_budget: int
+    interval: int
+
+
+SIZES = {
+    "tiny": Sizes(torch.float32, 8, 64, 256, 128, 32),
+    "smollm2": Sizes(torch.float32, 8, 64, 512, 256, 64),
+    "r1-qwen": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
+    "r1-llama": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
+}
+CONFIGS = {"r1-qwen": r1_qwen_config, "r1-llama": r1_llama_config}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model in transformers' form and the prompts `[B, P]`. fit fills in what a policy needs."""
+
+    name: str
+    weights: str
+    model: nn.Module
+    prompts: Tensor
+    eos_ids: tuple[int, ...]
+    fit: Callable[[Policy], Policy]
+
+
+def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
+    """A model by the name of its sizes, with prompts cut from the embedded problems, or of random ids where the weights
+    are random. Raises ConfigError."""
+    if name not in CONFIGS:
+        reasoner = load_reasoner(name, str(sizes.dtype).removeprefix("torch."), device)
+        ids = [i for problem in load_problems("chain-a") for i in reasoner.encode(problem.question)]
+        need = sizes.batch * sizes.n_prompt
+        ids = (ids * (need // len(ids) + 1))[:need]
+        prompts = torch.tensor(ids, device=device).view(sizes.batch, sizes.n_prompt)
+        return Subject(name, "real", reasoner.model, prompts, reasoner.eos_ids, lambda p: fit(p, name, reasoner))
+    if device == "cpu":
+        raise ConfigError(f"{name} has 7 billion parameters and is measured on a CUDA GPU; torch sees none here")
+    model = random_model(CONFIGS[name](), sizes.dtype, device)
+    return random_subject(name, model, sizes)
+
+
+def random_subject(name: str, model: nn.Module, sizes: Sizes) -> Subject:
+    """Random ids as prompts, and random numbers for what a policy needs fitted."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.config.vocab_size, (sizes.batch, sizes.n_prompt), generator=draw).to(model.device)
+    fitted = partial(fitted_at_random, config=model.config, device=model.device)
+    return Subject(name, "random weights", model, prompts, (), fitted)
+
+
+def fitted_at_random(policy: Policy, config: PreTrainedConfig, device: torch.device | str) -> Policy:
+    """The policy with random numbers, in the dtypes that fitted ones have, for what it needs of a model."""
+    L, H, HQ = config.num_hidden_layers, config.num_key_value_heads, config.num_attention_heads
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        statistics = torch.rand(3, L, HQ, config.hidden_size // HQ // 2, dtype=torch.float64)
+        made = {
+            "predictor": ImportanceHead(config.hidden_size).requires_grad_(False),
+            "calibration": QueryStatistics(*statistics),
+            "separators": (1, 2, 3),
+            "gate": lambda hidden: hidden[None, :, :H].float().sigmoid().log().expand(L, -1, -1),
+        }
+    return replace(policy, **{need: made[need] for need in policy.needs})
+
+
+def bench_policy(name: str, kv_budget: int, sizes: Sizes) -> Policy:
+    """A preset whose rounds come every sizes.interval tokens and leave kv_budget - interval slots."""
+    options = {"buffer": sizes.interval}
+    if name == "snapkv-kvpress":
+        options |= {"n_obs": observed(sizes), "n_recent": observed(sizes)}
+    if name.startswith("dynts"):
+        options["n_recent"] = max(0, kv_budget - sizes.interval - sizes.n_prompt) // 2
+    return make_policy(name, **options)
+
+
+def observed(sizes: Sizes) -> int:
+    """SnapKV's window. kvpress buffers the hidden states of one interval only, and asks for more of them than this."""
+    return min(64, sizes.interval // 2)

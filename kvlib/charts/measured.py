@@ -161,7 +161,7 @@ def two_axes(ax, title, left_label, right_label):
 
 def draw_line(right, x, y, label):
     (line,) = right.plot(
-        x, y, color=ORANGE, linewidth=2.2, marker="o", markersize=7, markeredgecolor="white", label=label
+        x, y, color=ORANGE, linewidth=2.2, marker="o", markersize=7, markeredgecolor="white", label=label, gid="line"
     )
     return line
 
@@ -191,8 +191,8 @@ def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
         n = next(iter(here.values())).n_problems
         most = max(row.pass_high for row in here.values())
         text = f"0 of {n} problems solved at every KV budget{' and by the full cache' if full else ''}"
-        ax.text(0.5, 0.14, f"{text}\n(95 % interval: 0 to {most:.1f} %)", transform=ax.transAxes, ha="center",
-                va="center", bbox=PAPER)  # fmt: skip
+        text = textwrap.fill(f"{text} (95 % interval: 0 to {most:.1f} %)", 34)
+        ax.text(0.5, 0.2, text, transform=ax.transAxes, ha="center", va="center", bbox=PAPER)
     else:
         drawn = [(at[budget], here[budget]) for budget in budgets if budget in here]
         bars = ax.bar([x - aside for x, _ in drawn], [row.pass_at_1 for _, row in drawn], width, color=BLUE,
@@ -226,7 +226,9 @@ def _draw_throughput(right, points, full, reference):
     line = draw_line(right, [x for x, _ in points], [row.throughput if row else nan for _, row in points],
                      "Throughput (right)")  # fmt: skip
     if full and reference:
-        right.plot(full, [reference.throughput], "o", color=ORANGE, markersize=7, markerfacecolor="white", zorder=3)
+        right.plot(
+            full, [reference.throughput], "o", color=ORANGE, markersize=7, markerfacecolor="white", zorder=3, gid="full"
+        )
     for x, row in [*points, *((x, reference) for x in full)]:
         if row and row.n_repeats > 1:
             # The white edge keeps the whisker apart from a bar behind it.

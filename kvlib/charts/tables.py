@@ -6,31 +6,12 @@ from pathlib import Path
 import pandas as pd
 
 from kvlib.charts.measured import EXACT, PUBLISHED_RULES, TIMED_COLUMNS, IncompleteError
+from kvlib.charts.sheet import policy_title
 from kvlib.config import Grid, RunConfig, folder_name
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, read_record
 from kvlib.stats import pass_at_1, wilson_interval
 from kvlib.tasks.datasets import dataset_title
-
-POLICY_TITLES = {
-    "window": "Window",
-    "streaming": "StreamingLLM",
-    "random": "Random",
-    "h2o": "H2O",
-    "tova": "TOVA",
-    "snapkv": "SnapKV",
-    "rkv": "R-KV",
-    "rpc": "RPC",
-    "gkv": "G-KV",
-    "lazy": "LazyEviction",
-    "raas": "RaaS",
-    "vase": "VaSE",
-    "triattention": "TriAttention",
-    "trimkv": "TRIM-KV",
-    "dynts": "DynTS",
-    "dynts-published": "DynTS as published",
-}
-
 
 MODEL_TITLES = {
     "tiny": "Tiny-0.8M",
@@ -79,7 +60,7 @@ def measured_cells(
         row = {
             "model": model_title(cell.model),
             "dataset": dataset_title(cell.dataset),
-            "policy": POLICY_TITLES.get(policy, policy),
+            "policy": policy_title(policy),
             "kv_budget": cell.kv_budget,
             "grader": graded,
             "pass_at_1": 100 * rate,
@@ -175,9 +156,9 @@ def measured_verdicts(
     """
     finished, missing = _finished(grid, records, seed)
     if missing and not (allow_incomplete and finished):
-        raise IncompleteError(
-            f"{len(missing)} cells missing in {records}: {', '.join(missing[:8])}; run the study again"
-        )
+        count = f"{len(missing)} of {len(missing) + len(finished)} cells missing in {records.absolute()}"
+        again = f"make sweep PROFILE={grid.path.stem} SEED={seed}"
+        raise IncompleteError(f"{count}: {', '.join(missing[:8])}. If it is the right folder, make them with `{again}`")
     frames = []
     for cell, record in finished:
         folder = records / cell.cell_path

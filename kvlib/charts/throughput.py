@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from kvlib.charts.sheet import GREY, INK, banner, looks, sheet, style
 from kvlib.charts.tables import model_title
 from kvlib.errors import ConfigError
+from kvlib.stats import BUSY
 
 SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
 LEVELS = {"full": (INK, (0, (4, 2.5))), "full-unpacked": (INK, ":"), "hf-sdpa": (GREY, (0, (1, 1.2)))}
@@ -29,8 +30,6 @@ TITLES = {
 CEILINGS = ("linears", "products")
 """Arms that decode nothing: the matrix products alone, as the model has them and as kvlib has them."""
 PEER = "kvpress-"
-BUSY = 0.03
-"""Two runs of equal work that differ by more were not measured on a quiet machine."""
 ONE_PER_CHART = ("model", "weights", "device", "dtype")
 
 

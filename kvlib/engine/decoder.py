@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvlib.engine.evict import Round, evict
-from kvlib.engine.graph import Graph
+from kvlib.engine.graph import Graph, Pool
 from kvlib.engine.meter import Meter
 from kvlib.engine.rows import Completion, Request, Rows
 from kvlib.engine.sampling import Sampling
@@ -15,6 +15,8 @@ from kvlib.engine.step import step_for
 from kvlib.errors import ConfigError
 from kvlib.policies import Policy
 
+ROUND_BYTES = 2**29
+"""Of the keys, in float32, that a policy looks at together in a round; what it makes of them is a few times that."""
 FINISH_LAG = 8
 """Steps between two looks at the end-of-sequence flags, for which the host waits."""
 
@@ -87,7 +89,7 @@ class Decoder:
         self.logits = torch.zeros(n_rows, self.model.vocab_size, dtype=self.cache.keys.dtype, device=self.device)
         self.n_max = 1
         # Their replays follow one another on one stream, so they can share what they allocate inside.
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.pool = Pool() if self.device.type == "cuda" else None
         self.forward = Decoder._forward  # of the general step n_max is a part, and its modules may wait for the device
         if self.model.name == "fast":
             self.forward = Graph("forward", Decoder._forward, self.device, self.pool)
@@ -188,22 +190,24 @@ class Decoder:
         n_keep = self.rows.n_keep(due, n_live)
         if self.device.type != "cuda":
             self.evict_rows(self.round(due, n_live, n_keep))
-        elif len(due) == len(self.rows):
-            self.replay_round(due, n_live, n_keep)
         else:
-            for i in range(len(due)):
-                self.replay_round(due[i : i + 1], n_live, n_keep[i : i + 1])
+            for part in graph_sizes(len(due), len(self.rows)):
+                self.replay_round(due[part], n_live, n_keep[part])
         for row in self.rows.evicted(due, n_live, n_keep):
             if self.trace:
                 positions = self.cache.positions[:, row, :, : self.rows.n_held[row]].sort(-1).values
                 self.rows.kept[row].append((self.rows.rounds[row][-1], positions.tolist()))
 
     def evict_rows(self, due: Round) -> None:
-        _, finite = evict(self.cache, self.policy, due)
-        self.finite &= finite
+        """A round, in slices of as many rows as leave its memory small, whatever the policy reads of them."""
+        shape = self.cache.shape
+        row = 4 * shape.n_layers * shape.n_kv_heads * due.n_live * shape.head_dim
+        for part in due.split(max(1, ROUND_BYTES // row)):
+            _, finite = evict(self.cache, self.policy, part)
+            self.finite &= finite
 
     def replay_round(self, due: np.ndarray, n_live: int, n_keep: np.ndarray) -> None:
-        """A round of one row or of all, so that two graphs serve whatever is due; below the budget, a plain round."""
+        """A round of a number of rows that has a graph (graph_sizes); below the budget, a plain round."""
         if n_live != self.kv_budget + 1:
             self.evict_rows(self.round(due, n_live, n_keep))
             return
@@ -248,6 +252,16 @@ class Decoder:
         """(name, score `[L or 1, B, H or 1]`) of B new tokens."""
         scores = self.policy.creation_score(hidden, token_ids, answering)
         return [(name, score if score.dim() == 3 else score[None, :, None]) for name, score in scores.items()]
+
+
+def graph_sizes(n_due: int, n_rows: int) -> list[slice]:
+    """n_due rows in parts of all rows, or of 1, 2, 4, 8, ... rows, so that few graphs serve whatever is due."""
+    parts, start = [], 0
+    while start < n_due:
+        n = n_rows if n_due == n_rows else 1 << ((n_due - start).bit_length() - 1)
+        parts.append(slice(start, start + n))
+        start += n
+    return parts
 
 
 Watch = Callable[[list[tuple[Request, list[int]]]], dict[str, int]]

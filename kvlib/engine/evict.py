@@ -1,6 +1,7 @@
 """One round of eviction, the same for every policy: score, share, protect, select, compact."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,14 +15,6 @@ def share_scores(scores: Tensor, share: Share) -> Tensor:
     """Average scores `[L or 1, R, H or 1, N]` over what shares one keep set."""
     over = {"head": (), "layer": (2,), "head_across_layers": (0,), "model": (0, 2)}[share]
     return scores.mean(over, keepdim=True) if over else scores
-
-
-def protection(positions: Tensor, n_prompt: Tensor, n_sink: int, protect_prompt: bool, n_recent: int) -> Tensor:
-    """Bool, like positions `[L or 1, R, H or 1, N]` (ascending): sinks, prompt (n_prompt `[R]`), newest n_recent."""
-    N = positions.shape[-1]
-    recent = torch.arange(N, device=positions.device) >= N - n_recent
-    first = n_prompt.clamp(min=n_sink) if protect_prompt else torch.full_like(n_prompt, n_sink)
-    return (positions < first[None, :, None, None]) | recent
 
 
 def select(scores: Tensor, protected: Tensor, n_keep: Tensor) -> Tensor:
@@ -52,6 +45,15 @@ class Round:
     n_seen: Tensor
     scaling: float
     inv_freq: Tensor
+
+    def split(self, n: int) -> Iterator["Round"]:
+        """The same in slices of n rows."""
+        if n >= len(self.rows):
+            yield self
+            return
+        by_row = ("rows", "n_prompt", "n_keep", "noise_key", "n_seen")
+        for start in range(0, len(self.rows), n):
+            yield replace(self, **{name: getattr(self, name)[start : start + n] for name in by_row})
 
 
 def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]:
@@ -87,9 +89,7 @@ def evict(cache: SlotCache, policy: Policy, due: Round) -> tuple[Tensor, Tensor]
     view, state, slots = look(cache, due)
     scores, state = policy.score(view, state)
     scores = share_scores(scores, policy.share).expand_as(view.positions)
-    recent = policy.recent(due.kv_budget)
-    protected = protection(view.positions, due.n_prompt, policy.n_sink, policy.protect_prompt, recent)
-    kept = select(scores, protected, due.n_keep)
+    kept = select(scores, policy.protection(view), due.n_keep)
     for name, tensor in cache.state.items():
         tensor[:, rows, :, :n] = tensor[:, rows, :, :n].scatter(-1, slots, state[name])
     if policy.reindex:

@@ -387,7 +387,7 @@ def check_config(config, n_positions: int) -> None:
     ropes = getattr(config, "rope_parameters", None) or {}
     ends = [] if ropes else [most]
     for rope in (ropes, *ropes.values()):
-        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+        if isinstance(rope, dict) and any(kind in str(rope.get("rope_type")) for kind in ("dynamic", "longrope")):
             original = getattr(config, "original_max_position_embeddings", most)
             ends.append(rope.get("original_max_position_embeddings") or original)
     if n_positions > min(ends, default=n_positions):

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -11,10 +12,10 @@ MOST_EVENTS = 6000
 
 
 class Meter:
-    """Seconds per phase ("prefill", "forward", "evict", "sample"). On CUDA they come from events, read at the end."""
+    """Seconds per phase ("prefill", "forward", "evict", "sample"), by the clock; on CUDA by events, read at the end."""
 
-    def __init__(self, device: torch.device | str):
-        self._cuda = torch.device(device).type == "cuda"
+    def __init__(self, device: torch.device | str, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._cuda = clock, torch.device(device).type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -29,9 +30,9 @@ class Meter:
             if len(self._events) >= MOST_EVENTS:
                 self.seconds()
         else:
-            started = time.perf_counter()
+            started = self._clock()
             yield
-            self._seconds[name] += time.perf_counter() - started
+            self._seconds[name] += self._clock() - started
 
     def seconds(self) -> dict[str, float]:
         """Totals so far; waits for the device."""

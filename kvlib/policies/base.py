@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import SimpleNamespace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -12,6 +13,9 @@ from kvlib.kernels.noise import uniform
 
 MASS = "mass"
 """The state that sums the attention each slot has received; the engine adds to it."""
+
+MOST_SLOTS = 2**20
+"""Where the search for a budget that will do ends."""
 
 Share = Literal["head", "layer", "head_across_layers", "model"]
 
@@ -74,41 +78,58 @@ class Policy:
         """Newest tokens that are never evicted."""
         return self.n_recent
 
-    def protected(self, kv_budget: int, n_prompt: int) -> int:
-        """Slots that are never evicted, overlaps counted once."""
-        head = max(self.n_sink, n_prompt if self.protect_prompt else 0)
-        return head + self.recent(kv_budget)
+    def protection(self, view: "View") -> Tensor:
+        """Bool like `view.positions`: sinks, prompt and the newest tokens, which a round never evicts.
+
+        Reads positions (ascending), n_prompt and kv_budget of the view only.
+        """
+        N = view.positions.shape[-1]
+        first = (view.n_prompt * self.protect_prompt).clamp(min=self.n_sink)[None, :, None, None]
+        newest = torch.arange(N, device=view.positions.device) >= N - self.recent(view.kv_budget)
+        return (view.positions < first) | newest
+
+    def protected(self, kv_budget: int, n_prompt: int, n_seen: int) -> list[int]:
+        """Positions that `protection` spares when n_seen tokens have been seen."""
+        positions, n_prompt = torch.arange(n_seen)[None, None, None], torch.tensor([n_prompt])
+        row = SimpleNamespace(kv_budget=kv_budget, positions=positions, n_prompt=n_prompt)
+        return self.protection(row).flatten().nonzero()[:, 0].tolist()
 
     def check(self, kv_budget: int, n_prompt: int, problem: str) -> None:
-        """Raise ConfigError unless a prompt of n_prompt tokens can be decoded under this budget."""
+        """Raise ConfigError, with the least budget that will do, unless n_prompt tokens can be decoded under this one.
+
+        n_prompt 0: not known yet, and so not counted.
+        """
+        trouble = self._trouble(kv_budget, n_prompt)
+        if trouble is None:
+            return
+        fails, works = kv_budget, max(1, 2 * kv_budget)
+        while self._trouble(works, n_prompt) and works < MOST_SLOTS:
+            fails, works = works, 2 * works
+        if self._trouble(works, n_prompt):
+            step = (
+                f"no kv_budget will do: lower n_recent={self.n_recent} or buffer={self.buffer}, or the share it keeps"
+            )
+        else:
+            while works - fails > 1:
+                middle = (fails + works) // 2
+                fails, works = (middle, works) if self._trouble(middle, n_prompt) else (fails, middle)
+            step = f"use {works} or more" + ("" if n_prompt else ", before a prompt is counted") + ", or protect less"
+        raise ConfigError(
+            f"kv_budget {kv_budget} of {type(self).__name__} is too small for {problem} ({n_prompt}-token prompt, "
+            f"protect_prompt={self.protect_prompt}, n_sink={self.n_sink}, n_recent={self.recent(kv_budget)}, "
+            f"buffer={self.buffer}): {trouble}; {step}"
+        )
+
+    def _trouble(self, kv_budget: int, n_prompt: int) -> str | None:
         if n_prompt > kv_budget:
-            raise ConfigError(
-                f"the {n_prompt}-token prompt of {problem} does not fit into kv_budget {kv_budget}; "
-                f"use {n_prompt + (self.buffer or 0)} or more"
-            )
-        keep, protected = self.keep(kv_budget, n_prompt, kv_budget + 1), self.protected(kv_budget, n_prompt)
-        self.require(
-            1 <= keep <= kv_budget,
-            f"kv_budget {kv_budget} leaves {keep} slots after a round; it must be 1 to {kv_budget}, change kv_budget, "
-            f"buffer={self.buffer} or the share that is kept",
-        )
-        self.require(
-            self.n_queries <= keep,
-            f"{self.n_queries} queries observe, and only {keep} slots stay; raise kv_budget {kv_budget}",
-        )
-
-        def fits(budget: int) -> bool:
-            return self.protected(budget, n_prompt) <= self.keep(budget, n_prompt, budget + 1)
-
-        if protected > keep:
-            enough = (b for b in range(kv_budget, 64 * kv_budget) if fits(b))
-            least = next(enough, None)
-            raise ConfigError(
-                f"kv_budget {kv_budget} keeps {keep} slots after a round and cannot hold the {protected} protected "
-                f"({n_prompt}-token prompt of {problem}: protect_prompt={self.protect_prompt}, n_sink={self.n_sink}, "
-                f"n_recent={self.recent(kv_budget)}); "
-                + (f"use {least} or more, or protect less" if least else "protect less")
-            )
+            return "the prompt does not fit"
+        keep = self.keep(kv_budget, n_prompt, kv_budget + 1)
+        if not 1 <= keep <= kv_budget:
+            return f"{keep} slots stay after a round"
+        if self.n_queries > keep:
+            return f"{self.n_queries} queries observe, and {keep} slots stay after a round"
+        protected = len(self.protected(kv_budget, n_prompt, kv_budget + 1))
+        return f"{keep} slots stay after a round, and {protected} are protected" if protected > keep else None
 
     def creation_score(self, hidden: Tensor, token_ids: Tensor, answering: Tensor) -> dict[str, Tensor]:
         """State of B new tokens, by name: float32 `[B]`, or `[L, B, H]` where it differs by layer and head.

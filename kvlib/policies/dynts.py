@@ -2,14 +2,45 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlib.policies.base import Policy, Share
 
 IMPORTANCE = "importance"
+
+
+class ImportanceHead(nn.Module):
+    """d -> 2d -> d/2 -> 1 with softplus between and after, no biases (section 3.2); trained by `kvlib.train`."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.d = d
+        self.layers = nn.Sequential(
+            nn.Linear(d, 2 * d, bias=False),
+            nn.Softplus(),
+            nn.Linear(2 * d, d // 2, bias=False),
+            nn.Softplus(),
+            nn.Linear(d // 2, 1, bias=False),
+            nn.Softplus(),
+        )
+
+    @property
+    def shape(self) -> dict[str, str]:
+        """What `of` must know besides the tensors."""
+        return {"d": str(self.d)}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "ImportanceHead":
+        head = cls(int(metadata["d"]))
+        head.load_state_dict(tensors)
+        return head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., d]` -> `[...]`."""
+        return self.layers(hidden.to(self.layers[0].weight.dtype))[..., 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +55,6 @@ class DynTS(Policy):
     buffer, if given, sets keep = kv_budget - buffer instead.
     predictor: importance `[B]` from the last hidden state `[B, d]` (after the final norm); or the path of its file;
     None: the file beside the model's weights.
-    rank: "lowest" is the paper's ablation that keeps the least important.
     """
 
     n_recent: int = 2000
@@ -33,7 +63,6 @@ class DynTS(Policy):
     buffer: int | None = None
     share: Share = "model"
     prompt_in_share: bool = False
-    rank: Literal["highest", "lowest"] = "highest"
     predictor: Callable[[Tensor], Tensor] | str | None = None
     state_names: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
     needs: ClassVar[tuple[str, ...]] = ("predictor",)
@@ -42,7 +71,6 @@ class DynTS(Policy):
     def __post_init__(self):
         super().__post_init__()
         self.require(0 < self.ratio <= 1, f"ratio is {self.ratio}; use a share above 0, at most 1")
-        self.require(self.rank in ("highest", "lowest"), f"rank is {self.rank!r}; use 'highest' or 'lowest'")
 
     def keep(self, kv_budget: int, n_prompt: int, n_seen: int) -> int:
         if self.buffer is not None:
@@ -56,5 +84,4 @@ class DynTS(Policy):
         return {IMPORTANCE: self.predictor(hidden).float().masked_fill(answering, torch.inf)}
 
     def score(self, view, state):
-        importance = state[IMPORTANCE].masked_fill(view.is_prompt, torch.inf)
-        return (importance if self.rank == "highest" else -importance), state
+        return state[IMPORTANCE].masked_fill(view.is_prompt, torch.inf), state

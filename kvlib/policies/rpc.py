@@ -1,12 +1,13 @@
 """RPC: reasoning path compression, a cache that grows with a share of the output (arXiv 2505.13866)."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from kvlib.policies.base import Policy, Share
-from kvlib.policies.observe import attention, keep_window, observe, pool
+from kvlib.policies.observe import Pooling, attention, keep_window, observe, pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,8 @@ class RPC(Policy):
     Follows `RPCCluster.compress_kv` (jiwonsong-dev/ReasoningPathCompression, rpc/rpc_utils.py; P = interval,
     R = n_obs, c = compression, T = int(P / c)): round m = 0, 1, ... comes when the prompt and P + R + m * T slots are
     held, and leaves the prompt, the newest R and the (m + 1) * T between them that the last R queries attend to most:
-    softmax over the slots between, mean-pooled along slots. share="layer" is its aggregation 'all', "head" its
-    'group'; its third, 'none', raises an error there.
+    softmax over the slots between, pooled along slots by their mean or maximum. share="layer" is its aggregation
+    'all', "head" its 'group'; its third, 'none', raises an error there.
 
     The original has no bound. Here kv_budget is one: where the growth would pass it, a round comes at kv_budget and
     leaves kv_budget - buffer. last_query_twice: the released Qwen2 model file passes the newest query twice, in place
@@ -28,6 +29,7 @@ class RPC(Policy):
     interval: int = 1024
     compression: int = 4
     kernel: int = 7
+    pooling: Pooling = "avg"
     last_query_twice: bool = False
     protect_prompt: bool = True
     n_recent: int = 32
@@ -42,6 +44,7 @@ class RPC(Policy):
             f"compression is {self.compression}; use 1 to interval={self.interval}",
         )
         self.require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
+        self.require(self.pooling in get_args(Pooling), f"pooling is {self.pooling!r}; use 'max' or 'avg'")
 
     @property
     def n_queries(self) -> int:
@@ -58,7 +61,7 @@ class RPC(Policy):
         as_published = done >= 1 and not early and grown - per_round + self.interval <= kv_budget + 1
         if not as_published:
             return kv_budget - self.buffer
-        return min(kv_budget - self.buffer, max(grown, self.protected(kv_budget, n_prompt)))
+        return min(kv_budget - self.buffer, max(grown, len(self.protected(kv_budget, n_prompt, n_seen))))
 
     def score(self, view, state):
         n_older = view.positions.shape[-1] - self.n_obs
@@ -70,4 +73,6 @@ class RPC(Policy):
             return by_query.sum(-2).mean(2)
 
         importance = torch.stack([paid(*layer) for layer in observe(view, self.n_obs, among=~view.is_prompt)])
-        return keep_window(pool(importance, self.kernel, "avg"), self.n_obs), state
+        if self.share == "layer":  # before pooling, with whose maximum it does not commute
+            importance = importance.mean(2, keepdim=True)
+        return keep_window(pool(importance, self.kernel, self.pooling), self.n_obs), state

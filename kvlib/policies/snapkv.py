@@ -66,22 +66,3 @@ class SnapKV(Policy):
 
     def score(self, view, state):
         return keep_window(self.importance(view), self.n_obs), state
-
-
-def pyramid_keep(n_slots: int, capacity: int, n_obs: int, layer: int, n_layers: int, beta: int = 20) -> int:
-    """Slots that PyramidKV (arXiv 2406.02069) leaves in a layer, the window included: fewer the deeper the layer.
-
-    `PyramidKVCluster` (Zefan-Cai/KVCache-Factory, pyramidkv_utils.py). It is SnapKV with this count, and no policy
-    here: a row's length is mirrored on the host as one number and its slots are allocated once, equal in all layers,
-    so that a smaller layer would save no memory.
-    """
-    n_older, share = n_slots - n_obs, capacity - n_obs
-    if n_slots < capacity:
-        return n_slots
-    if n_slots < 2 * share:
-        return capacity
-    least = share // beta
-    most = 2 * share - least
-    if most >= n_older:
-        most, least = n_older, 2 * share - n_older
-    return most - layer * ((most - least) // (n_layers - 1)) + n_obs

@@ -18,6 +18,14 @@ class QueryStatistics(nn.Module):
         self.register_buffer("mean_im", mean_im)
         self.register_buffer("mean_abs", mean_abs)
 
+    @property
+    def shape(self) -> dict[str, str]:
+        return {}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "QueryStatistics":
+        return cls(**tensors)
+
 
 def query_scores(view: View, calibration: QueryStatistics, max_offset: int, reduce: Literal["mean", "max"]) -> Tensor:
     """Score of each slot for each query head `[L, R, H, G, N]`, from 1, 2, 4, ... max_offset positions ahead.
@@ -64,8 +72,7 @@ class TriAttention(Policy):
     all heads and layers: what ranks in the first n of all also ranks in the first n of its head). With
     protect_prompt=False, its vLLM default, the prompt is ranked like the rest.
 
-    calibration: query statistics (`python -m kvlib.train.calibration`), or the path of their file; None: the file
-    beside the model's weights.
+    calibration: query statistics, or the path of their file; None: the file beside the model's weights.
     """
 
     protect_prompt: bool = True

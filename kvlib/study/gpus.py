@@ -4,6 +4,7 @@ Snakemake counts GPUs but never says which one a job has.
 """
 
 import contextlib
+import csv
 import fcntl
 import itertools
 import os
@@ -74,11 +75,16 @@ def uuid_of(name: str, known: list[str]) -> str:
 
 
 def all_gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    return [uuid for (uuid,) in nvidia_smi("uuid") or []]
+
+
+def nvidia_smi(*fields: str) -> list[list[str]] | None:
+    """What nvidia-smi says of every GPU, field by field, without units; None where it is missing or silent."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-        return [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    return []
+        return [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if row]
+    return None
 
 
 def private_folder(folder: Path) -> Path:

@@ -1,21 +1,22 @@
 """What stands in the way of a study, found in seconds and said all at once, before minutes are spent."""
 
-import csv
 import math
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, explained, locked
-from kvlib.study.gpus import named_gpus
+from kvlib.study.gpus import named_gpus, nvidia_smi
 
 RIVAL = """
 import sys
+import sysconfig
 from pathlib import Path
 from kvlib.record import LockedError, locked
 try:
@@ -89,22 +90,45 @@ def check_gpus(n_needed: int, need_gb: float | None, gpus: list[GPU] | None) -> 
         )
 
 
+def check_toolchain(python_h: Path | None = None, ldconfig: Path = Path("/sbin/ldconfig")) -> None:
+    """Raise ConfigError, a line each, for what Triton's first launch needs and this machine lacks.
+
+    It builds a launcher: with a C compiler, Python's header and the linker's word on where libcuda is.
+    """
+    faults = []
+    compiler = os.environ.get("CC", "gcc" if shutil.which("gcc") else "clang")
+    if not shutil.which(compiler):
+        named = f"CC names {compiler}, which is not there" if "CC" in os.environ else "there is neither gcc nor clang"
+        faults.append(
+            f"Triton needs a C compiler to launch kernels on a GPU, and {named}: install gcc (Debian, Ubuntu: apt "
+            "install gcc; conda: conda install gcc), or name a compiler in CC"
+        )
+    python_h = python_h or Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not python_h.is_file():
+        faults.append(
+            f"Triton needs Python's header to launch kernels on a GPU, and there is no {python_h}: install it (Debian, "
+            "Ubuntu: apt install python3-dev), or use conda's Python, which has it (conda env create -f env.yml)"
+        )
+    if not ldconfig.exists() and not os.environ.get("TRITON_LIBCUDA_PATH"):
+        faults.append(
+            f"Triton asks {ldconfig} where libcuda is, and it is not there: install it (Debian, Ubuntu: apt install "
+            "libc-bin), or name the folder of libcuda.so.1 in TRITON_LIBCUDA_PATH"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
 def gpus_with_memory() -> list[GPU] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where nvidia-smi is missing or silent."""
-    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return parse_gpus(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES")) if done.returncode == 0 else None
+    table = nvidia_smi("index", "uuid", "name", "memory.total", "memory.free")
+    return None if table is None else gpus_of(table, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def parse_gpus(table: str, visible: str | None) -> list[GPU]:
-    """The GPUs of nvidia-smi's CSV (MiB) that CUDA_VISIBLE_DEVICES, `visible`, names (kvlib.study.gpus.named_gpus)."""
+def gpus_of(table: list[list[str]], visible: str | None) -> list[GPU]:
+    """The GPUs of nvidia-smi's table (MiB) that CUDA_VISIBLE_DEVICES, `visible`, names (named_gpus)."""
     known = {
         uuid: GPU(index, name, float(total) * 2**20 / 1e9, float(free) * 2**20 / 1e9)
-        for index, uuid, name, total, free in csv.reader(table.splitlines(), skipinitialspace=True)
+        for index, uuid, name, total, free in table
     }
     names = named_gpus(visible, list(known))
     return [known.get(name, GPU(name, "not in nvidia-smi's list", math.inf, math.inf)) for name in names]

@@ -1,33 +1,38 @@
-"""The timing run of one dataset: throughput against KV budget, nothing beside it. `python -m kvlib.study.timing`."""
+"""The timing run of one dataset: throughput against KV budget, by pairs. `python -m kvlib.study.timing`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from kvlib import cost
 from kvlib.cell import build_decoder, prepare
 from kvlib.config import Cell, Grid, RunConfig, load_grid
-from kvlib.cost import clock
 from kvlib.engine.meter import Meter
+from kvlib.engine.paired import SMALL, Arm, fill, order_of, take_turns, timed, useful_tokens, windows_of
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.models import Reasoner, load_reasoner
 from kvlib.record import cpu_model, explained, fingerprint, provenance, publish
+from kvlib.stats import Ratio, paired_ratio, too_busy
+from kvlib.study.gpus import leased_gpu
 
 DEFINITION = "all-inclusive steps"
-"""What the charts draw: rows x steps / wall time of the steps, with attention, eviction, sampling and bookkeeping."""
-
-NOISY = 0.2
-"""The spread of repeats from which on a timing is said to be noisy."""
-
-UNTIMED = 2
-"""Steps before the clock starts; on CUDA they compile and capture what a step is. That of a round, later, is timed."""
+"""What the charts draw: rows x steps / time of the steps, with attention, eviction, sampling and bookkeeping."""
+CONTROL = "control"
+WARM_UP = 32
+"""Unmeasured steps of every arm on a CPU; on CUDA all that is compiled and captured, instead."""
 
 
 def timing_fingerprint(grid: Grid, dataset: str, seed: int) -> str:
@@ -36,63 +41,57 @@ def timing_fingerprint(grid: Grid, dataset: str, seed: int) -> str:
     return fingerprint({"cells": cells, "timing": grid.timing})
 
 
-def measure(config: RunConfig, reasoner: Reasoner, batch_size: int, n_steps: int) -> dict[str, float]:
-    """Decode batch_size rows for exactly n_steps, finished or not, and return tokens per second by three definitions.
+@dataclass(frozen=True)
+class Round:
+    """One arm's way through all steps of a round. seconds: of each window; useful: tokens that goodput counts."""
 
-    steps: rows * n_steps / wall time of all steps (the headline). forward: the same over forward time only (the
-    paper's). goodput: tokens up to the end of each output / wall time with prefill.
-    """
-    requests = prepare(config).requests
-    requests = [requests[i % len(requests)] for i in range(batch_size)]
-    meter = Meter(config.device)
-    decoder = build_decoder(
-        config, reasoner, requests, n_rows=batch_size, max_new_tokens=n_steps + UNTIMED + 1, eos_ids=(), meter=meter
-    )
-    started = time.perf_counter()
-    for row, request in enumerate(requests):
-        decoder.admit(row, request)
-    for _ in range(UNTIMED):
-        decoder.step()
-    synchronise(config.device)
-    forward = -meter.seconds()["forward"]
-    prefilled = time.perf_counter()
-    for _ in range(n_steps):
-        decoder.step()
-    synchronise(config.device)
-    ended = time.perf_counter()
-    if not decoder.finite:
-        raise FloatingPointError(
-            f"the model's logits or a policy's scores are not finite in {config.cell_path}; use another dtype"
-        )
-    ends = torch.isin(decoder.output, torch.tensor(reasoner.eos_ids, device=decoder.output.device)).int()
-    useful = torch.where(ends.any(1), ends.argmax(1) + 1, n_steps).sum().item()
+    seconds: list[float]
+    prefill: float
+    forward: float
+    useful: int
+
+
+def one_round(arms: dict[str, Arm], windows: list[int], number: int, reasoner: Reasoner, clock) -> dict[str, Round]:
+    """Start all arms, and have them decode the same steps in turns."""
+    device = str(reasoner.model.device)
+    prefill = {name: timed(arm.start, device, clock) for name, arm in arms.items()}
+    forward = {name: arm.phase_seconds().get("forward", 0.0) for name, arm in arms.items()}
+    seconds = take_turns(arms, windows, number, device, clock)
     return {
-        "steps": batch_size * n_steps / (ended - prefilled),
-        "forward": batch_size * n_steps / (forward + meter.seconds()["forward"]),
-        "goodput": useful / (ended - started),
+        name: Round(
+            seconds[name],
+            prefill[name],
+            arm.phase_seconds()["forward"] - forward[name],
+            useful_tokens(arm.output(), reasoner.eos_ids),
+        )
+        for name, arm in arms.items()
     }
 
 
-def spread(row: dict) -> float:
-    """Between the lowest and the highest repeat, as a share of their median."""
-    return (row["high"] - row["low"]) / row["median"]
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()
-
-
-def synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def warm_up(arm: Arm, n_steps: int) -> None:
+    """Run all that a round will run; on CUDA each graph is captured in its second call, those of rounds too."""
+    arm.start()
+    if arm.decoder.device.type == "cuda" and arm.decoder.kv_budget is not None:
+        for _ in range(3):
+            fill(arm.decoder, np.full(len(arm.requests), arm.decoder.kv_budget))
+            arm.advance(1)
+    else:
+        arm.advance(min(n_steps, WARM_UP))
 
 
 def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
-    """Measure every budget of the grid `repeats` times, budgets interleaved and each repeat in the other direction.
+    """Measure every budget of the grid `repeats` times over the same n_steps, by pairs with the full cache.
 
-    Uses all cores (cells are decoded side by side, so they use config.threads). A full cache has room for n_steps
-    tokens. Every cell first runs 32 unmeasured steps. Publishes and returns a record with, per budget, the repeats of
-    each definition and their median, lowest and highest. Raises ConfigError if the grid asks for no such timing.
+    A round starts all arms afresh; on a CPU they stand side by side and advance in windows of a dozen steps in a
+    balanced order, on CUDA, which is leased whole and may not hold all caches at once, one after the other. The full
+    cache (the largest budget, in a grid without) is the reference, and the control is a second one. A model of up to
+    SMALL bytes is timed on one thread, by its own processor time; a larger one, or CUDA, by wall time.
+
+    Publishes and returns a record. Per budget and definition: median, low, high and every repeat, in tokens/s. steps is
+    the reference's level, of the median of the quieter half of the rounds, times the ratio of its pairs with the
+    interval of that (kvlib.stats.paired_ratio); forward (the paper's) counts forward time only, goodput the tokens up
+    to the end of each output by the time of all steps and the prefill; these two: median, lowest, highest. timing holds
+    the clock and the control. Raises ConfigError if the grid asks for no such timing.
     """
     cells = [cell for cell in grid.cells(seed) if cell.dataset == dataset]
     if grid.timing is None or not cells:
@@ -101,35 +100,37 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     for cell in cells:
         prepare(cell)
     reasoner = load_reasoner(cells[0].model, cells[0].dtype, cells[0].device)
-    for cell in cells:
-        measure(cell, reasoner, batch_size, min(n_steps, 32))
-    measured: dict[str, list[dict[str, float]]] = {cell.cell_path: [] for cell in cells}
-    runs = [cell for repeat in range(repeats) for cell in (cells if repeat % 2 == 0 else cells[::-1])]
-    started = time.monotonic()
-    for done, cell in enumerate(runs, 1):
-        measured[cell.cell_path].append(measure(cell, reasoner, batch_size, n_steps))
-        took = time.monotonic() - started
-        left = f", about {clock(took * (len(runs) - done) / done)} left" if done < len(runs) else ""
-        print(f"timing {dataset}: {done} of {len(runs)} runs, {clock(took)}{left}", flush=True)
-    command = f"python -m kvlib.study.timing --grid {grid.path.name} --dataset {dataset} --seed {seed}"
-    rows = []
-    for cell in cells:
-        for definition in ("steps", "forward", "goodput"):
-            values = [m[definition] for m in measured[cell.cell_path]]
-            rows.append(
-                {
-                    "kv_budget": cell.kv_budget,
-                    "definition": definition,
-                    "median": statistics.median(values),
-                    "low": min(values),
-                    "high": max(values),
-                    "repeats": values,
-                }
-            )
-    widest = max((row for row in rows if row["definition"] == "steps"), key=spread)
-    if spread(widest) > NOISY:
-        print(f"timing {dataset}: noisy, its repeats differ by up to {100 * spread(widest):.0f} % of their median, so "
-              "smaller differences between KV budgets mean nothing; time it again on an idle machine")  # fmt: skip
+    on_cuda = reasoner.model.device.type == "cuda"
+    one_thread, clock = clock_for(reasoner)
+    names = {cell.cell_path: cell for cell in cells}
+    reference = max(cells, key=lambda cell: (cell.kv_budget is None, cell.kv_budget or 0))
+    names[CONTROL] = reference
+
+    def build(name: str) -> Arm:
+        arm = arm_of(names[name], reasoner, batch_size, n_steps, clock)
+        warm_up(arm, n_steps)
+        return arm
+
+    found: dict[str, list[Round]] = {name: [] for name in names}
+    with threads(1 if one_thread else torch.get_num_threads()):
+        side_by_side = None if on_cuda else {name: build(name) for name in names}
+        started = time.monotonic()
+        for number in range(repeats):
+            if side_by_side:
+                each = one_round(side_by_side, windows_of(n_steps), number, reasoner, clock)
+            else:
+                each = {}
+                for name in order_of(list(names), number):
+                    each |= one_round({name: build(name)}, [n_steps], number, reasoner, clock)
+            for name, its in each.items():
+                found[name].append(its)
+            left = (time.monotonic() - started) / (number + 1) * (repeats - number - 1)
+            print(f"timing {dataset}: round {number + 1} of {repeats}, about {cost.clock(left)} left", flush=True)
+        n_threads = torch.get_num_threads()
+    control = ratio_of(found[CONTROL], found[reference.cell_path])
+    again = ["python", "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
+    command = shlex.join([*again, "--seed", str(seed), "--folder", str(Path(folder).absolute())])
+    print(said_of(control, dataset, command), flush=True)
     return publish(
         folder,
         {
@@ -139,13 +140,84 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             "provenance": {"finished": {**provenance(), "command": command}},
             "timing": {
                 **grid.timing,
-                "threads": torch.get_num_threads(),
+                "threads": n_threads,
                 "device": device_name(cells[0].device),
                 "definition": DEFINITION,
+                "clock": clock_name(one_thread),
+                "window": n_steps if on_cuda else windows_of(n_steps)[0],
+                "reference": reference.kv_budget,
+                "control": {**asdict(control), "too_busy": too_busy(control)},
             },
-            "results": {"throughput": rows},
+            "results": {"throughput": rows_of(found, cells, reference, batch_size, n_steps)},
         },
     )
+
+
+def clock_for(reasoner: Reasoner) -> tuple[bool, Callable[[], float]]:
+    """Whether one thread is to be timed, and by what clock: a small model on a CPU by that thread's processor time."""
+    n_bytes = sum(parameter.nbytes for parameter in reasoner.model.parameters())
+    one_thread = reasoner.model.device.type == "cpu" and n_bytes <= SMALL
+    return one_thread, time.thread_time if one_thread else time.perf_counter
+
+
+def arm_of(config: RunConfig, reasoner: Reasoner, batch_size: int, n_steps: int, clock: Callable[[], float]) -> Arm:
+    """batch_size rows with room for n_steps, finished or not."""
+    requests = prepare(config).requests
+    requests = [requests[i % len(requests)] for i in range(batch_size)]
+    options = {"n_rows": batch_size, "max_new_tokens": n_steps + 1, "eos_ids": ()}
+    return Arm(build_decoder(config, reasoner, requests, meter=Meter(config.device, clock), **options), requests)
+
+
+@contextlib.contextmanager
+def threads(n: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def ratio_of(rounds: list[Round], reference: list[Round]) -> Ratio:
+    return paired_ratio([its.seconds for its in rounds], [its.seconds for its in reference])
+
+
+def rows_of(found: dict[str, list[Round]], cells: list[RunConfig], reference: RunConfig, n_rows: int, n_steps: int):
+    """A row per budget and definition (time_dataset)."""
+    totals = np.array([[sum(its.seconds) for its in rounds] for rounds in found.values()]).sum(0)
+    quiet = totals <= np.median(totals)
+    ours = np.array([its.seconds for its in found[reference.cell_path]])
+    level = n_rows * n_steps / np.median(ours[quiet], 0).sum()
+    rows = []
+    for cell in cells:
+        rounds = found[cell.cell_path]
+        ratio = Ratio(1.0, 1.0, 1.0) if cell is reference else ratio_of(rounds, found[reference.cell_path])
+        low, high = (ratio.ratio if end is None else end for end in (ratio.low, ratio.high))
+        speeds = {
+            "steps": [n_rows * n_steps / sum(its.seconds) for its in rounds],
+            "forward": [n_rows * n_steps / its.forward for its in rounds],
+            "goodput": [its.useful / (sum(its.seconds) + its.prefill) for its in rounds],
+        }
+        for name, values in speeds.items():
+            spread = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+            if name == "steps":
+                spread = {"median": level * ratio.ratio, "low": level * low, "high": level * high}
+                spread["ratio"] = asdict(ratio)
+            rows.append({"kv_budget": cell.kv_budget, "definition": name, **spread, "repeats": values})
+    return rows
+
+
+def said_of(control: Ratio, dataset: str, command: str) -> str:
+    """What the control says of a timing run, for the terminal."""
+    interval = "" if control.low is None else f" ({control.low:.3f} to {control.high:.3f})"
+    text = f"timing {dataset}: the control, equal work, ran at {control.ratio:.3f}{interval} of its twin's speed"
+    if not too_busy(control):
+        return text
+    return f"{text}: the machine was too busy for the line to mean anything; repeat it with\n{command}"
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_model()
 
 
 COST_ROWS, COST_STEPS, COST_REPEATS = 64, 96, 3
@@ -168,35 +240,34 @@ def costed_cells(cells: Sequence[Cell]) -> dict[str, RunConfig]:
 
 
 def measure_costs(cells: Sequence[Cell], results: Path) -> None:
-    """Time a step and a round of every arm, interleaved, and write results/costs.json; use all cores, run it alone.
+    """Time a step and a round of every arm, in turns, and write results/costs.json.
 
-    Each arm decodes 64 rows under costed_cells' config until every row has had a round, then 96 steps are timed. Of
-    three repeats in turn: median, lowest and highest microseconds per row of a step (forward and sampling) and of a
-    round (scoring, selecting, compacting).
+    Each arm decodes 64 rows under costed_cells' config until every row has had a round; then, in windows taken in
+    turn, come four times 96 steps, the first of them a warm-up. Of the three: median, lowest and highest microseconds
+    per row of a step (forward and sampling) and of a round (scoring, selecting, compacting).
     """
-    arms = costed_cells(cells)
-    config = next(config for arm, config in arms.items() if arm != "full")
+    configs = costed_cells(cells)
+    config = next(config for arm, config in configs.items() if arm != "full")
     reasoner = load_reasoner(config.model)
-    warm_up = config.kv_budget
-    measured: dict[str, list[tuple[float, float | None]]] = {arm: [] for arm in arms}
-    for repeat in range(COST_REPEATS + 1):
-        for arm, its in arms.items():
-            requests = prepare(dataclasses.replace(its, n_problems=COST_ROWS)).requests
-            decoder = build_decoder(
-                its, reasoner, requests, n_rows=COST_ROWS, max_new_tokens=warm_up + COST_STEPS + 1, eos_ids=()
-            )
-            for row, request in enumerate(requests):
-                decoder.admit(row, request)
-            for _ in range(warm_up):
-                decoder.step()
-            before, decoder.meter = sum(map(len, decoder.rows.rounds_at)), Meter(its.device)
-            for _ in range(COST_STEPS):
-                decoder.step()
-            seconds, rounds = decoder.meter.seconds(), sum(map(len, decoder.rows.rounds_at)) - before
-            per_step = 1e6 * (seconds["forward"] + seconds["sample"]) / COST_ROWS / COST_STEPS
-            if repeat:  # the first is a warm-up
-                measured[arm].append((per_step, 1e6 * seconds["evict"] / rounds if rounds else None))
-        print(f"repeat {repeat} of {COST_REPEATS}", flush=True)
+    one_thread, clock = clock_for(reasoner)
+    n_steps = config.kv_budget + (COST_REPEATS + 1) * COST_STEPS
+    measured: dict[str, list[tuple[float, float | None]]] = {arm: [] for arm in configs}
+    with threads(1 if one_thread else torch.get_num_threads()):
+        arms = {}
+        for name, its in configs.items():
+            arms[name] = arm_of(dataclasses.replace(its, n_problems=COST_ROWS), reasoner, COST_ROWS, n_steps, clock)
+            arms[name].start()
+            arms[name].advance(config.kv_budget)
+        for repeat in range(COST_REPEATS + 1):
+            before = {name: (arm.phase_seconds(), n_rounds(arm)) for name, arm in arms.items()}
+            take_turns(arms, windows_of(COST_STEPS), repeat, config.device, clock)
+            for name, arm in arms.items() if repeat else ():
+                now, (then, rounds) = arm.phase_seconds(), before[name]
+                step = sum(now[phase] - then[phase] for phase in ("forward", "sample")) / COST_ROWS / COST_STEPS
+                rounds = n_rounds(arm) - rounds
+                measured[name].append((1e6 * step, 1e6 * (now["evict"] - then["evict"]) / rounds if rounds else None))
+            print(f"repeat {repeat} of {COST_REPEATS}", flush=True)
+        n_threads = torch.get_num_threads()
     rows = []
     for arm, values in measured.items():
         row = {"arm": arm}
@@ -206,13 +277,22 @@ def measure_costs(cells: Sequence[Cell], results: Path) -> None:
         rows.append(row)
     setting = {
         "kv_budget": config.kv_budget, "dataset": config.dataset, "rows": COST_ROWS, "steps": COST_STEPS,
-        "repeats": COST_REPEATS, "threads": torch.get_num_threads(), "unit": "microseconds per row",
+        "repeats": COST_REPEATS, "threads": n_threads, "unit": "microseconds per row",
+        "clock": clock_name(one_thread),
     }  # fmt: skip
     body = {"setting": setting, "provenance": provenance(), "arms": rows}
     with explained(results):
         results.mkdir(parents=True, exist_ok=True)
         write_atomically(results / "costs.json", (json.dumps(body, indent=1) + "\n").encode())
     print(f"wrote {results / 'costs.json'}")
+
+
+def n_rounds(arm: Arm) -> int:
+    return sum(map(len, arm.decoder.rows.rounds))
+
+
+def clock_name(one_thread: bool) -> str:
+    return "processor time of one thread" if one_thread else "wall time"
 
 
 def main() -> None:
@@ -223,7 +303,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     try:
-        time_dataset(load_grid(arguments.grid), arguments.dataset, arguments.seed, arguments.folder)
+        grid = load_grid(arguments.grid)
+        with contextlib.ExitStack() as held:
+            if grid.shared.get("device", "cpu").startswith("cuda"):  # nobody else's cell runs on the GPU meanwhile
+                environment, _ = held.enter_context(leased_gpu())
+                os.environ.update(environment)  # before CUDA is asked for anything
+            time_dataset(grid, arguments.dataset, arguments.seed, arguments.folder)
     except ConfigError as error:
         sys.exit(f"kvlib.study.timing: {error}")
 

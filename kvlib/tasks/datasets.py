@@ -7,7 +7,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -52,14 +52,18 @@ class ChainDataset:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of n_problems: one file of one revision of a dataset on the hub, known by its sha256."""
+    """A benchmark of n_problems: one file of one revision of a dataset on the hub, known by its sha256.
+
+    hub_id is None where no revision's bytes were seen: it is read from a file only. rows: hashes of its problems.
+    """
 
     title: str
     n_problems: int
-    hub_id: str
-    revision: str
-    file: str
-    sha256: str
+    hub_id: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    rows: Sequence[str] = ()
 
 
 CHAINS = {
@@ -68,42 +72,11 @@ CHAINS = {
     "chain-c": ChainDataset("Chain-C", 5, 12, (0.6, 0.15, 0.22, 0.03)),
     "chain-d": ChainDataset("Chain-D", 6, 12, (0.5, 0.15, 0.25, 0.1)),
 }
-# docs/DATA.md says where each revision and sha256 comes from.
+# docs/DATA.md says where each revision and hash comes from.
 BENCHMARKS = {
-    "aime24": Benchmark(
-        "AIME24",
-        30,
-        "HuggingFaceH4/aime_2024",
-        "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-        "data/train-00000-of-00001.parquet",
-        "26139847601a5037c237d5928b195e7260ca8074cf4f264b794af42847f79ccf",
-    ),
-    "aime25": Benchmark(
-        "AIME25",
-        30,
-        "math-ai/aime25",
-        "563bb8404243c5f09de6ec262f2db674fe5bce9b",
-        "test.jsonl",
-        "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331",
-    ),
-    "amc23": Benchmark(
-        "AMC23",
-        40,
-        "math-ai/amc23",
-        "80815d37005feb82cd7f8fbc6901d5d3eff43057",
-        "test-00000-of-00001.parquet",
-        "b696e87ba47be4e879a60fd4ef1d4aa522ba78c5ae013c6aff5cc9788a397c5e",
-    ),
-    "gpqa-diamond": Benchmark(
-        "GPQA-D",
-        198,
-        "Idavidrein/gpqa",
-        "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
-        "gpqa_diamond.csv",
-        "41d1213cd7a4998605a26c2798500652572007161b3a92817ba46b35befcd305",
-    ),
+    name: Benchmark(**found)
+    for name, found in json.loads(Path(__file__).with_name("benchmarks.json").read_text()).items()
 }
-ROWS = Path(__file__).parent / "benchmark_rows.json"
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "solution")
 GPQA_COLUMNS = ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
@@ -183,11 +156,10 @@ def dataset_source(name: str) -> dict:
         return {"source": "kvlib"}
     if name.startswith(gym.PREFIX):
         return {"source": gym.version(), "settings": gym.generated(name)[2]}
-    path = _fetch(name)
-    on_hub = BENCHMARKS.get(name)
-    pinned = _pinned_rows(name)
+    path, benchmark = _fetch(name), _benchmark_of(name)
+    pinned = benchmark.rows if benchmark else ()
     return {
-        "source": f"{on_hub.hub_id}@{on_hub.revision}" if on_hub else path.name,
+        "source": path.name if _is_file(name) else f"{benchmark.hub_id}@{benchmark.revision}",
         "sha256": file_sha256(path),
         "choice_seed": CHOICE_SEED,
         "rows_as_pinned": sum(row_sha256(p) in pinned for p in load_problems(name)) if pinned else None,
@@ -197,11 +169,6 @@ def dataset_source(name: str) -> dict:
 def row_sha256(problem: Problem) -> str:
     """Hash of one problem's question and answer."""
     return hashlib.sha256(f"{problem.question}\n{problem.answer}".encode()).hexdigest()
-
-
-def _pinned_rows(name: str) -> set[str]:
-    key = Path(name).stem.replace("_", "-").lower()
-    return set(json.loads(ROWS.read_text()).get(key, []))
 
 
 def _is_file(name: str) -> bool:
@@ -249,6 +216,11 @@ def _fetch(name: str) -> Path:
             raise ConfigError(f"there is no file {name} (seen from {Path.cwd()}); check the path")
         return Path(name)
     spec = _benchmark_of(name)
+    if spec.hub_id is None:
+        raise ConfigError(
+            f"{name} is read from a file only, as kvlib has seen no revision of it on the hub; set dataset to the path "
+            f"of its {spec.n_problems} problems, e.g. ../data/{name}.jsonl (docs/DATA.md says which columns)"
+        )
     from kvlib.hub import Source  # takes half a second, and most names are of no benchmark
 
     path = Source(spec.hub_id, spec.revision, spec.file, "dataset").fetch()

@@ -1,46 +1,21 @@
 """A retention gate in the manner of TRIM-KV (arXiv 2512.03324), trained on recorded traces beside a frozen model."""
 
-import argparse
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from tqdm.auto import trange
 
 from kvlib.engine.attention import causal_mask, observe_trace
 from kvlib.errors import ConfigError
-from kvlib.models import TINY, load_reasoner, update_manifest
-from kvlib.tensors import load_made_for, write_tensors
-from kvlib.train import Trace, collect_traces
+from kvlib.policies.trimkv import RetentionGate
+from kvlib.train.traces import Trace
 
-FILE = "trimkv-gate.safetensors"
-COMMAND = "python -m kvlib.train.gate"
-N_TRACES, N_HELD_OUT = 240, 40
 CAPACITY = 16
 """A small one makes the gate tell tokens apart; under a large one hardly any need to decay."""
 BUDGET = 64
-FIRST_BIAS = 5.0
-"""Before training, beta is sigmoid(5): half of a token is retained after about a hundred tokens."""
-
-
-class RetentionGate(nn.Module):
-    """log beta of each token for every layer and KV head, from the last hidden state."""
-
-    def __init__(self, d: int, n_layers: int, n_kv_heads: int):
-        super().__init__()
-        self.n_layers = n_layers
-        self.layers = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, n_layers * n_kv_heads))
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.constant_(self.layers[2].bias, FIRST_BIAS)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[T, d]` -> `[L, T, H]`."""
-        logits = self.layers(hidden.to(self.layers[0].weight.dtype))
-        return F.logsigmoid(logits).unflatten(-1, (self.n_layers, -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +27,7 @@ class Recorded:
     values: list[Tensor]
 
 
-def record(model: nn.Module, trace: Trace) -> Recorded:
+def record(model: nn.Module, ids: Sequence[int]) -> Recorded:
     logits, values = [], []
 
     def observe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
@@ -61,7 +36,7 @@ def record(model: nn.Module, trace: Trace) -> Recorded:
         logits.append((grouped @ key.float()[:, None].transpose(-1, -2) * scaling).masked_fill(future, -torch.inf))
         values.append(value.float())
 
-    hidden = observe_trace(model, trace.ids, observe)
+    hidden = observe_trace(model, ids, observe)
     return Recorded(hidden.float(), logits, values)
 
 
@@ -85,9 +60,9 @@ def gate_loss(gate: RetentionGate, recorded: Recorded, capacity: int) -> tuple[T
 
 
 def train_gate(
-    model: nn.Module, traces: Sequence[Trace], capacity: int = CAPACITY, n_epochs: int = 6, seed: int = 0
+    model: nn.Module, traces: Sequence[Sequence[int]], capacity: int = CAPACITY, n_epochs: int = 6, seed: int = 0
 ) -> RetentionGate:
-    """AdamW on one trace at a time, the learning rate falling along a cosine.
+    """AdamW on the ids of one trace at a time, the learning rate falling along a cosine.
 
     Traces are recorded anew each epoch: their logits would take gigabytes, and one pass takes little time.
     """
@@ -98,7 +73,8 @@ def train_gate(
     gate = gate.to(next(model.parameters()).device)
     optimiser = torch.optim.AdamW(gate.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_epochs * len(traces))
-    for epoch in range(n_epochs):
+    epochs = trange(n_epochs, desc="epochs", mininterval=10)
+    for _ in epochs:
         total = torch.zeros(2)
         for trace in order.sample(traces, len(traces)):
             terms = torch.stack(gate_loss(gate, record(model, trace), capacity))
@@ -108,7 +84,7 @@ def train_gate(
             schedule.step()
             total += terms.detach().cpu()
         distilled, excess = (total / len(traces)).tolist()
-        print(f"epoch {epoch + 1} of {n_epochs}: distillation {distilled:.4f}, capacity {excess:.4f}", flush=True)
+        epochs.set_postfix(distillation=f"{distilled:.4f}", capacity=f"{excess:.4f}", refresh=False)
     if not torch.isfinite(total).all():
         raise FloatingPointError(f"the gate's loss is {total.sum().item()}; the model's states are not finite")
     return gate.eval().requires_grad_(False)
@@ -134,7 +110,7 @@ def evaluate_gate(
     """Rounds of one eviction each, every `every` tokens from the first that exceeds the budget."""
     shares = []
     for trace in traces:
-        recorded = record(model, trace)
+        recorded = record(model, trace.ids)
         log_beta = gate(recorded.hidden).transpose(1, 2)
         attention = torch.stack([logits.softmax(-1).sum(1) for logits in recorded.logits])
         for step in range(max(trace.n_prompt, budget) + every, len(trace.ids), every):
@@ -147,47 +123,3 @@ def evaluate_gate(
         raise ConfigError(f"no held-out trace is {every} tokens longer than the budget of {budget}; lower the budget")
     by_gate, newest, best, chance = (sum(column) / len(shares) for column in zip(*shares, strict=True))
     return HeldOut(len(traces), budget, by_gate, newest, chance, best)
-
-
-def save_gate(gate: RetentionGate, path: Path, held_out: HeldOut, model_sha256: str) -> None:
-    """The gate with the weights it belongs to and its held-out quality in the metadata; atomic."""
-    shape = [gate.layers[0].in_features, gate.n_layers, gate.layers[2].out_features // gate.n_layers]
-    metadata = {
-        "shape": json.dumps(shape),
-        "model_sha256": model_sha256,
-        "held_out": json.dumps(asdict(held_out)),
-    }
-    write_tensors(path, gate.state_dict(), metadata)
-
-
-def load_gate(path: Path, model_sha256: str | None = None) -> tuple[RetentionGate, HeldOut]:
-    """Raises ConfigError if the file is missing, damaged, or belongs to other weights than model_sha256."""
-
-    def build(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[RetentionGate, HeldOut]:
-        gate = RetentionGate(*json.loads(metadata["shape"]))
-        gate.load_state_dict(tensors)
-        return gate.eval().requires_grad_(False), HeldOut(**json.loads(metadata["held_out"]))
-
-    return load_made_for(path, model_sha256, "gate", f"train it again with `{COMMAND}`", build)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a retention gate for a model.")
-    parser.add_argument("--model", default="tiny", help="or the weights folder of another training of it")
-    parser.add_argument("--out", type=Path, default=TINY, help="folder with a manifest.json to write the gate into")
-    arguments = parser.parse_args()
-    reasoner = load_reasoner(arguments.model)
-    traces = collect_traces(reasoner, N_TRACES)
-    print(f"{len(traces)} right traces of {N_TRACES}, {sum(len(t.ids) for t in traces)} tokens", flush=True)
-    if len(traces) <= N_HELD_OUT:
-        raise ConfigError(f"only {len(traces)} traces are right, and {N_HELD_OUT} are held out; train the model longer")
-    gate = train_gate(reasoner.model, traces[:-N_HELD_OUT])
-    held_out = evaluate_gate(gate, reasoner.model, traces[-N_HELD_OUT:])
-    print(f"held out: {held_out}")
-    save_gate(gate, arguments.out / FILE, held_out, reasoner.sha256)
-    update_manifest(arguments.out, [FILE])
-    print(f"wrote {arguments.out / FILE}")
-
-
-if __name__ == "__main__":
-    main()

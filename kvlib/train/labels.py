@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from kvlib.engine.attention import observe_trace
 from kvlib.files import write_atomically
 from kvlib.kernels.noise import uniform
 from kvlib.record import fingerprint
+from kvlib.train.traces import Trace
 
 ANSWER_ROWS = 256
 """Answer tokens whose rows of the attention map exist at one time."""
@@ -22,23 +22,6 @@ ANSWER_ROWS = 256
 TRACES_PER_SHARD = 32
 Labelled = tuple[Tensor, Tensor]
 """Features `[T, d]` and labels `[T]` of one trace's T thinking tokens."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A finished output that gave an answer: n_prompt tokens of prompt, thinking, and the answer from answer_at on.
-
-    n_between: tokens that belong to neither: 1 where `</think>` ends thinking, 0 where the answer's own words do.
-    """
-
-    ids: tuple[int, ...]
-    n_prompt: int
-    answer_at: int
-    n_between: int = 1
-
-    @property
-    def thinking(self) -> slice:
-        return slice(self.n_prompt, self.answer_at - self.n_between)
 
 
 @torch.inference_mode()

@@ -1,12 +1,10 @@
-"""Train the tiny reasoner from scratch: `python -m kvlib.train.reasoner` (seeded, resumable, CPU).
+"""Train the tiny reasoner from scratch: `python -m kvlib.train reasoner` (seeded, resumable, CPU).
 
 Every step draws its own sequences from (seed, step), so an interrupted run that continues from its
 checkpoint sees exactly the data an undisturbed run sees.
 """
 
-import argparse
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -16,14 +14,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn import functional as F
+from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.models import update_manifest
 from kvlib.tasks.chains import DIGITS, VOCABULARY, definition_drill, make_chain, solution_words, value_drill
 
 ID = {word: i for i, word in enumerate(VOCABULARY)}
 PAD, EOS = ID["<pad>"], ID["<eos>"]
+N_STEPS = 4500
 MAX_STEPS_IN_CHAIN = 14
 LEVEL_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
 TOKENS_PER_BATCH = 4096
@@ -56,8 +57,8 @@ Share of right next tokens, teacher-forced, on 64 fresh chains of 10 steps (resu
 {accuracy}
 
 Beside the weights lies what some eviction policies need to know of them, each with their hash: the importance
-predictor of DynTS (`make predictor`), the query statistics of TriAttention (`python -m kvlib.train.calibration`) and a
-retention gate in the manner of TRIM-KV (`python -m kvlib.train.gate`).
+predictor of DynTS (`make predictor`), the query statistics of TriAttention (`python -m kvlib.train calibration`) and a
+retention gate in the manner of TRIM-KV (`python -m kvlib.train gate`).
 """
 CHECKPOINT_EVERY = 100
 
@@ -134,7 +135,7 @@ def learning_rate_factor(step: int, n_steps: int) -> float:
 class Trainer:
     """Model, optimisers and step counter; `save` and `load` move all of it through safetensors."""
 
-    def __init__(self, seed: int, n_steps: int):
+    def __init__(self, seed: int, n_steps: int = N_STEPS):
         torch.manual_seed(seed)
         self.seed, self.n_steps, self.step = seed, n_steps, 0
         self.model = Qwen2ForCausalLM._from_config(Qwen2Config(**SHAPE), attn_implementation="sdpa")
@@ -186,7 +187,7 @@ class Trainer:
         with safe_open(path, "pt") as file:
             meta = file.metadata()
         if (int(meta["n_steps"]), int(meta["seed"])) != (self.n_steps, self.seed):
-            raise SystemExit(
+            raise ConfigError(
                 f"{path} belongs to a run of {meta['n_steps']} steps with seed {meta['seed']}, "
                 f"not {self.n_steps} and {self.seed}; delete it or choose another --out"
             )
@@ -241,41 +242,26 @@ def export(model: Qwen2ForCausalLM, folder: Path, accuracy: dict[str, float], ma
     update_manifest(folder, shipped)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny-model"), help="folder for checkpoint and weights")
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--seed", type=int, default=7)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = arguments.out / "checkpoint.safetensors"
-    trainer = Trainer(arguments.seed, arguments.steps)
+def train_reasoner(out: Path, n_steps: int | None, seed: int) -> None:
+    """Train for n_steps (None: N_STEPS), from the checkpoint in `out` if there is one, and export the weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.safetensors"
+    trainer = Trainer(seed, n_steps or N_STEPS)
     if checkpoint.exists():
         trainer.load(checkpoint)
-        print(f"continuing from step {trainer.step}")
-    started, first, mean_loss = time.monotonic(), trainer.step, None
-    while trainer.step < trainer.n_steps:
+    steps, mean_loss = trange(trainer.step, trainer.n_steps, initial=trainer.step, total=trainer.n_steps), None
+    for _ in steps:
         loss = trainer.train_step()
         mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
         if trainer.step % CHECKPOINT_EVERY == 0 or trainer.step == trainer.n_steps:
             trainer.save(checkpoint)
-            elapsed = time.monotonic() - started
-            eta = elapsed / (trainer.step - first) * (trainer.n_steps - trainer.step)
             accuracy = "  ".join(f"{k} {v:.2f}" for k, v in teacher_forced_accuracy(trainer.model, 0).items())
-            print(
-                f"step {trainer.step}/{trainer.n_steps}  loss {mean_loss:.3f}  {accuracy}  "
-                f"{elapsed / 60:.1f} min, ETA {eta / 60:.1f} min",
-                flush=True,
-            )
+            steps.write(f"step {trainer.step}  loss {mean_loss:.3f}  {accuracy}")
     accuracy = teacher_forced_accuracy(trainer.model, 1, n_chains=64)
-    made_by = f"python -m kvlib.train.reasoner --steps {arguments.steps} --seed {arguments.seed}"
-    export(trainer.model, arguments.out / "weights", accuracy, made_by)
-    print(f"wrote {arguments.out / 'weights'}: " + "  ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
+    made_by = f"python -m kvlib.train reasoner --steps {trainer.n_steps} --seed {seed}"
+    export(trainer.model, out / "weights", accuracy, made_by)
+    print(f"wrote {out / 'weights'}: " + "  ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
     print(
         "to ship them, copy that folder over kvlib/tiny/weights and run `make predictor`, "
-        "`python -m kvlib.train.calibration` and `python -m kvlib.train.gate`"
+        "`python -m kvlib.train calibration` and `python -m kvlib.train gate`"
     )
-
-
-if __name__ == "__main__":
-    main()

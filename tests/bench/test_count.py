@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from kvlib.bench.count import Counting, count_step, dynts, minimum_bytes
-from kvlib.bench.shapes import r1_qwen_config
+import kvlib
+from kvlib.bench.count import Counting, Memory, count_round, count_step, dynts, minimum_bytes
+from kvlib.bench.shapes import r1_llama_config, r1_qwen_config
+from kvlib.config import load_grid
 from kvlib.policies import make_policy
+from kvlib.study.plan import WORKSPACE_GB
 
 triton = pytest.importorskip("triton")
 META = {"device": "meta", "dtype": torch.bfloat16}
@@ -67,6 +71,34 @@ def test_no_kind_of_policy_makes_a_step_wait_or_leave_the_graph(name):
     policy = make_policy(name, **({"predictor": lambda hidden: hidden[:, 0]} if name == "dynts" else {}))
     step = count_step(r1_qwen_config(), policy, 20, 2500)
     assert step["host_syncs"] == step["graph_breaks"] == 0
+
+
+@pytest.mark.parametrize("name", ["lagkv", "expected", "cur", "rkv", "dynts-published"])
+def test_a_round_of_many_rows_holds_no_more_than_the_plan_reckons(name):
+    """The hungriest policies at R1-Llama's shape; scored whole, 20 rows of expected's held 60 GB."""
+    policy = make_policy(name, **({"predictor": lambda hidden: hidden[:, 0]} if name.startswith("dynts") else {}))
+    few, many = (count_round(r1_llama_config(), policy, n_rows, 5000) for n_rows in (1, 20))
+    assert few <= many <= 1.1 * few and many < 3.4e9 < WORKSPACE_GB * 1e9
+
+
+def test_memory_is_what_lives_together():
+    with Memory() as memory:
+        a = torch.empty(100, **META)
+        b = a + 1
+        del a
+        c = b.view(10, 10)[:5]
+        del b
+        c = c * 2
+    assert memory.peak == 2 * (100 + 100) and sum(memory.held.values()) <= 2 * 150
+
+
+@pytest.mark.parametrize(("profile", "make"), [("r1-qwen", r1_qwen_config), ("r1-llama", r1_llama_config)])
+def test_a_profile_reckons_with_the_launches_that_are_counted(profile, make):
+    """Six microseconds each inside a graph; attention is two."""
+    grid = load_grid(Path(kvlib.__file__).parents[1] / "notebooks" / f"{profile}.yml")
+    step = count_step(make(), dynts(make()), 20, 2350)
+    launches = step["operations"] + make().num_hidden_layers
+    assert grid.expected["step"]["launch_ms"] == pytest.approx(0.006 * launches, rel=0.1)
 
 
 @pytest.mark.slow

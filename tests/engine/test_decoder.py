@@ -135,11 +135,12 @@ def test_outputs_stop_at_the_end_of_sequence_and_at_the_limit(qwen2):
 def test_a_prompt_that_does_not_fit_is_refused_by_name(qwen2):
     request = Request("chain-d/12", tuple(range(30)), 0)
     with pytest.raises(
-        ConfigError, match=r"30-token prompt of chain-d/12 does not fit into kv_budget 28; use 30 or more"
+        ConfigError,
+        match=r"for chain-d/12 \(30-token prompt, .*: the prompt does not fit; use 30 or more",
     ):
         decode(qwen2, small_policy("window"), BUDGET, [request], n_rows=1)
     with pytest.raises(
-        ConfigError, match=r"kv_budget 28 keeps .* cannot hold .*20-token prompt of p: .* use \d+ or more"
+        ConfigError, match=r"p \(20-token prompt, .*: 28 slots stay after a round, and 29 are protected; use 29 or more"
     ):
         decode(
             qwen2,

@@ -1,12 +1,15 @@
 """Selection and compaction keep exactly what they are told to, wherever it lies."""
 
+from types import SimpleNamespace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlib.engine.cache import CacheShape, SlotCache
-from kvlib.engine.evict import protection, select, share_scores
+from kvlib.engine.evict import select, share_scores
 from kvlib.kernels.compact import compact
+from kvlib.policies import Window
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(2, 40), data=st.data())
@@ -58,10 +61,11 @@ def test_the_newer_of_two_equals_stays():
 
 def test_protection_covers_sinks_prompt_and_recent():
     positions = torch.tensor([0, 1, 2, 5, 9, 10, 11]).view(1, 1, 1, 7)
-    mask = protection(positions, torch.tensor([3]), n_sink=1, protect_prompt=True, n_recent=2)
+    view = SimpleNamespace(positions=positions, n_prompt=torch.tensor([3]), kv_budget=9)
+    mask = Window(n_sink=1, protect_prompt=True, n_recent=2).protection(view)
     assert mask[0, 0, 0].tolist() == [True, True, True, False, False, True, True]
-    mask = protection(positions, torch.tensor([3]), n_sink=1, protect_prompt=False, n_recent=0)
-    assert mask[0, 0, 0].tolist() == [True] + [False] * 6
+    assert Window(n_sink=1).protection(view)[0, 0, 0].tolist() == [True] + [False] * 6
+    assert Window(n_sink=1, protect_prompt=True, n_recent=2).protected(9, 3, 12) == [0, 1, 2, 10, 11]
 
 
 def test_shared_scores_are_the_mean_over_what_is_shared():

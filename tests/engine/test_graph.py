@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import prompts, small_policy
+from conftest import decode, prompts, small_policy
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvlib.engine.decoder import Decoder, Request
-from kvlib.engine.graph import Graph
+from kvlib.engine.decoder import Decoder, Request, graph_sizes
+from kvlib.engine.graph import Graph, Pool
 from kvlib.engine.sampling import Sampling
 
 
@@ -16,10 +18,15 @@ class FakeCUDA:
     """Stands in for torch.cuda: a capture does the work, a replay is counted; `ends` raises where a capture ends."""
 
     def __init__(self, ends: Exception | None = None):
-        self.ends, self.captures, self.replays, self.streams = ends, 0, 0, 0
+        self.ends, self.captures, self.replays, self.streams, self.pools = ends, 0, 0, 0, 0
+        self.captured_into = []
 
     def CUDAGraph(self):
         return self
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return self.pools
 
     def current_stream(self):
         return None
@@ -33,7 +40,12 @@ class FakeCUDA:
 
     @contextmanager
     def graph(self, _, pool):
-        yield
+        """As torch: what ends a capture also ends, with an error of its own, one whose work failed."""
+        self.captured_into.append(pool)
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
         if self.ends:
             raise self.ends
         self.captures += 1
@@ -72,8 +84,50 @@ def test_what_cannot_be_captured_is_called_plainly_on_the_stream_that_was_curren
     assert calls == [0, 1, 1, 2, 3], "the work of the failed capture never ran on the device, so it is done again"
     assert fake.streams == 1 and fake.replays == 0
     assert [record.message for record in caplog.records] == [
-        "a round of 1 runs without a CUDA graph: operation not permitted when stream is capturing"
+        "a round of 1 runs without a CUDA graph: RuntimeError: operation not permitted when stream is capturing"
     ]
+    assert graph.reason == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_the_reason_is_what_the_work_failed_with_and_not_what_the_capture_ended_with(monkeypatch, caplog):
+    fake, calls = FakeCUDA(), []
+    monkeypatch.setattr(torch, "cuda", fake)
+
+    def work():
+        calls.append(None)
+        if len(calls) == 2:
+            raise NotImplementedError("torch.unique synchronises")
+
+    class RealGraph(FakeCUDA):
+        @contextmanager
+        def graph(self, _, pool):
+            try:
+                yield
+            finally:  # as torch.cuda.graph: __exit__ ends the capture, whatever happened inside
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch, "cuda", RealGraph())
+    graph = Graph("forward", work, torch.device("cuda"))
+    graph()
+    graph()
+    assert graph.reason == "NotImplementedError: torch.unique synchronises"
+    assert "torch.unique" in caplog.text and "previous error" not in caplog.text
+
+
+def test_after_a_failed_capture_others_have_a_pool_of_their_own(monkeypatch):
+    fake = FakeCUDA()
+    monkeypatch.setattr(torch, "cuda", fake)
+    pool = Pool()
+    graphs = [Graph(name, lambda: None, torch.device("cuda"), pool) for name in "abc"]
+    for graph in graphs:
+        graph()
+    graphs[0]()
+    fake.ends = RuntimeError("no")
+    graphs[1]()
+    fake.ends = None
+    graphs[2]()
+    assert fake.captured_into == [1, 1, 2], "a shared one, and a fresh one after the failure"
+    assert (graphs[0].reason, graphs[1].reason, graphs[2].reason) == ("", "RuntimeError: no", "")
 
 
 def test_a_capture_that_lacks_memory_is_no_reason_to_go_on_slowly(monkeypatch):
@@ -141,3 +195,25 @@ def test_rounds_as_on_cuda_keep_what_rounds_of_all_due_rows_keep(qwen2, name):
 
     for lengths in ([9, 9, 9], [6, 9, 10]):
         assert kept(AsOnCUDA, lengths) == kept(Decoder, lengths)
+
+
+@given(st.data())
+def test_whatever_is_due_is_all_rows_or_parts_of_powers_of_two(data):
+    n_rows = data.draw(st.integers(1, 200))
+    n_due = data.draw(st.integers(1, n_rows))
+    parts = graph_sizes(n_due, n_rows)
+    assert [row for part in parts for row in range(n_rows)[part]] == list(range(n_due))
+    sizes = [part.stop - part.start for part in parts]
+    assert sizes == [n_rows] if n_due == n_rows else all(size & (size - 1) == 0 for size in sizes)
+    assert len(set(sizes)) == len(sizes), "as few as there can be"
+
+
+@pytest.mark.parametrize("name", ["h2o", "rkv", "expected", "dynts", "streaming-reindexed"])
+def test_a_round_in_slices_keeps_what_a_whole_one_keeps(qwen2, name, monkeypatch):
+    def kept() -> list:
+        requests = [Request(str(row), prompts(5)[1][:9], row) for row in range(5)]
+        return list(decode(qwen2, small_policy(name), 28, requests, 5, 40, 1.0, trace=True).values())
+
+    whole = kept()
+    monkeypatch.setattr("kvlib.engine.decoder.ROUND_BYTES", 2 * 4 * 3 * 2 * 29 * 4)  # of two rows
+    assert kept() == whole and any(completion.rounds for completion in whole)

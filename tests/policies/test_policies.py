@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
 from kvlib.kernels.redundancy import redundancy
 from kvlib.kernels.rope import rotate
-from kvlib.policies import PRESETS, DynTS, View, Window, make_policy
+from kvlib.policies import PRESETS, DynTS, Policy, View, Window, make_policy
 from kvlib.policies.base import MASS
 
 
@@ -81,10 +82,10 @@ def test_dynts_keeps_every_token_of_the_answer(qwen2):
 
 def test_random_draws_repeat_by_key_and_differ_between_keys(qwen2):
     requests = as_requests(prompts(1))
-    one = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
-    again = decode(qwen2, small_policy("random"), 28, requests, 1, trace=True)["0"]
-    rekeyed = [dataclasses.replace(requests[0], noise_key=7)]
-    other = decode(qwen2, small_policy("random"), 28, rekeyed, 1, trace=True)["0"]
+    others = [dataclasses.replace(requests[0], noise_key=7)]
+    one, again, other = (
+        decode(qwen2, small_policy("random"), 28, asked, 1, trace=True)["0"] for asked in (requests, requests, others)
+    )
     assert one.kept == again.kept
     assert one.kept != other.kept
 
@@ -117,7 +118,6 @@ def test_protection_and_trigger_can_be_set_on_every_preset():
 @pytest.mark.parametrize(
     ("name", "wrong", "sentence"),
     [
-        ("dynts", {"rank": "highst"}, "rank is 'highst'"),
         ("dynts", {"ratio": 1.5}, "ratio is 1.5"),
         ("dynts", {"buffer": 1.5}, "buffer is 1.5"),
         ("snapkv", {"n_obs": 0}, "n_obs is 0"),
@@ -131,10 +131,42 @@ def test_settings_that_cannot_be_are_refused(name, wrong, sentence):
 
 
 def test_a_budget_that_leaves_nothing_to_do_or_to_observe_is_refused():
-    with pytest.raises(ConfigError, match="kv_budget 40 leaves 41 slots"):
+    with pytest.raises(ConfigError, match=r"kv_budget 40 .* 41 slots stay after a round; no kv_budget will do"):
         make_policy("dynts-published", n_recent=8, ratio=1.0).check(40, 5, "p")
-    with pytest.raises(ConfigError, match="8 queries observe, and only 5 slots stay"):
+    with pytest.raises(ConfigError, match="8 queries observe, and 5 slots stay after a round; use 19 or more"):
         make_policy("rkv", n_recent=4, buffer=11).check(16, 5, "p")
+
+
+def least_budget(policy: Policy, kv_budget: int, n_prompt: int) -> int:
+    """What the policy's own message says to use; kv_budget where that will do already."""
+    try:
+        policy.check(kv_budget, n_prompt, "p")
+    except ConfigError as error:
+        return int(re.search(r"; use (\d+) or more", str(error))[1])
+    return kv_budget
+
+
+@given(data=st.data(), name=st.sampled_from([name for name in PRESETS if name != "full"]))
+@settings(max_examples=200, deadline=None)
+def test_the_budget_that_a_message_names_will_do_and_no_smaller_one(data, name):
+    small = data.draw(st.booleans())
+    options = {} if small else {"n_sink": data.draw(st.integers(0, 40)), "protect_prompt": data.draw(st.booleans())}
+    policy = small_policy(name) if small else make_policy(name, **options)
+    kv_budget, n_prompt = data.draw(st.integers(0, 300)), data.draw(st.integers(1, 400))
+    least = least_budget(policy, kv_budget, n_prompt)
+    for more in (0, 1, data.draw(st.integers(2, 3000))):
+        policy.check(least + more, n_prompt, "p")
+    if least > kv_budget:
+        with pytest.raises(ConfigError):
+            policy.check(least - 1, n_prompt, "p")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "full"])
+def test_the_least_budget_decodes(qwen2, name):
+    policy, requests = small_policy(name, protect_prompt=True), as_requests([tuple(range(7))])
+    kv_budget = least_budget(policy, 7, 7)
+    done = decode(qwen2, policy, kv_budget, requests, 1, max_new_tokens=kv_budget + 12)["0"]
+    assert done.rounds and max(done.held) <= kv_budget
 
 
 def test_noise_of_a_round_differs_by_layer_head_position_and_round():

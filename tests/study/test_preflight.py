@@ -4,7 +4,7 @@ import pytest
 
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError
-from kvlib.study.preflight import GPU, check_disk, check_gpus, check_locks, find_faults, parse_gpus
+from kvlib.study.preflight import GPU, check_disk, check_gpus, check_locks, check_toolchain, find_faults, gpus_of
 
 SMALL, LARGE = GPU("0", "A", 24.0, 20.0), GPU("1", "B", 80.0, 79.0)
 
@@ -51,7 +51,7 @@ def test_no_gpu_at_all_says_what_hides_them(monkeypatch):
 
 
 def test_a_slice_that_nvidia_smi_does_not_list_is_a_gpu_of_unknown_memory():
-    found = parse_gpus("0, GPU-aa11, NVIDIA H100, 81559, 81000\n", "MIG-5c")
+    found = gpus_of([["0", "GPU-aa11", "NVIDIA H100", "81559", "81000"]], "MIG-5c")
     assert [gpu.index for gpu in found] == ["MIG-5c"]
     check_gpus(1, 70, found)
 
@@ -61,7 +61,7 @@ def test_a_slice_that_nvidia_smi_does_not_list_is_a_gpu_of_unknown_memory():
 )
 def test_gpus_are_those_that_the_environment_leaves(visible, seen):
     table = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, 81000\n1, GPU-bb22, NVIDIA H100 80GB HBM3, 81559, 10\n"
-    found = parse_gpus(table, visible)
+    found = gpus_of([line.split(", ") for line in table.splitlines()], visible)
     assert "".join(gpu.index for gpu in found) == seen
     assert all(gpu.total_gb == pytest.approx(85.5, abs=0.1) for gpu in found)
 
@@ -71,3 +71,25 @@ def test_locks_are_tried_by_two_processes(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"file locks do not hold in .*two processes got the same one"):
         check_locks(tmp_path, other_gets=lambda path: True)
+
+
+def test_what_tritons_first_launch_needs_is_said_before_it(tmp_path, monkeypatch):
+    for name in ("CC", "TRITON_LIBCUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    header, ldconfig, gcc = (tmp_path / name for name in ("Python.h", "ldconfig", "gcc"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError) as said:
+        check_toolchain(header, ldconfig)
+    lines = str(said.value).splitlines()
+    assert [words in line for words, line in zip(("gcc nor clang", "Python.h", "libcuda"), lines, strict=True)]
+    assert all("install" in line for line in lines), "each with the next step"
+    for made in (header, ldconfig, gcc):
+        made.touch(mode=0o755)
+    check_toolchain(header, ldconfig)
+    monkeypatch.setenv("CC", "icx")
+    with pytest.raises(ConfigError, match="CC names icx, which is not there"):
+        check_toolchain(header, ldconfig)
+    monkeypatch.delenv("CC")
+    ldconfig.unlink()
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    check_toolchain(header, ldconfig)

@@ -3,35 +3,25 @@ every stage takes up where it was interrupted."""
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvlib.errors import ConfigError
-from kvlib.fitted import check_fitted, fit
+from kvlib.fitted import check_fitted, fit, load_fitted, save_fitted
 from kvlib.models import TINY, Reasoner, load_reasoner
 from kvlib.policies import make_policy
+from kvlib.policies.dynts import ImportanceHead
+from kvlib.record import SampleLog
 from kvlib.tasks.training import right_answer, training_problems
-from kvlib.train import (
-    HeldOut,
-    ImportanceHead,
-    Profile,
-    Trace,
-    evaluate_head,
-    features_and_labels,
-    label_traces,
-    load_predictor,
-    load_profile,
-    save_predictor,
-    stage_traces,
-    train_head,
-)
 from kvlib.train import labels as labels_module
-from kvlib.train.head import rows_of
-from kvlib.train.predictor import main
-from kvlib.train.recipe import as_trace
+from kvlib.train import predictor as predictor_module
+from kvlib.train.__main__ import main
+from kvlib.train.labels import features_and_labels, label_traces
+from kvlib.train.predictor import HeldOut, evaluate_head, rows_of, train_head
+from kvlib.train.recipe import Profile, load_profile
+from kvlib.train.traces import Trace, as_trace, stage_traces
 
 PROFILES = Path(__file__).parents[2] / "notebooks" / "predictors.yml"
 
@@ -40,12 +30,17 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt_at(n: int):
-    def progress(done, *_):
-        if done == n:
+def interrupted_after(n: int, original):
+    """original, raising Interrupted once it has run n times."""
+    calls = []
+
+    def call(*arguments):
+        original(*arguments)
+        calls.append(arguments)
+        if len(calls) == n:
             raise Interrupted
 
-    return progress
+    return call
 
 
 def random_data(n_traces: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -83,28 +78,39 @@ def test_a_head_learns_what_can_be_learned_and_is_reproducible():
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
 
 
+def stored_epochs(monkeypatch) -> list[int]:
+    """The epochs that trainings from now on finish, in order."""
+    epochs, store = [], predictor_module._store
+
+    def noted(path, mark, epoch, *rest):
+        epochs.append(epoch)
+        store(path, mark, epoch, *rest)
+
+    monkeypatch.setattr(predictor_module, "_store", noted)
+    return epochs
+
+
 @pytest.mark.parametrize("after", [1, 4])
-def test_an_interrupted_training_ends_in_the_same_head(tmp_path, after):
+def test_an_interrupted_training_ends_in_the_same_head(tmp_path, monkeypatch, after):
     data, settings = random_data(8), {"n_epochs": 5, "batch_tokens": 100}
     undisturbed = train_head(data, **settings)
     checkpoint = tmp_path / "training.safetensors"
-    with pytest.raises(Interrupted):
-        train_head(data, **settings, checkpoint=checkpoint, mark="a", progress=interrupt_at(after))
-    epochs = []
-    resumed = train_head(
-        data, **settings, checkpoint=checkpoint, mark="a", progress=lambda epoch, loss: epochs.append(epoch)
-    )
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(predictor_module, "_store", interrupted_after(after, predictor_module._store))
+        train_head(data, **settings, checkpoint=checkpoint, mark="a")
+    epochs = stored_epochs(monkeypatch)
+    resumed = train_head(data, **settings, checkpoint=checkpoint, mark="a")
     assert epochs == list(range(after + 1, 6))
     assert all(torch.equal(a, b) for a, b in zip(undisturbed.parameters(), resumed.parameters(), strict=True))
 
 
-def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_not_continued(tmp_path):
-    data, checkpoint, epochs = random_data(4), tmp_path / "training.safetensors", []
-    train_head(data, n_epochs=2, checkpoint=checkpoint, mark="a")
-    train_head(data, n_epochs=2, checkpoint=checkpoint, mark="b", progress=lambda epoch, _: epochs.append(epoch))
-    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
-    train_head(data, n_epochs=2, checkpoint=checkpoint, mark="b", progress=lambda epoch, _: epochs.append(epoch))
-    assert epochs == [1, 2, 1, 2]
+def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_not_continued(tmp_path, monkeypatch):
+    data, checkpoint, epochs = random_data(4), tmp_path / "training.safetensors", stored_epochs(monkeypatch)
+    for mark in "abb":
+        train_head(data, n_epochs=2, checkpoint=checkpoint, mark=mark)
+        if mark == "b":
+            checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    assert epochs == [1, 2, 1, 2, 1, 2]
 
 
 def test_rows_of_parts_are_rows_of_the_whole():
@@ -127,18 +133,16 @@ def test_a_saved_head_comes_back_the_same_file_and_damage_is_named(tmp_path):
     head, path = ImportanceHead(8), tmp_path / "head.safetensors"
     contents = set()
     for _ in range(4):
-        save_predictor(head, path, HeldOut(7, 0.5, 0.6), "abc", profile="tiny", n_traces=3)
+        assert save_fitted("predictor", head, path, "abc", profile="tiny", n_traces=3) == path
         contents.add(path.read_bytes())
     assert len(contents) == 1
-    loaded, held_out = load_predictor(path, "abc")
     x = torch.randn(3, 8)
-    assert torch.equal(loaded(x), head(x))
-    assert held_out == HeldOut(7, 0.5, 0.6)
-    with pytest.raises(ConfigError, match=r"head.safetensors was trained for other weights; train it again with"):
-        load_predictor(path, "abd")
+    assert torch.equal(load_fitted("predictor", path, "abc")(x), head(x))
+    with pytest.raises(ConfigError, match=r"head.safetensors was made for other weights; make it again with"):
+        load_fitted("predictor", path, "abd")
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ConfigError, match=r"head.safetensors could not be loaded .* `make predictor`"):
-        load_predictor(path)
+    with pytest.raises(ConfigError, match=r"could not be loaded .*; make it again with `python -m kvlib.train predict"):
+        load_fitted("predictor", path)
 
 
 def test_shards_are_made_once_and_again_when_damaged_or_of_other_traces(qwen2, tmp_path, monkeypatch):
@@ -171,12 +175,13 @@ def test_shards_are_made_once_and_again_when_damaged_or_of_other_traces(qwen2, t
     assert all(set(f[1].tolist()) <= set(w[1].tolist()) for f, w in zip(few, wanted, strict=True))
 
 
-def test_traces_resume_after_a_kill_without_loss_or_duplicates(tiny, tmp_path):
+def test_traces_resume_after_a_kill_without_loss_or_duplicates(tiny, tmp_path, monkeypatch):
     profile = Profile(ends_thinking=".", only_right=False, n_traces=10, n_held_out=1, n_rows=4, max_new_tokens=40)
     problems = training_problems("chains", 10, 0)
     undisturbed, mark = stage_traces(profile, tiny, problems, tmp_path / "undisturbed")
-    with pytest.raises(Interrupted):
-        stage_traces(profile, tiny, problems, tmp_path / "killed", interrupt_at(4))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(SampleLog, "append", interrupted_after(4, SampleLog.append))
+        stage_traces(profile, tiny, problems, tmp_path / "killed")
     path = tmp_path / "killed" / "samples.jsonl"
     before = path.read_bytes()
     path.write_bytes(before + before[-200:-100])
@@ -191,12 +196,7 @@ def test_traces_resume_after_a_kill_without_loss_or_duplicates(tiny, tmp_path):
         stage_traces(dataclasses.replace(profile, n_held_out=10), tiny, problems, tmp_path / "undisturbed")
 
 
-def command(monkeypatch, *options: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["kvlib.train", *options])
-    assert main() == 0
-
-
-def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path, capsys):
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in (
@@ -213,8 +213,8 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path,
         "small: {n_traces: 8, n_held_out: 2, n_rows: 8, n_epochs: 2, max_new_tokens: 40, ends_thinking: ., "
         "only_right: false}"
     )
-    options = ["--profile", "small", "--profiles", str(profiles), "--model", str(weights)]
-    command(monkeypatch, *options, "--work", str(tmp_path / "work"), "--out", str(weights))
+    options = ["predictor", "--profile", "small", "--profiles", str(profiles), "--model", str(weights)]
+    assert main([*options, "--work", str(tmp_path / "work"), "--out", str(weights)]) == 0
     said = capsys.readouterr().out
     assert "usable traces of 8" in said and "held out, 2 traces" in said
     head = weights / "dynts-predictor.safetensors"
@@ -224,14 +224,23 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path,
     assert set(check_fitted(policy, str(weights))) == {"predictor"}
     assert fit(policy, str(weights), load_reasoner(str(weights))).predictor.d == 128
     head.unlink()
-    command(monkeypatch, *options, "--work", str(tmp_path / "work"), "--out", str(weights))
+    assert main([*options, "--work", str(tmp_path / "work"), "--out", str(weights)]) == 0
     assert head.read_bytes() == first
 
 
 def test_a_plan_needs_no_weights(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("kvlib.train.recipe.load_reasoner", None)
-    options = ["--profile", "r1-qwen", "--profiles", str(PROFILES), "--work", str(tmp_path / "work"), "--plan"]
-    command(monkeypatch, *options)
+    monkeypatch.setattr("kvlib.train.predictor.load_reasoner", None)
+    options = [
+        "predictor",
+        "--profile",
+        "r1-qwen",
+        "--profiles",
+        str(PROFILES),
+        "--work",
+        str(tmp_path / "work"),
+        "--plan",
+    ]
+    assert main(options) == 0
     said = capsys.readouterr().out
     for line in ("traces    7500 x", "labels  ", "training  15 epochs", "total  ", "disk  ", "reckoned with: "):
         assert line in said

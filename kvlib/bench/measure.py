@@ -1,0 +1,215 @@
+"""The bench: gate, ceilings, warm-up, then all arms in turns; the record."""
+
+import contextlib
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from kvlib.bench.arms import KVPress, Named, Ours, build_arm, parse_arm, save_model
+from kvlib.bench.gate import check_first_tokens, gate, judged
+from kvlib.bench.shapes import Sizes, Subject
+from kvlib.charts.throughput import CEILINGS
+from kvlib.cost import kv_bytes, minimum_bytes
+from kvlib.engine.paired import take_turns, timed, useful_tokens
+from kvlib.record import provenance
+from kvlib.stats import paired_ratio, too_busy
+from kvlib.study.gpus import nvidia_smi
+from kvlib.study.timing import device_name
+
+SCHEMA = "kvlib.bench/1"
+
+
+def copy_bandwidth(device: str, nbytes: int | None = None) -> float:
+    """Bytes read and written per second by a plain copy, the best of several; 4 GiB on a GPU, 256 MiB on a CPU."""
+    nbytes = nbytes or (2**32 if device != "cpu" else 2**28)
+    source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(6))
+
+
+def pairs(names: Sequence[str], sizes: Sizes) -> Iterator[tuple[str, str]]:
+    """(arm, what it is compared with) for all arms that were run.
+
+    An arm that evicts is compared with the full cache that lacks the same part, so that the ratio is eviction's alone.
+    """
+    arms = {name: parse_arm(name, sizes) for name in names}
+    for name, arm in arms.items():
+        if arm.kind != "kvlib":
+            continue
+        yield from ((name, peer) for peer, its in arms.items() if its.kind == "hf")
+        twin = "full" if arm.kv_budget is None or not arm.part else f"full-{arm.part}"
+        if name != twin and twin in arms:
+            yield (twin, name) if arm.kv_budget is None else (name, twin)
+        same = Named("kvpress", arm.of, "", arm.kv_budget)
+        yield from ((name, peer) for peer, its in arms.items() if its == same)
+        yield from ((name, ceiling) for ceiling in CEILINGS if ceiling in names)
+
+
+def measure(arms: dict, n_steps: int, n_rounds: int, device: str, seconds: float, say: Callable[[str], None]) -> dict:
+    """Advance every arm by n_steps in each of n_rounds; fewer rounds if `seconds` would be exceeded.
+
+    Returns by arm: seconds of each round, of prefill and of the arm's own phases.
+    """
+    begun = time.monotonic()
+    found = {name: {"seconds": [], "prefill": timed(arm.start, device)} for name, arm in arms.items()}
+    before = {name: arm.phase_seconds() for name, arm in arms.items()}
+    for number in range(n_rounds):
+        round_begun = time.monotonic()
+        for name, (taken,) in take_turns(arms, [n_steps], number, device).items():
+            found[name]["seconds"].append(taken)
+        now = time.monotonic()
+        left = (n_rounds - number - 1) * (now - round_begun)
+        say(f"round {number + 1} of {n_rounds}; about {left:.0f} s left")
+        if number + 1 < n_rounds and now - begun + 1.1 * (now - round_begun) > seconds:
+            say(f"stopped after {number + 1} of {n_rounds} rounds: {seconds:.0f} s would not be enough for more")
+            break
+    for name, arm in arms.items():
+        phases = {phase: t - before[name].get(phase, 0.0) for phase, t in arm.phase_seconds().items()}
+        found[name]["phases"] = phases
+    return found
+
+
+def warmed(arm, n_steps: int, device: str) -> int | None:
+    """Run an arm once, untimed; returns the bytes of CUDA memory that it needed on top of what was there."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    arm.start()
+    arm.advance(n_steps)
+    return torch.cuda.max_memory_allocated() - before if device != "cpu" else None
+
+
+def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_steps: int, ceilings: dict) -> dict:
+    """One arm's row: tokens/s by three definitions, memory, and the bandwidth that the step's least bytes amount to."""
+    rounds, total, B = len(found["seconds"]), sum(found["seconds"]), sizes.batch
+    steps = rounds * n_steps
+    kv_budget = parse_arm(name, sizes).kv_budget
+    row = {
+        "arm": name,
+        "kv_budget": kv_budget,
+        "seconds": found["seconds"],
+        "prefill_seconds": found["prefill"],
+        "steps": B * steps / total,
+        "ms_per_step": 1000 * statistics.median(found["seconds"]) / n_steps,
+    }
+    if name in CEILINGS:
+        return row
+    live = arm.live_slots()
+    moved = minimum_bytes(subject.model.config, B, live, subject.model.dtype.itemsize)
+    return row | {
+        "forward": B * steps / found["phases"]["forward"],
+        "round_share": found["phases"]["evict"] / total if kv_budget and "evict" in found["phases"] else None,
+        "goodput": useful_tokens(arm.output(), subject.eos_ids) / (total + found["prefill"]),
+        "live_slots": live,
+        "kv_bytes": arm.kv_bytes,
+        "bytes_per_step": moved,
+        "bandwidth": moved * steps / total,
+        "bandwidth_share": moved * steps / total / ceilings["copy_bandwidth"],
+    }
+
+
+def bench(
+    subject: Subject,
+    sizes: Sizes,
+    names: Sequence[str],
+    *,
+    n_rounds: int = 8,
+    seconds: float = 480.0,
+    kvpress: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Gate, ceilings, warm-up, rounds. Returns the record; with a red gate it holds no measurement at all.
+
+    seconds: of wall time for the rounds; those that do not fit are left out and the record says complete: false.
+    """
+    device, n_steps = str(subject.model.device), sizes.n_new // n_rounds
+    on_gpu = device != "cpu"
+    record = {
+        "schema": SCHEMA,
+        "model": subject.name,
+        "weights": subject.weights,
+        "device": device_name(device),
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "batch": sizes.batch,
+        "n_prompt": sizes.n_prompt,
+        "n_new": sizes.n_new,
+        "interval": sizes.interval,
+        "steps_per_round": n_steps,
+        "threads": torch.get_num_threads(),
+        "provenance": {**provenance(), **driver(device)},
+        "complete": False,
+        "arms": [],
+        "ratios": [],
+    }
+    say(f"{subject.name} ({subject.weights}), {record['device']}, batch {sizes.batch}, {record['dtype']}")
+    checks = gate(subject, sizes, names)
+    for check in checks:
+        say(str(check))
+    record["gate"] = judged(checks)
+    if not record["gate"]["holds"]:
+        return record
+    record["ceilings"] = {
+        "copy_bandwidth": copy_bandwidth(device),
+        "weight_bytes": minimum_bytes(subject.model.config, 1, 0, subject.model.dtype.itemsize),
+        "kv_bytes_per_token": kv_bytes(subject.model.config, subject.model.dtype.itemsize),
+    }
+    say(f"copy bandwidth {record['ceilings']['copy_bandwidth'] / 1e9:.1f} GB/s")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as peers:
+        if any(name.startswith("kvpress-") for name in names):
+            save_model(subject.model, Path(folder))
+        arms = {name: build_arm(name, subject, sizes, kvpress, Path(folder)) for name in names}
+        for arm in arms.values():
+            if isinstance(arm, KVPress):
+                peers.callback(arm.close)
+        # On a GPU our whole run, so that every graph is captured.
+        peaks = {
+            name: warmed(arm, sizes.n_new if on_gpu and isinstance(arm, Ours) else min(n_steps, 8), device)
+            for name, arm in arms.items()
+        }
+        decoding = {name: arm for name, arm in arms.items() if name not in CEILINGS}
+        if decoding and not on_gpu:  # on a GPU the warm-up was a whole run, rounds and all
+            checks.append(check_first_tokens(subject, decoding))
+            say(str(checks[-1]))
+            record["gate"] = judged(checks)
+            if not record["gate"]["holds"]:
+                return record
+        found = measure(arms, n_steps, n_rounds, device, seconds, say)
+        record["arms"] = [
+            describe(name, arm, found[name], subject, sizes, n_steps, record["ceilings"]) | {"peak_bytes": peaks[name]}
+            for name, arm in arms.items()
+        ]
+        record["kvpress"] = next((arm.versions for arm in arms.values() if isinstance(arm, KVPress)), None)
+    return record | compared(found, names, sizes) | {"complete": len(found[names[0]]["seconds"]) == n_rounds}
+
+
+def compared(found: dict, names: Sequence[str], sizes: Sizes) -> dict:
+    """Of a record: every pair's ratio, and what two arms of equal work (the control) differ by."""
+    ratios = {}
+    for pair in pairs(names, sizes):
+        seconds, against = ([[taken] for taken in found[name]["seconds"]] for name in pair)
+        ratios[pair] = paired_ratio(seconds, against)
+    control = ratios.get(("full", "full-again"))
+    rounds = len(found[names[0]]["seconds"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "ratios": [{"arm": arm, "against": against, **asdict(ratio)} for (arm, against), ratio in ratios.items()],
+        "noise": control and {"arm": "full", "against": "full-again", **asdict(control), "too_busy": too_busy(control)},
+        "rounds": rounds,
+        "peak_rss_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def driver(device: str) -> dict:
+    """Of the GPU."""
+    if device == "cpu":
+        return {}
+    fields = ("driver_version", "clocks.sm", "power.draw", "temperature.gpu")
+    found = nvidia_smi(*fields) or []
+    return {"cuda": torch.version.cuda, "gpus": [dict(zip(fields, gpu, strict=True)) for gpu in found]}

@@ -1,0 +1,43 @@
+"""What a timing record makes of its rounds; the rounds are made up, no time is judged."""
+
+import dataclasses
+
+import pytest
+
+from kvlib.config import RunConfig
+from kvlib.stats import Ratio
+from kvlib.study.timing import Round, rows_of, said_of
+
+FULL = RunConfig(model="tiny", dataset="chain-a", policy="full")
+BUDGET = RunConfig(model="tiny", dataset="chain-a", policy="dynts", kv_budget=96)
+MOODS = (1.0, 5.0, 1.1, 1.0)
+"""How slow the machine was in each round."""
+
+
+def rounds(seconds: float) -> list[Round]:
+    return [Round([mood * seconds, 2 * mood * seconds], 0.5, 2 * mood * seconds, 30) for mood in MOODS]
+
+
+def test_a_mood_of_the_machine_changes_neither_shape_nor_level():
+    found = {"full": rounds(1.0), "96": rounds(0.5), "control": rounds(1.0)}
+    found = {FULL.cell_path: found["full"], BUDGET.cell_path: found["96"], "control": found["control"]}
+    rows = rows_of(found, [BUDGET, FULL], FULL, n_rows=6, n_steps=10)
+    assert [(row["kv_budget"], row["definition"]) for row in rows] == [
+        (budget, name) for budget in (96, None) for name in ("steps", "forward", "goodput")
+    ]
+    steps = {row["kv_budget"]: row for row in rows if row["definition"] == "steps"}
+    assert steps[96]["ratio"] == dataclasses.asdict(Ratio(2.0, 2.0, 2.0))
+    assert steps[None]["median"] == pytest.approx(6 * 10 / 3.0), "of the quieter half of the rounds, the mood is 1"
+    assert steps[96]["median"] == steps[96]["low"] == steps[96]["high"] == 2 * steps[None]["median"]
+    assert steps[96]["repeats"] == pytest.approx([6 * 10 / (1.5 * mood) for mood in MOODS])
+    goodput = next(row for row in rows if row["kv_budget"] is None and row["definition"] == "goodput")
+    assert goodput["high"] == pytest.approx(30 / 3.5), "the prefill is in its time"
+    for row in rows:
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+
+
+def test_a_run_on_a_busy_machine_says_so_and_how_to_repeat_it():
+    assert "too busy" not in said_of(Ratio(1.01, 0.99, 1.03), "chain-a", "again")
+    said = said_of(Ratio(1.2, 1.1, 1.3), "chain-a", "python -m kvlib.study.timing --dataset chain-a")
+    assert "too busy for the line to mean anything" in said and said.endswith("--dataset chain-a")
+    assert "(" not in said_of(Ratio(1.0, None, None), "chain-a", "again"), "one round has no interval"
