@@ -458,7 +458,8 @@ def test_what_a_policy_needs_is_made_by_the_call_that_its_sentence_names(tokeniz
     made = kvlib.generate(model, PROMPTS, policy=policy, **settings)
     assert max(max(one.held) for one in made) == 28 and made[0].rounds > 0
     if name == "sepllm":
-        assert made == kvlib.generate(model, PROMPTS, policy=name, tokenizer=tokenizer, **settings)
+        again = kvlib.generate(model, PROMPTS, policy=name, tokenizer=tokenizer, **settings)
+        assert [one.tokens for one in made] == [one.tokens for one in again]
     assert_same(before, state_of(model))
 
 
