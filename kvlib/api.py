@@ -294,6 +294,8 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
         raise ConfigError(
             f"model is a {type(model).__name__}; use a causal LM of transformers, what load_model gives, or a name"
         )
+    if why_not_fast(model):
+        probe(model)
     if tokenizer is None and needs_tokenizer:
         if not model.name_or_path:
             raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")

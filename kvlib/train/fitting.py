@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from kvlib.engine.attention import evaluating
 from kvlib.errors import ConfigError
 from kvlib.fitted import save_fitted, separator_ids
 from kvlib.models import weights_sha256
@@ -41,8 +40,7 @@ def fit(
     traces = [tokenizer(text)["input_ids"] for text in ([texts] if isinstance(texts, str) else texts)]
     if not traces or min(map(len, traces)) < 2:
         raise ConfigError(f"{policy!r} cannot be fitted to an empty text; give longer ones")
-    with evaluating(model):
-        module = FITTERS[need](model, tokenizer, traces)
+    module = FITTERS[need](model, tokenizer, traces)
     if out is not None:
         save_fitted(need, module, Path(out), weights_sha256(model.name_or_path), n_traces=len(traces))
     return dataclasses.replace(preset, **{need: module.to(next(model.parameters()).device)})
