@@ -24,7 +24,8 @@ from transformers.generation import MinLengthLogitsProcessor
 import kvlib
 from kvlib.engine import fast
 from kvlib.errors import ConfigError
-from kvlib.invariants import FAMILIES, SHAPE, random_model
+from kvlib.invariants import SHAPE, random_model
+from kvlib.models import FAMILIES
 from kvlib.policies import PRESETS, Window
 
 EVICTING = [name for name, preset in PRESETS.items() if getattr(preset, "func", preset).evicts]
