@@ -64,7 +64,7 @@ HARMLESS |= {
 @dataclass(frozen=True)
 class Generation:
     """text: without special tokens, None where there is no tokenizer. tokens: generated ids. stop: "eos", "length", or
-    the string that ended it, which is the end of text. held: slots per KV head in use after each token; rounds:
+    the string that ended it, with which its tokens end. held: slots per KV head in use after each token; rounds:
     evictions; kept, with trace=True: after each round, the number of tokens seen and the positions that survived, by
     layer and KV head (one where they share).
     """
@@ -100,7 +100,7 @@ def generate(
     n_samples: int = 1,
     n_rows: int = 8,
     eos_ids: int | Sequence[int] | None = None,
-    stop_strings: str | Sequence[str] = (),
+    stop_strings: str | Sequence[str] | None = None,
     trace: bool = False,
     stream: Callable[[int, str], None] | None = None,
     progress: bool = True,
@@ -111,10 +111,10 @@ def generate(
     model: a causal LM of transformers, what `load_model` gives, or a name that it takes; afterwards it is as it was.
     prompts: a string (encoded as it is), chat messages (through the template), token ids, a list of these, or a
     tokenizer's batch with its attention mask. policy: a preset, with policy_options, or a Policy; "full" takes no
-    kv_budget. max_new_tokens, temperature (0 is greedy), top_p, top_k and eos_ids are by default those of the model's
-    generation_config. n_rows: prompts decoded side by side; more than these wait. A row's noise depends on seed, its
-    prompt and the sample only. trace: record Generation.kept. stream(i, piece): called with the new text of sample i
-    (prompt i // n_samples) every few tokens. progress: a bar, where it takes some seconds.
+    kv_budget. max_new_tokens, temperature (0 is greedy), top_p, top_k, eos_ids and stop_strings are by default those
+    of the model's generation_config. n_rows: prompts decoded side by side; more than these wait. A row's noise depends
+    on seed, its prompt and the sample only. trace: record Generation.kept. stream(i, piece): called with the new text
+    of sample i (prompt i // n_samples) every few tokens. progress: a bar, where it takes some seconds.
 
     Returns a Generation for one prompt, a list in order for a list, and a list for each where n_samples > 1.
     Raises ConfigError for what cannot run, FloatingPointError if numbers are not finite.
@@ -122,12 +122,13 @@ def generate(
     check_names(unknown)
     chosen = chosen_policy(policy, policy_options)
     kv_budget = budget_of(chosen, kv_budget)
-    stop_strings = texts_of(stop_strings)
+    stop_strings = None if stop_strings is None else texts_of(stop_strings)
     for name, value in (("n_samples", n_samples), ("n_rows", n_rows)):
         whole(name, value, 1)
     reasoner = entered(model, tokenizer, bool(stop_strings or stream) or needs_text(prompts))
     ids, single = encoded(prompts, reasoner)
     settings = reasoner.model.generation_config
+    stop_strings = texts_of(settings.stop_strings or ()) if stop_strings is None else stop_strings
     if max_new_tokens is None:
         max_new_tokens = settings.max_new_tokens
     if max_new_tokens is None:
@@ -221,7 +222,9 @@ def decoded(
         with tqdm(total=len(requests) * n_max, unit="token", delay=3, disable=not shown or stream is not None) as bar:
             for done in completions(decoder, requests, watch=watch if stop_strings or stream or shown else None):
                 name, text = done.request.id, text_of(done.tokens)
-                stop = next((s for s in stop_strings if s in text), "") if done.stop == "stopped" else done.stop
+                stop = done.stop
+                if stop == "stopped":
+                    stop = next(s for s in stop_strings if s in tokenizer.decode(done.tokens))
                 made[number[name]] = Generation(text, done.tokens, stop, done.held, done.rounds, done.kept)
                 if stream:
                     tell(name, text)
@@ -239,8 +242,7 @@ def stopped_after(tokens: list[int], n_before: int, tokenizer, stop_strings: lis
     start = max(0, n_before - max(len(stop.encode()) for stop in stop_strings))
 
     def holds(n: int) -> bool:
-        text = tokenizer.decode(tokens[start:n], skip_special_tokens=True)
-        return any(stop in text for stop in stop_strings)
+        return any(stop in tokenizer.decode(tokens[start:n]) for stop in stop_strings)
 
     return next((n for n in range(n_before + 1, len(tokens) + 1) if holds(n)), None) if holds(len(tokens)) else None
 
@@ -289,19 +291,17 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(model, Reasoner):
-        return replace(model, tokenizer=tokenizer or model.tokenizer)
+        return model if tokenizer is None else replace(model, tokenizer=tokenizer)
     if not isinstance(model, nn.Module) or not hasattr(model, "generation_config"):
         raise ConfigError(
             f"model is a {type(model).__name__}; use a causal LM of transformers, what load_model gives, or a name"
         )
     if why_not_fast(model):
         probe(model)
-    if tokenizer is None and needs_tokenizer:
+    if tokenizer is None and (needs_tokenizer or model.generation_config.stop_strings):
         if not model.name_or_path:
             raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")
         tokenizer = from_pretrained(AutoTokenizer, model.name_or_path)
-    if why_not_fast(model):
-        probe(model)
     eos = model.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, Iterable) else () if eos is None else (eos,)
     return Reasoner(model, None, eos_ids, None, "") if tokenizer is None else described(model, tokenizer, eos_ids, "")

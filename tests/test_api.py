@@ -202,6 +202,18 @@ def test_stop_strings_end_a_sample_and_a_stream_tells_all_of_its_text(model, tok
         assert one.text == (before.text if cut < 0 else before.text[: cut + len(stop)])
         assert one.stop == ("length" if cut < 0 else stop) and one.tokens == before.tokens[: len(one.tokens)]
     assert made[2].stop == stop
+    special = free[2].tokens[12]
+    with_special = copy.deepcopy(tokenizer)
+    with_special.add_special_tokens({"additional_special_tokens": [f"w{special}"]})
+    settings["tokenizer"] = with_special
+    once = kvlib.generate(model, PROMPTS[2], stop_strings=f"w{special}", **settings)
+    first = free[2].tokens.index(special) + 1
+    assert (once.tokens, once.stop) == (free[2].tokens[:first], f"w{special}"), (
+        "a token that text leaves out ends it too"
+    )
+    by_default = ordinary()
+    by_default.generation_config.stop_strings = [f"w{special}"]
+    assert kvlib.generate(by_default, PROMPTS[2], **settings) == once
 
 
 def test_a_notebook_shows_the_text_and_what_the_cache_held(model, tokenizer):

@@ -75,6 +75,7 @@ class Decoder:
             raise
 
     def _allocate(self, n_rows: int, max_new_tokens: int, eos_ids: Sequence[int]) -> None:
+        self.eos_ids = frozenset(eos_ids)
         self.eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=self.device)
 
         def zeros(dtype: torch.dtype) -> Tensor:
@@ -162,7 +163,7 @@ class Decoder:
             raise FloatingPointError(
                 "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
             )
-        rows, eos = self.rows, set(self.eos.tolist())
+        rows, eos = self.rows, self.eos_ids
         ended = self.done.cpu().numpy() | (rows.n_made >= rows.max_new_tokens)
         seen = [row for row, request in enumerate(rows.requests) if request is not None and (watch or ended[row])]
         made = {}
