@@ -277,13 +277,12 @@ def decoder_for(
     Greedy, and to the last token, unless settings say otherwise. Raises ConfigError naming the first prompt, longest
     first, that does not fit into the budget.
     """
-    longest_first = sorted(requests, key=lambda request: -len(request.prompt))
+    by_length = {len(request.prompt): request.id for request in reversed(requests)}
     if kv_budget is not None:
-        for request in longest_first:
-            policy.check(kv_budget, len(request.prompt), request.id)
+        for n in sorted(by_length, reverse=True):
+            policy.check(kv_budget, n, by_length[n])
     settings = {"sampling": Sampling(0.0), "eos_ids": (), **settings}
-    n_prompt_max = len(longest_first[0].prompt)
-    return Decoder(model, policy, kv_budget, n_rows=n_rows or len(requests), n_prompt_max=n_prompt_max, **settings)
+    return Decoder(model, policy, kv_budget, n_rows=n_rows or len(requests), n_prompt_max=max(by_length), **settings)
 
 
 def completions(
