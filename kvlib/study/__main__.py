@@ -133,12 +133,11 @@ def verify_records(study: Study, given: argparse.Namespace) -> int:
                          f"{study.command('run')}")  # fmt: skip
     benches = sorted(root.glob("*.json")) if given.folder else []
     if benches and not (root / "cells.jsonl").exists() and not any(root.rglob("record.json")):
-        verdict, whose = verify_benches(benches), ", of a bench"
+        verdict, whose = verify_benches(benches), "of a bench"
     else:
         grid, seeds, whose = study.grid, {given.seed}, ""
         if given.folder:
             grid, seeds, whose = owner(root, study.grid.path.parent)
-            whose = f", {whose}"
         studies = [Study(grid, seed, study.runs, study.figures) for seed in seeds] if grid else []
         cells = {own.name(path): config for own in studies for path, config in own.cells.items()}
         if grid and grid.comparison and (root / "cells.jsonl").exists():
