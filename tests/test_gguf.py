@@ -191,6 +191,18 @@ def test_a_file_is_converted_once_per_dtype_and_by_its_content(tmp_path, cache, 
     assert weights_sha256(str(path)) == file_sha256(path)
 
 
+def test_a_folder_of_the_cache_that_is_cut_is_converted_again(tmp_path, cache, capfd):
+    path = write_gguf(tmp_path / "model.gguf")
+    expected = logits(load_reasoner(str(path)).model)
+    (weights,) = cache.glob("*-float32-1/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4])
+    left = cache / f".{weights.parent.name}-killed"
+    left.mkdir()
+    capfd.readouterr()
+    assert torch.equal(logits(load_reasoner(str(path)).model), expected)
+    assert "converting" in capfd.readouterr().out and not left.exists()
+
+
 LOAD = "import sys; from kvlib.models import load_reasoner; load_reasoner(sys.argv[1])"
 
 
