@@ -300,7 +300,10 @@ def convert(path: Path, folder: Path, dtype: torch.dtype | None) -> None:
     file = read(path)
     config = config_of(file)
     if dtype is not None:
-        write_weights(file, config, folder / "model.safetensors", dtype)
+        try:
+            write_weights(file, config, folder / "model.safetensors", dtype)
+        except NotImplementedError as error:  # of the package gguf, which knows fewer types than llama.cpp
+            raise file.refuse(f"cannot be read ({error}); use another quantisation of it") from error
     config.save_pretrained(folder)
     kind = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     try:
