@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvlib.charts.tables import measured_cells, measured_verdicts
-from kvlib.config import Grid
 from kvlib.errors import ConfigError
 
 MARGIN = 5.0  # points
@@ -131,10 +129,10 @@ def answers(
     return pd.DataFrame(rows)
 
 
-def answer_text(grid: Grid, records: Path, seed: int, grader: str = "published", margin: float = MARGIN) -> str:
-    """The answer of a finished study in a sentence per dataset, for the terminal. Errors as measured_verdicts."""
-    found = answers(measured_verdicts(grid, records, seed, grader), measured_cells(grid, records, seed, grader), margin)
-    return "\n".join(found["sentence"])
+def answer_text(figures: Path) -> str:
+    """The answer that a study's charts hold, a sentence per dataset, for the terminal; empty where there is none."""
+    path = figures / "answer.csv"
+    return "\n".join(pd.read_csv(path)["In words"]) if path.exists() else ""
 
 
 def answer_table(found: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import kvlib
+from kvlib.charts.answer import answer_text
 from kvlib.charts.report import report_html
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
@@ -110,6 +111,8 @@ def make_report(study: Study) -> Path:
     with explained(study.figures):
         study.figures.mkdir(parents=True, exist_ok=True)
         write_atomically(study.figures / "report.html", page.encode())
+    if whole:
+        print(answer_text(study.figures))
     return study.figures / "report.html"
 
 

@@ -9,6 +9,7 @@ import pytest
 from kvlib.charts.answer import (
     MARGIN,
     answer_table,
+    answer_text,
     answers,
     critical_z,
     difference_counts,
@@ -140,6 +141,13 @@ def test_the_sentence_and_the_row_of_a_budget_that_is_named():
     assert not any(name.startswith(("Solved", "Sequences")) for name in untimed.index)
     table = answer_table(answers(verdicts({128: full}, full), cells([128])))
     assert table.iloc[0]["KV budget"] == "128" and table.columns[-1] == "In words"
+
+
+def test_the_terminal_says_what_the_charts_hold(tmp_path):
+    assert answer_text(tmp_path) == ""
+    found = answers(verdicts({128: np.ones((100, 1))}, np.ones((100, 1))), cells([128]))
+    answer_table(found).to_csv(tmp_path / "answer.csv", index=False)
+    assert answer_text(tmp_path) == found["sentence"][0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ CODE = """%matplotlib inline
 import pandas as pd, sys
 from kvlib.charts.sheet import show
 from kvlib.charts.traces import slots_figure
-print("noise", file=sys.stderr)
+print("no", "ise", sep="", file=sys.stderr)
 show(slots_figure({"DynTS": range(9)}, 5, "m"), pd.DataFrame({"a": range(100)}))"""
 
 
