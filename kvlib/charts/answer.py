@@ -207,6 +207,11 @@ def _solved(cell, fits: int) -> str:
     do not grow with the rows and tokens/s that grow as they do."""
     per_hour = 3600 * cell.throughput / cell.mean_tokens * cell.pass_at_1 / 100
     if fits == cell.batch_size:
-        return f"{per_hour:,.0f} (timed)"
+        return f"{_rounded(per_hour)} (timed)"
     low, high = sorted([per_hour, per_hour * fits / cell.batch_size])
-    return f"{low:,.0f} to {high:,.0f} (reckoned)" if fits else "0"
+    return f"{_rounded(low)} to {_rounded(high)} (reckoned)" if fits else "0"
+
+
+def _rounded(value: float) -> str:
+    """Three digits: more would be noise."""
+    return f"{float(f'{value:.3g}'):,.0f}"
