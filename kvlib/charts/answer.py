@@ -10,7 +10,6 @@ distribution of their shares. Never imports torch.
 
 import functools
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -127,12 +126,6 @@ def answers(
             sentence += row.pop("size")
         rows.append({**row, "sentence": f"{dataset}: {sentence}."})
     return pd.DataFrame(rows)
-
-
-def answer_text(figures: Path) -> str:
-    """The answer that a study's charts hold, a sentence per dataset, for the terminal; empty where there is none."""
-    path = figures / "answer.csv"
-    return "\n".join(pd.read_csv(path)["In words"]) if path.exists() else ""
 
 
 def answer_table(found: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvlib.charts.answer import answer_text
+from kvlib.charts.report import answer_text
 from kvlib.config import load_grid
 from kvlib.cost import clock
 from kvlib.errors import ConfigError

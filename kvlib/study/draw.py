@@ -7,8 +7,7 @@ import tempfile
 from pathlib import Path
 
 import kvlib
-from kvlib.charts.answer import answer_text
-from kvlib.charts.report import report_html
+from kvlib.charts.report import answer_text, report_html
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.record import canonical, explained, load_samples, read_record, sha256

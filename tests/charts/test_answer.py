@@ -9,7 +9,6 @@ import pytest
 from kvlib.charts.answer import (
     MARGIN,
     answer_table,
-    answer_text,
     answers,
     critical_z,
     difference_counts,
@@ -18,6 +17,7 @@ from kvlib.charts.answer import (
     needs_table,
     smallest_passing,
 )
+from kvlib.charts.report import answer_text
 from kvlib.errors import ConfigError
 
 SHARE = MARGIN / 100
