@@ -59,12 +59,12 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
         if size < 8 or n > size - 8:
             raise ValueError(f"its header should have {n} bytes and the file has {size}")
         header = json.loads(file.read(n))
-    header.pop("__metadata__", None)
     try:
+        header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         found = {name: tuple(entry["shape"]) for name, entry in header.items()}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError("its header is not safetensors'") from error
+        raise ValueError("its header is not that of safetensors") from error
     if size != 8 + n + end:
         raise ValueError(f"it should have {8 + n + end} bytes and has {size}")
     return found

@@ -10,7 +10,8 @@
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from kvlib.charts.arms import arm_label
 from kvlib.charts.tables import model_title
 from kvlib.config import Comparison, load_grid
 from kvlib.errors import ConfigError
+from kvlib.record import load_samples
 from kvlib.stats import pass_at_1
 from kvlib.study.__main__ import main
 from kvlib.tasks.datasets import dataset_title
@@ -152,6 +154,69 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).astype({"kv_budget": float})
+
+
+def beside_published(
+    policy: "Policy",
+    arm: str,
+    grid: Path,
+    results: Path,
+    folder: Path,
+    *,
+    dataset: str,
+    kv_budgets: Sequence[int],
+    rivals: Collection[str],
+    n_problems: int | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Decode a policy of one's own on the terms of a comparison, and set it beside published arms on the same problems.
+
+    The terms are those of its arm "random" on the tiny reasoner, the prompt protected, seed 0. Samples go to `folder`
+    and are continued from there. n_problems: the first so many; None: all. Returns cells, as `kvlib.charts.arms` asks
+    for them, full cache included, and verdicts, as `kvlib.stats` does. Raises ConfigError for what the comparison
+    does not have.
+    """
+    from kvlib.cell import run
+
+    asked = {
+        (cell.config.dataset, cell.config.kv_budget): cell.config
+        for cell in load_comparison(grid).cells
+        if (cell.config.model, cell.arm, cell.protected, cell.config.seed) == ("tiny", "random", True, 0)
+    }
+    for kv_budget in kv_budgets:
+        if (dataset, kv_budget) not in asked:
+            known = ", ".join(f"{name} at {budget}" for name, budget in asked)
+            raise ConfigError(f"{grid} has no dataset {dataset!r} at KV budget {kv_budget}; it has {known}")
+    terms = ["arm", "protected", "kv_budget"]
+    measured = ["max_new_tokens", "mean_live_slots", "kib_per_row", "seconds_per_solved", "round_us_per_row"]
+    own, costs = [], []
+    for kv_budget in kv_budgets:
+        config = replace(asked[dataset, kv_budget], policy=arm, policy_options={}, n_problems=n_problems)
+        record = run(config, folder / config.cell_path, policy=policy)
+        _, samples, _ = load_samples(folder / config.cell_path / "samples.jsonl")
+        kib = record["cost"]["kv_bytes"] / record["cost"]["n_rows"] / 1024
+        costs.append((arm, True, kv_budget, config.max_new_tokens, record["results"]["mean_live_slots"], kib))
+        own += [
+            (arm, True, kv_budget, s["problem"].split("/")[1], s["correct"], s["n_tokens"], s["stop"] == "length")
+            for s in samples.values()
+        ]
+    own = pd.DataFrame(own, columns=[*terms, "problem", "correct", "n_tokens", "truncated"])
+    rows = load_verdicts(results).query("model == 'tiny' and dataset == @dataset and seed == 0")
+    met = rows["protected"] & rows["arm"].isin({*rivals, "random"}) & rows["kv_budget"].isin(kv_budgets)
+    rows = pd.concat([rows[(met | (rows["arm"] == "full")) & rows["problem"].isin(own["problem"])], own])
+    cells = []
+    for key, cell in rows.groupby(terms, dropna=False, sort=False):
+        rate, low, high = (100 * share for share in pass_at_1(zip(cell["problem"], cell["correct"], strict=True)))
+        means = (cell["n_tokens"].mean(), cell["truncated"].mean())
+        cells.append((*key, len(cell), rate, low, high, *means))
+    names = ["n_problems", "pass_at_1", "pass_low", "pass_high", "mean_tokens", "truncated_share"]
+    cells = pd.DataFrame(cells, columns=[*terms, *names]).assign(
+        model="tiny", dataset=dataset_title(dataset), n_samples=1
+    )
+    others = load_cells(results).query("model == 'tiny' and dataset == @dataset_title(@dataset)")
+    costs = pd.concat([others[[*terms, *measured]], pd.DataFrame(costs, columns=[*terms, *measured[:3]])])
+    cells = cells.merge(costs.astype({"kv_budget": float}), how="left", on=terms)
+    labels = [arm_label(*name) for name in zip(rows["arm"], rows["protected"], strict=True)]
+    return cells, rows.assign(arm=labels, dataset=dataset, sample=0)[rows["arm"] != "full"]
 
 
 if __name__ == "__main__":

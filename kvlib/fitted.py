@@ -86,7 +86,7 @@ def fitted_path(need: str, policy: Policy, model: str) -> Path:
     path = Path(given) if given else Path(model) / fitted.file
     if not path.is_file():
         place = path if given or path.parent.is_dir() else path.name  # a hub id is no folder to write into
-        how = f'`kvlib.fit("{fitted.preset}", model, tokenizer, texts, out="{place}")`'
+        how = f'`kvlib.fit("{fitted.preset}", model, texts, out="{place}")`'
         if need == "predictor" and path.parent.parent.name == "predictor":  # where a profile's predictor is made
             profile = path.parent.name
             plan = f"`python -m kvlib.train predictor --profile {profile} --plan`"

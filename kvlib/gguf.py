@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from kvlib.checkpoint import is_pointer
 from kvlib.errors import ConfigError
@@ -63,7 +63,7 @@ ROPE_KEYS = ("dimension_count", "freq_base", "scale_linear", "scaling.type", "sc
 ROPE_KEYS += ("scaling.original_context_length", "scaling.finetuned", "scaling.yarn_beta_fast")
 ROPE_KEYS += ("scaling.yarn_beta_slow", "scaling.yarn_ext_factor")
 FREQUENCIES = "rope_freqs.weight"
-CHUNK = 1 << 22  # elements dequantised at a time
+CHUNK = 1 << 17  # elements dequantised at a time: fits a core's own cache
 
 
 @dataclass(frozen=True)
@@ -284,9 +284,10 @@ def write_weights(file: File, config: PreTrainedConfig, path: Path, dtype: torch
                 raw = raw.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows, -1)
             step = max(1, CHUNK // tensor.shape[-1])
             for first in range(0, rows, step):
-                chunk = torch.from_numpy(dequantize(raw[first : first + step], tensor.kind)).to(dtype)
+                some = np.array(raw[first : first + step]).reshape(1, -1)
+                chunk = torch.from_numpy(dequantize(some, tensor.kind)).to(dtype)
                 offset = at + first * tensor.shape[-1] * dtype.itemsize
-                os.pwrite(out.fileno(), chunk.contiguous().view(torch.uint8).numpy(), 8 + len(head) + offset)
+                os.pwrite(out.fileno(), chunk.view(torch.uint8).numpy(), 8 + len(head) + offset)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(write, jobs))
@@ -301,10 +302,14 @@ def convert(path: Path, folder: Path, dtype: torch.dtype | None) -> None:
     if dtype is not None:
         write_weights(file, config, folder / "model.safetensors", dtype)
     config.save_pretrained(folder)
-    kind = TOKENIZER_MAPPING[type(config)]
-    (kind[-1] if isinstance(kind, tuple) else kind).from_pretrained(
-        path.parent, gguf_file=path.name, trust_remote_code=False
-    ).save_pretrained(folder)
+    kind = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    try:
+        tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise file.refuse(
+            f"has a tokenizer that transformers cannot make ({error}); use the model's safetensors"
+        ) from error
+    tokenizer.save_pretrained(folder)
 
 
 def cache_folder() -> Path:

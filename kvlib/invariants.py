@@ -7,19 +7,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.evict import Round, evict, look
 from kvlib.errors import ConfigError
 from kvlib.policies import Full, Policy, View
 
-FAMILIES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
-}
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 56,
@@ -40,23 +34,24 @@ PROMPT_LENGTHS = (5, 12, 12, 9)
 
 def random_model(family: str = "qwen2") -> torch.nn.Module:
     """Three layers, two KV heads, group size 7 (that of R1-Qwen), float64, decoding through kvlib."""
-    config, model, extra = FAMILIES[family]
+    config = AutoConfig.for_model(family, **SHAPE, **({"head_dim": 8} if family == "qwen3" else {}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = model(config(**SHAPE, **extra)).double().eval()
-    model.set_attn_implementation(IMPLEMENTATION)
-    return model
+        return AutoModelForCausalLM.from_config(config).double().eval()
 
 
-def check_policy(policy: Policy, kv_budget: int = 28, permuted: Policy | None = None) -> pd.DataFrame:
+def check_policy(
+    policy: Policy, kv_budget: int = 28, permuted: Policy | None = None, model: torch.nn.Module | None = None
+) -> pd.DataFrame:
     """Decode with the policy on a small random model and say which invariants hold, one row each.
 
     policy: settings for budgets of a few dozen slots, every field it needs filled in. kv_budget: 20 to 36 slots.
     permuted: for a policy that holds numbers per KV head, the same policy with the KV heads (and their query heads)
-    in reverse order. Columns: invariant, holds, detail (what broke it). Raises ConfigError where the policy cannot
+    in reverse order. model: another than random_model(), small and in float64, with 64 token ids or more; of any kind
+    that kvlib decodes. Columns: invariant, holds, detail (what broke it). Raises ConfigError where the policy cannot
     decode under this budget at all.
     """
-    checks = _Checks(policy, kv_budget, permuted or policy)
+    checks = _Checks(policy, kv_budget, permuted or policy, random_model() if model is None else model)
     policy.check(kv_budget, max(PROMPT_LENGTHS), "the longest prompt of check_policy")
     rows = []
     for name, check in checks.all():
@@ -71,9 +66,8 @@ def check_policy(policy: Policy, kv_budget: int = 28, permuted: Policy | None = 
 class _Checks:
     """Each check returns None, or in a few words what broke it."""
 
-    def __init__(self, policy: Policy, kv_budget: int, permuted: Policy):
-        self.policy, self.kv_budget, self.permuted = policy, kv_budget, permuted
-        self.model = random_model()
+    def __init__(self, policy: Policy, kv_budget: int, permuted: Policy, model: torch.nn.Module):
+        self.policy, self.kv_budget, self.permuted, self.model = policy, kv_budget, permuted, model
         draw = torch.Generator().manual_seed(0)
         prompts = [tuple(torch.randint(0, 64, (n,), generator=draw).tolist()) for n in PROMPT_LENGTHS]
         self.requests = [Request(str(i), prompt, 1000 + i) for i, prompt in enumerate(prompts)]

@@ -219,8 +219,9 @@ def _check_folder(name: str, folder: Path, files: tuple) -> None:
     base = f"{model.base_model_prefix}."
     if not any(key.startswith(base) for key in found):
         found = {key if key in wanted else base + key: shape for key, shape in found.items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = wanted.keys() - found.keys() - tied
+    tied = model.all_tied_weights_keys  # either of the two may be in the file
+    tied = tied | {source: target for target, source in tied.items()}
+    missing = {key for key in wanted.keys() - found.keys() if tied.get(key) not in found}
     unexpected = found.keys() - wanted.keys()
     if config.model_type in FAMILIES or not (missing and unexpected):  # else transformers may know them by other names
         shapes = {key for key in wanted.keys() & found.keys() if wanted[key] != found[key]}
@@ -347,18 +348,18 @@ def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) ->
     if info["error_msgs"]:
         raise ConfigError(f"model {name!r} could not be loaded: {info['error_msgs'][0].splitlines()[0]}")
     for key, weight in model.named_parameters():
-        if not torch.isfinite(weight.sum(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)):
+        if not weight.sum().isfinite():  # a NaN or infinity stays one in the sum
             raise ConfigError(f"the weights of model {name!r} are not all finite numbers ({key}); download them again")
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        stored = [shard for shard in shards(folder) if "lm_head.weight" in tensors(folder / shard)]
-        for shard in stored:
-            with safe_open(folder / shard, "pt") as file:
-                if not torch.equal(file.get_tensor("lm_head.weight").to(head.weight.dtype), head.weight):
-                    raise ConfigError(
-                        f"model {name!r} has a head of its own in {shard} and a config.json that ties it to the "
-                        "embedding (tie_word_embeddings); set that to false, or take the right file"
-                    )
+    if not model.config.tie_word_embeddings:
+        return
+    embedding = model.get_input_embeddings().weight
+    for shard in [shard for shard in shards(folder) if "lm_head.weight" in tensors(folder / shard)]:
+        with safe_open(folder / shard, "pt") as file:
+            if not torch.equal(file.get_tensor("lm_head.weight").to(embedding.dtype), embedding):
+                raise ConfigError(
+                    f"model {name!r} has a head of its own in {shard} and a config.json that ties it to the embedding "
+                    "(tie_word_embeddings); set that to false, or take the right file"
+                )
 
 
 def described(model, tokenizer, eos_ids: tuple[int, ...], sha256: str) -> Reasoner:

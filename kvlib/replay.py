@@ -104,7 +104,7 @@ class Replay:
 
     predicted int64 `[n]`: the model's argmax in place of each output token; logprob `[n]`: that of the recorded token,
     in nats; kept: as Completion.kept. rounds has one row per round that queries follow, and row 0 for the time before
-    the first: round, seen (tokens so far), n_queries (until the next round), recall (attention_recall) and error
+    the first: round, n_seen (tokens so far), n_queries (until the next round), recall (attention_recall) and error
     (output_error).
     """
 
@@ -205,52 +205,52 @@ def _fidelity_by_round(recording: Recording, kept: Sequence[tuple[int, Kept]]) -
     P, end = recording.n_prompt, len(recording.ids) - 1
     starts = [(P, [[list(range(P))]]), *kept]
     rows = []
-    for i, (seen, positions) in enumerate(starts):
+    for i, (n_seen, positions) in enumerate(starts):
         until = starts[i + 1][0] if i + 1 < len(starts) else end
-        if until > seen:
-            recall = attention_recall(recording.attention, positions, seen, until)
-            error = output_error(recording, positions, seen, until)
-            rows.append({"round": i, "seen": seen, "n_queries": until - seen, "recall": recall, "error": error})
-    return pd.DataFrame(rows, columns=["round", "seen", "n_queries", "recall", "error"])
+        if until > n_seen:
+            recall = attention_recall(recording.attention, positions, n_seen, until)
+            error = output_error(recording, positions, n_seen, until)
+            rows.append({"round": i, "n_seen": n_seen, "n_queries": until - n_seen, "recall": recall, "error": error})
+    return pd.DataFrame(rows, columns=["round", "n_seen", "n_queries", "recall", "error"])
 
 
-def _held(kept: Kept, seen: int, until: int, device: torch.device) -> Tensor:
-    """Bool `[L or 1, H or 1, until - seen, until]`: what the queries seen .. until - 1 still see."""
+def _held(kept: Kept, n_seen: int, until: int, device: torch.device) -> Tensor:
+    """Bool `[L or 1, H or 1, until - n_seen, until]`: what the queries n_seen .. until - 1 still see."""
     mask = torch.zeros(len(kept), len(kept[0]), until, dtype=torch.bool)
     for layer, heads in enumerate(kept):
         for head, positions in enumerate(heads):
             mask[layer, head, positions] = True
-    mask[..., seen:] = True
-    return mask.to(device)[:, :, None] & causal_mask(until, device)[seen:]
+    mask[..., n_seen:] = True
+    return mask.to(device)[:, :, None] & causal_mask(until, device)[n_seen:]
 
 
-def attention_recall(attention: Tensor, kept: Kept, seen: int, until: int) -> float:
-    """Share of the full cache's attention by queries seen .. until - 1 that falls on slots still held, in [0, 1].
+def attention_recall(attention: Tensor, kept: Kept, n_seen: int, until: int) -> float:
+    """Share of the full cache's attention by queries n_seen .. until - 1 that falls on slots still held, in [0, 1].
 
-    attention `[L, H, T, T]`; kept: what the round at `seen` tokens left; slots appended since then are held. Mean over
+    attention `[L, H, T, T]`; kept: what the round at n_seen tokens left; slots appended since then are held. Mean over
     layers and KV heads.
     """
-    mass = attention[:, :, seen:until, :until]
-    held = (mass * _held(kept, seen, until, attention.device)).sum((2, 3))
+    mass = attention[:, :, n_seen:until, :until]
+    held = (mass * _held(kept, n_seen, until, attention.device)).sum((2, 3))
     return (held / mass.sum((2, 3))).mean().item()
 
 
-def output_error(recording: Recording, kept: Kept, seen: int, until: int) -> float:
-    """||o - o'|| / ||o|| of queries seen .. until - 1: o of the full cache, o' of its queries over held slots only.
+def output_error(recording: Recording, kept: Kept, n_seen: int, until: int) -> float:
+    """||o - o'|| / ||o|| of queries n_seen .. until - 1: o of the full cache, o' of its queries over held slots only.
 
     The norms are over the round's queries and the head's dimensions, per layer and query head, so that one query whose
     output is near zero cannot dominate; then the mean over layers and query heads.
     """
     H = recording.keys.shape[1]
-    queries = recording.queries[:, :, seen:until].unflatten(1, (H, -1))
+    queries = recording.queries[:, :, n_seen:until].unflatten(1, (H, -1))
     keys, values = recording.keys[:, :, None, :until], recording.values[:, :, None, :until]
     device = queries.device
 
     def output(visible: Tensor) -> Tensor:
         return attention_probabilities(queries, keys, visible, recording.scaling) @ values
 
-    full = output(causal_mask(until, device)[seen:])
-    held = output(_held(kept, seen, until, device)[:, :, None])
+    full = output(causal_mask(until, device)[n_seen:])
+    held = output(_held(kept, n_seen, until, device)[:, :, None])
     return ((full - held).norm(dim=(-2, -1)) / full.norm(dim=(-2, -1))).mean().item()
 
 

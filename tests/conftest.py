@@ -7,7 +7,8 @@ import torch
 
 from kvlib.engine.decoder import Completion, Request, completions, decoder_for
 from kvlib.engine.sampling import Sampling
-from kvlib.invariants import FAMILIES, random_model
+from kvlib.invariants import random_model
+from kvlib.models import FAMILIES
 from kvlib.policies import Policy, make_policy
 from kvlib.policies.triattention import QueryStatistics
 

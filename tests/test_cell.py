@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvlib import cell as running
-from kvlib.cell import check, run, run_fingerprint
+from kvlib.cell import prepare, run, run_fingerprints
 from kvlib.charts.tables import measured_cells
 from kvlib.config import RunConfig, load_grid
 from kvlib.errors import ConfigError, GpuMemoryError
@@ -19,6 +19,7 @@ from kvlib.models import TINY, load_reasoner
 from kvlib.policies import Policy
 from kvlib.record import RecordError, SampleLog, load_records, read_record
 from kvlib.study.timing import time_dataset
+from kvlib.tasks.datasets import load_problems
 
 SMALL = {"dataset": "chain-a", "n_problems": 12, "batch_size": 6, "max_new_tokens": 400}
 DYNTS = {"policy": "dynts", "kv_budget": 128, "policy_options": {"n_recent": 16, "ratio": 0.8}}
@@ -93,19 +94,19 @@ FEW = {"n_problems": 10, "batch_size": 4, "max_new_tokens": 24}
 
 def small_gpu(monkeypatch, most_rows: int, after: int = 0, stop_after: int = 99):
     """A GPU whose memory ends with more than so many rows, once `after` samples are made."""
-    real, n_made = running.generate, 0
+    real, n_made = running.completions, 0
 
-    def generate(decoder, queues):
+    def completions(decoder, *given):
         nonlocal n_made
-        for completion in real(decoder, queues):
-            if n_made >= after and len(decoder.current) > most_rows:
+        for completion in real(decoder, *given):
+            if n_made >= after and len(decoder.rows) > most_rows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             if n_made == stop_after:
                 raise KeyboardInterrupt
             n_made += 1
             yield completion
 
-    monkeypatch.setattr(running, "generate", generate)
+    monkeypatch.setattr(running, "completions", completions)
 
 
 def rows_of(folder) -> list[int]:
@@ -191,6 +192,7 @@ def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
         ({"kv_budget": 24}, "kv_budget 24"),
         ({"kv_budget": 40}, r"small for chain-a/\d+/0 \(\d+-token prompt, .* the prompt does not fit; use \d+ or more"),
         ({"device": "cuda"}, "sees no CUDA GPU"),
+        ({"dataset": "chain-a", "prompt": "boxed"}, "a chain, which has no box"),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_sentence(change, sentence, tmp_path):
@@ -205,15 +207,15 @@ def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):
     copy_of_tiny(tmp_path)
     monkeypatch.setattr("kvlib.models.TINY", tmp_path)
     monkeypatch.setattr("kvlib.fitted.TINY", tmp_path)
-    check(RunConfig(**SMALL, **DYNTS))
+    prepare(RunConfig(**SMALL, **DYNTS))
     for name in ("model.safetensors", FITTED["predictor"].file):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ConfigError, match=f"{name} is damaged .*git checkout"):
-            check(RunConfig(**SMALL, **DYNTS))
+            prepare(RunConfig(**SMALL, **DYNTS))
         (tmp_path / name).unlink()
         with pytest.raises(ConfigError, match=f"{name} is missing"):
-            check(RunConfig(**SMALL, **DYNTS))
+            prepare(RunConfig(**SMALL, **DYNTS))
         (tmp_path / name).write_bytes(whole)
 
 
@@ -292,9 +294,9 @@ def test_an_edited_policy_of_ones_own_decodes_anew():
         return Mine(decay=decay)
 
     config = RunConfig(policy="mine", kv_budget=96)
-    mark = run_fingerprint(config, "", made(0.5, 1))
-    assert mark == run_fingerprint(config, "", made(0.5, 1))
-    assert mark != run_fingerprint(config, "", made(0.6, 1))
+    mark = run_fingerprints(config, made(0.5, 1))
+    assert mark == run_fingerprints(config, made(0.5, 1))
+    assert mark != run_fingerprints(config, made(0.6, 1))
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(Policy):
@@ -303,4 +305,32 @@ def test_an_edited_policy_of_ones_own_decodes_anew():
         def score(self, view, state):
             return -view.positions, state
 
-    assert mark != run_fingerprint(config, "", Mine(decay=0.5))
+    assert mark != run_fingerprints(config, Mine(decay=0.5))
+
+
+def test_a_model_whose_tokenizer_lacks_the_words_is_told_before_anything_is_decoded(tmp_path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"problem": "How many apples are two and two?", "answer": "4"}))
+    english = RunConfig(dataset=str(tmp_path / "sums.jsonl"), policy="full")
+    with pytest.raises(ConfigError, match=r"tokenizer has no words for .*use a model that reads text"):
+        prepare(english)
+    assert len(prepare(RunConfig(dataset="chain-a", policy="full", n_problems=3)).requests) == 3
+
+
+def test_a_file_that_changes_is_another_cell(tmp_path):
+    path = tmp_path / "chains.jsonl"
+    config = RunConfig(model=copy_of_tiny(tmp_path), dataset=str(path), policy="full")
+    path.write_text(json.dumps({"problem": "a b +3 ; so a 2 ; b ?", "answer": "5"}))
+    first = prepare(config)
+    path.write_text(json.dumps({"problem": "a b +4 ; so a 2 ; b ?", "answer": "6"}))
+    second = prepare(config)
+    assert first.fingerprints != second.fingerprints and first.requests[0].prompt != second.requests[0].prompt
+    assert len(first.requests) == len(second.requests) == 1
+
+
+def test_prompts_are_encoded_once_for_all_cells_of_a_dataset(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(running, "load_problems", lambda *given: loaded.append(given) or load_problems(*given))
+    running.prompts_of.__globals__["_prompts"].cache_clear()
+    for budget in (96, 116, 136):
+        prepare(RunConfig(policy="window", kv_budget=budget, n_problems=7))
+    assert len(loaded) <= 2  # prompts and hash

@@ -1,15 +1,21 @@
 """Parameters are taken literally or refused with a sentence; a grid file is read strictly."""
 
+import contextlib
+import copy
+import dataclasses
+import io
 import json
 import math
+import pickle
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
 
-from kvlib.config import RULES, RunConfig, expand, load_grid
+from kvlib.config import RULES, RunConfig, load_grid
 from kvlib.errors import ConfigError
 
 GRID = """
@@ -130,11 +136,6 @@ def test_a_grid_expands_to_budgets_and_full_cache_per_dataset(tmp_path):
     assert cells[0].policy_options == {"n_recent": 16, "ratio": 0.8} and cells[2].policy_options == {}
 
 
-def test_expand_takes_the_same_mapping_as_the_file():
-    cells = expand({"study": "x", "datasets": ["chain-a"], "kv_budgets": [8, 16]}, seed=1)
-    assert [(cell.kv_budget, cell.seed) for cell in cells] == [(8, 1), (16, 1)]
-
-
 @pytest.mark.parametrize(
     ("old", "new", "part"),
     [
@@ -151,6 +152,8 @@ def test_expand_takes_the_same_mapping_as_the_file():
         ("repeats: 5", "repeats: 0", "timing.repeats"),
         ("study: tiny", "study: [", "YAML"),
         ("policy: dynts", "policy: full", "kv_budget=80"),
+        ("study: tiny", "study: tiny\nstudy: other", "the key 'study' is given twice"),
+        ("repeats: 5", "repeats: 5, repeats: 6", "the key 'repeats' is given twice"),
     ],
 )
 def test_a_bad_grid_is_refused_naming_file_and_key(tmp_path, old, new, part):
@@ -170,3 +173,46 @@ def test_config_and_record_do_not_import_torch():
     modules = "kvlib.config, kvlib.record, kvlib.study.cell_command, kvlib.study.__main__"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_config_in_python_refuses_an_unknown_name_as_a_file_does():
+    with pytest.raises(ConfigError, match="unknown parameter 'max_token'; did you mean max_new_tokens"):
+        RunConfig(max_token=10, kv_budget=8)
+    config = RunConfig(kv_budget=8)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
+
+
+def notebook(code: str, *injected: str) -> dict:
+    """globals() of a notebook whose first cell is code, and what papermill injected behind it."""
+    names = {"In": ["", code, *injected]}
+    for source in names["In"]:
+        exec(source, names)
+    return names
+
+
+CELL = "kv_budget: int = 96\nseed: int = 3\nfolder: str = 'x'"
+
+
+def test_a_notebook_gives_its_config_and_what_papermill_sets_is_checked_as_in_a_grid():
+    assert RunConfig.from_notebook(notebook(CELL), "folder") == RunConfig(kv_budget=96, seed=3)
+    set_by_hand = notebook(CELL, '# Parameters\nkv_budget = 128\npolicy = "rkv"\n', "n = 5")
+    assert RunConfig.from_notebook(set_by_hand, "folder") == RunConfig(kv_budget=128, seed=3, policy="rkv")
+    with pytest.raises(ConfigError, match="unknown parameter 'kv_budgt'; did you mean kv_budget"):
+        RunConfig.from_notebook(notebook(CELL, "# Parameters\nkv_budgt = 128\n"), "folder")
+    with pytest.raises(ConfigError, match="unknown parameter 'kv_budgt'"):
+        RunConfig.from_notebook(notebook(CELL.replace("kv_budget", "kv_budgt")), "folder")
+
+
+def test_a_home_folder_is_written_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = RunConfig(model="~/model", dataset="~/d.jsonl", kv_budget=8, policy_options={"predictor": "~/p"})
+    assert (config.model, config.dataset) == ("/home/ada/model", "/home/ada/d.jsonl")
+    assert config.policy_options == {"predictor": "/home/ada/p"} and RunConfig(model="a~", kv_budget=8).model == "a~"
+
+
+def test_a_wrong_value_in_a_notebook_is_one_sentence():
+    shell = InteractiveShell()
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        shell.run_cell("from kvlib.config import RunConfig\nRunConfig(max_token=10)")
+    assert "unknown parameter 'max_token'" in shown.getvalue() and "Traceback" not in shown.getvalue()
+    assert len(shown.getvalue().strip().splitlines()) == 1

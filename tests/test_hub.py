@@ -27,7 +27,7 @@ MODEL, DATA = Source("o/n", "r"), Source("o/n", "r", "d.csv", "dataset")
     ("source", "error", "says"),
     [
         (MODEL, GatedRepoError("403", response=RESPONSE), "is gated: ask for access at https://huggingface.co/o/n"),
-        (DATA, GatedRepoError("403", response=RESPONSE), "is gated: at https://huggingface.co/datasets/o/n, log"),
+        (DATA, GatedRepoError("403", response=RESPONSE), "at https://huggingface.co/datasets/o/n, log"),
         (MODEL, RepositoryNotFoundError("404", response=RESPONSE), "no model 'o/n' on the hub, or it is private"),
         (DATA, RepositoryNotFoundError("404", response=RESPONSE), "no dataset 'o/n' on the hub, or it is private"),
         (MODEL, RevisionNotFoundError("404", response=RESPONSE), "no revision 'r': choose one of https://"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import reversed_heads, small_policy
 
-from kvlib.invariants import check_policy
+from kvlib.invariants import check_policy, random_model
 from kvlib.policies import PRESETS, Policy
 
 
@@ -16,6 +16,13 @@ from kvlib.policies import PRESETS, Policy
 def test_every_preset_obeys_the_invariants(name):
     policy = small_policy(name)
     report = check_policy(policy, permuted=reversed_heads(policy))
+    assert report["holds"].all(), report[~report["holds"]].to_dict("records")
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming-reindexed", "lazy"])
+def test_the_invariants_hold_on_the_general_step_too(name):
+    """A model that the fast step does not take: its projections are those of Phi-3."""
+    report = check_policy(small_policy(name), model=random_model("phi3"))
     assert report["holds"].all(), report[~report["holds"]].to_dict("records")
 
 

@@ -58,7 +58,7 @@ def test_a_notebook_is_thin_stripped_and_has_one_cell_of_literal_parameters(path
 def test_the_run_notebook_takes_exactly_the_config_and_where_to_write():
     inferred = papermill.inspect_notebook(str(FOLDER / "30_run.ipynb"))
     fields = {field.name for field in dataclasses.fields(RunConfig)}
-    assert set(inferred) == fields | {"folder", "notebook_sha256"}
+    assert set(inferred) == fields | {"folder"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

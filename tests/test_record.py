@@ -186,10 +186,23 @@ def test_records_become_flat_rows_of_one_kind(tmp_path):
     assert list(frame["n_correct"]) == [1, 3] and frame["n_problems"][0] == 9
     assert list(frame["policy_options.ratio"]) == [0.8, 0.8] and frame["folder"][0] == str(tmp_path / "a")
     assert len(record.load_records(tmp_path, kind="timing")) == 1
-    assert len(record.load_records(tmp_path / "empty")) == 0
     (tmp_path / "a" / "record.json").write_text("{")
     with pytest.raises(RecordError):
         record.load_records(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_no_empty_table(tmp_path):
+    assert len(record.load_records(tmp_path)) == 0
+    with pytest.raises(RecordError, match=r"there is no folder .*nowhere; check the path"):
+        record.load_records(tmp_path / "nowhere")
+
+
+def test_samples_of_an_older_fingerprint_of_the_same_cell_are_continued(tmp_path):
+    fill(tmp_path, range(2))
+    with SampleLog(tmp_path, {"fingerprint": "new"}, older=["f1"]) as log:
+        assert len(log.done) == 2 and log.header["fingerprint"] == "f1"
+    with SampleLog(tmp_path, {"fingerprint": "new"}, older=["f0"]) as log:
+        assert not log.done and log.header["fingerprint"] == "new"
 
 
 def test_a_fingerprint_depends_on_every_part(monkeypatch):
@@ -200,18 +213,6 @@ def test_a_fingerprint_depends_on_every_part(monkeypatch):
     before = record.fingerprint(parts)
     monkeypatch.setattr(record, "RESULT_VERSION", record.RESULT_VERSION + 1)
     assert record.fingerprint(parts) != before
-
-
-def test_only_code_counts_in_a_notebook(tmp_path):
-    def notebook(code, prose="p", outputs=()):
-        cells = [{"cell_type": "markdown", "source": [prose]}]
-        cells += [{"cell_type": "code", "source": [code], "outputs": list(outputs)}]
-        (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
-        return record.notebook_sha256(tmp_path / "n.ipynb")
-
-    assert notebook("x = 1") == notebook("x = 1", "q", ["out"]) != notebook("x = 2")
-    with pytest.raises(RecordError, match="check the path"):
-        record.notebook_sha256(tmp_path / "none.ipynb")
 
 
 def test_provenance_is_complete_and_plain(tmp_path):

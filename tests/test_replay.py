@@ -77,15 +77,15 @@ def test_a_replay_keeps_what_the_policy_keeps_and_rounds_tile_the_output(qwen2_r
     seen, kept = replayed.kept[0]
     assert seen == 25 and kept[0][0] == [*range(P), *range(25 - 11, 25)]
     rounds = replayed.rounds
-    assert rounds["seen"].tolist() == [P, *(s for s, _ in replayed.kept if s < P + N - 1)]
-    assert (rounds["seen"] + rounds["n_queries"]).tolist() == [*rounds["seen"][1:], P + N - 1]
+    assert rounds["n_seen"].tolist() == [P, *(s for s, _ in replayed.kept if s < P + N - 1)]
+    assert (rounds["n_seen"] + rounds["n_queries"]).tolist() == [*rounds["n_seen"][1:], P + N - 1]
     assert (
         rounds["recall"][0] == pytest.approx(1) and (rounds["recall"][1:] < 1).all() and (rounds["error"][1:] > 0).all()
     )
     row = rounds.iloc[2]
-    kept = dict(replayed.kept)[row["seen"]]
+    kept = dict(replayed.kept)[row["n_seen"]]
     assert row["recall"] == attention_recall(
-        recording.attention, kept, int(row["seen"]), int(row["seen"] + row["n_queries"])
+        recording.attention, kept, int(row["n_seen"]), int(row["n_seen"] + row["n_queries"])
     )
 
 

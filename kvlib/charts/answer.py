@@ -126,7 +126,7 @@ def answers(
         row = {"dataset": dataset, "n": group["problem"].nunique(), "kv_budget": budget}
         if not math.isnan(budget):
             row |= _costs(here[here["kv_budget"] == budget].iloc[0], here[here["kv_budget"].isna()].iloc[0], memory_gb)
-            sentence += f", {row['share']}; {row['KiB per sequence']} KiB a sequence (KV budget : full cache)"
+            sentence += row.pop("size")
         rows.append({**row, "sentence": f"{dataset}: {sentence}."})
     return pd.DataFrame(rows)
 
@@ -138,10 +138,11 @@ def answer_text(grid: Grid, records: Path, seed: int, grader: str = "published",
 
 
 def answer_table(found: pd.DataFrame) -> pd.DataFrame:
-    """What answers returns, as text."""
-    shown = found.drop(columns=["sentence", "share"], errors="ignore").rename(columns={"dataset": "Dataset"})
-    shown["kv_budget"] = shown["kv_budget"].map(lambda budget: "none named" if pd.isna(budget) else f"{budget:.0f}")
-    return shown.rename(columns={"kv_budget": "KV budget"}).fillna("").astype(str)
+    """What answers returns, as text, the sentence last."""
+    names = {"dataset": "Dataset", "kv_budget": "KV budget", "sentence": "In words"}
+    shown = found.rename(columns=names)
+    shown["KV budget"] = [f"{budget:.0f}" if budget > 0 else "none named" for budget in shown["KV budget"]]
+    return shown[sorted(shown, key="In words".__eq__)].fillna("").astype(str)
 
 
 def needs_table(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -169,11 +170,11 @@ def _named(group: pd.DataFrame, margin: float) -> tuple[float, str]:
     named = int(smallest_passing(counts, share))
     at = named if named >= 0 else len(budgets) - 1
     bound = 100 * float(loss_bound(counts[at], share))
-    loss = -100 * float(counts[at] @ np.linspace(-1, 1, counts.shape[-1])) / n
+    loss = 100 * float(counts[at] @ np.linspace(1, -1, counts.shape[-1])) / n + 0.0
     evidence = f"loses {loss:.1f}, at most {bound:.1f} with 95 % confidence, n = {n}"
     if named >= 0:
         return budgets[named], (f"KV budget {budgets[named]:.0f} is the smallest of {len(budgets)} that loses at most "
-                                f"{margin:g} points to the full cache's {rate:.1f} % ({evidence})")  # fmt: skip
+                                f"{margin:g} points ({evidence}) to the full cache's {rate:.1f} %")  # fmt: skip
     # As much disagreement, but no loss: what these problems could tell at best.
     could = 100 * float(loss_bound((counts[at] + counts[at][::-1]) / 2, share))
     least = -100 * float(loss_bound(counts[at][::-1], share))
@@ -188,9 +189,9 @@ def _costs(row, full, memory_gb: float | None) -> dict:
     """What the KV budget named takes and yields, beside the full cache, as text: "budget : full cache"."""
     length = full.mean_tokens + (0 if math.isnan(full.mean_prompt) else full.mean_prompt)
     of = "output" if math.isnan(full.mean_prompt) else "length"
-    costs = {"share": f"{100 * row.kv_budget / length:.0f} % of its mean {of} of {length:.0f} tokens",
-             f"Of the full cache's mean {of} (%)": f"{100 * row.kv_budget / length:.0f}",
-             "KiB per sequence": f"{row.bytes_per_row / 1024:,.0f} : {full.bytes_per_row / 1024:,.0f}"}  # fmt: skip
+    share, kib = f"{100 * row.kv_budget / length:.0f}", [f"{cell.bytes_per_row / 1024:,.0f}" for cell in (row, full)]
+    costs = {"size": f": {share} % of its mean {of} of {length:.0f} tokens, {kib[0]} KiB a sequence against {kib[1]}",
+             f"Of the full cache's mean {of} (%)": share, "KiB per sequence": " : ".join(kib)}  # fmt: skip
     timed = "throughput" in row.index and not math.isnan(row.throughput + full.throughput)
     if memory_gb is None and not timed:
         return costs

@@ -61,11 +61,11 @@ def memory_figure(cells: pd.DataFrame) -> Figure:
     """
     cells = _checked_cells(cells)
     panels = [_pass_panel(here, "kib_per_row") for _, here in cells.groupby("dataset", sort=False)]
-    full = cells.loc[cells["label"] == FULL, "kib_per_row"]
+    full = cells.loc[cells["label"] == FULL, "kib_per_row"].sort_values()
+    takes = dict.fromkeys(f"{kib:,.0f}" for kib in full.iloc[[0, -1]]) if len(full) else {}
     notes = [
         f"{_samples(cells)}, n = problems, whiskers: 95 % interval. Memory: keys, values, positions, query ring and "
-        "policy state."
-        + (f" The full cache, a level, takes {full.min():,.0f} to {full.max():,.0f} KiB a row." if len(full) else ""),
+        "policy state." + (f" The full cache, a level, takes {' to '.join(takes)} KiB a row." if takes else ""),
         *caveat_of(_model(cells)),
     ]
     return lines_figure(panels, _heading("Pass@1 against memory", cells), notes, "Cache of one row (KiB)")

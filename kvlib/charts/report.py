@@ -16,13 +16,16 @@ img { max-width: 100%; height: auto; display: block; background: #fff; }
 figure { margin: 1rem 0; } figcaption, caption { color: #555; text-align: left; padding: .3rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; }
+td { overflow-wrap: anywhere; min-width: 4rem; }
 thead th { border-bottom: 2px solid #888; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px; }
 .warning { border-left: 6px solid #b84a00; background: #fdf1e7; padding: .6rem 1rem; }
 """
 TITLES = {
     "measured": "Measured here",
+    "answer": "How much KV cache is needed",
+    "answer-needs": "Problems by the smallest KV budget that solves them",
     "budgets": "Measured here: KV budgets compared pairwise",
     "published": "Published, not measured here",
     "published-r1-llama": "Published for R1-Llama, not measured here",
@@ -46,14 +49,15 @@ def report_html(grid: Grid, seed: int, charts: list[Path], tables: list[Path], r
             f'<div class="warning"><strong>Incomplete: {len(lost)} of {len(records)} records are missing or '
             f"damaged.</strong><ul>{items}</ul></div>"
         )
-    by_stem = {path.stem: rows_of(path) for path in tables}
+    numbers, pictures = {path.stem: rows_of(path) for path in tables}, {path.stem: path for path in charts}
     place = {stem: i for i, stem in enumerate(TITLES)}
-    for path in sorted(charts, key=lambda path: place.get(path.stem, len(place))):
-        parts.append(f"<h2>{text(TITLES.get(path.stem, path.stem.replace('-', ' ').capitalize()))}</h2>")
-        parts.append(figure(path, by_stem.get(path.stem)))
-        if path.stem in by_stem:
-            parts.append(table(by_stem.pop(path.stem), f"The numbers of the chart {path.stem}"))
-    parts += [table(rows, stem.replace("-", " ").capitalize()) for stem, rows in by_stem.items()]
+    for stem in sorted(pictures | numbers, key=lambda stem: place.get(stem, len(place))):
+        title = TITLES.get(stem, stem.replace("-", " ").capitalize())
+        parts.append(f"<h2>{text(title)}</h2>")
+        if stem in pictures:
+            parts.append(figure(pictures[stem], numbers.get(stem)))
+        if stem in numbers:
+            parts.append(table(numbers[stem], f"The numbers of the chart {stem}" if stem in pictures else title))
     parts += ["<h2>Provenance</h2>", provenance_table(found), "<h2>The study's file</h2>"]
     parts.append(f"<p>{text(grid.path.name)}</p><pre>{text(grid.path.read_text(encoding='utf-8'))}</pre>")
     return (

@@ -44,11 +44,15 @@ NULLS = {"random": "x", "recency": "+", "window": "+", "random-shared": "1"}
 POLICIES = [
     "dynts", "triattention-per-layer", "triattention-union", "expected", "lagkv", "snapkv", "rkv", "golden",
     "knorm", "h2o", "tova", "keydiff", "gkv", "lazy", "raas", "rpc", "caote", "vase", "cur", "triattention",
-    "trimkv", "sepllm", "streaming", "streaming-reindexed", "observed", "snapkv-paper", "snapkv-vase",
-    "morphkv", "rkv-0.5", "caote-snapkv", "cur-resample", "expected-16", "expected-8", "dynts-published",
-    "rpc-qwen2",
+    "trimkv", "sepllm", "streaming", "streaming-reindexed", "observed", "snapkv-paper", "snapkv-vase", "morphkv",
+    "rkv-0.5", "caote-snapkv", "cur-resample", "expected-16", "expected-8", "dynts-published", "rpc-qwen2",
 ]  # fmt: skip
-"""The order that gives each its colour and marker, in every figure; one that is not here is drawn in ink."""
+"""Their order gives each its colour and marker, in every figure; one that is not here, such as one's own, is in ink."""
+TITLES = {
+    "dynts": "DynTS", "snapkv": "SnapKV", "rkv": "R-KV", "h2o": "H2O", "tova": "TOVA", "gkv": "G-KV",
+    "lazy": "LazyEviction", "raas": "RaaS", "rpc": "RPC", "vase": "VaSE", "triattention": "TriAttention",
+    "trimkv": "TRIM-KV", "streaming": "StreamingLLM", "dynts-published": "DynTS as published",
+}  # fmt: skip
 OWN_MARKERS = ("*", "d", "H", "8")
 
 TINY_CAVEAT = "A tiny model on made-up problems: demonstrates the mechanism, says nothing about R1-Qwen."
@@ -111,13 +115,14 @@ def sheet(
 def looks(labels: Sequence[str]) -> dict[str, dict]:
     """{label: line properties}: a policy has one colour and marker in all figures, with the prompt protected or not.
 
-    Where both are drawn, the unprotected one is dashed. Nulls are grey and dashed; a policy that POLICIES does not
-    name, such as one's own, is in ink.
+    labels: names or titles. Where both are drawn, the unprotected one is dashed. Nulls are grey and dashed.
     """
     found, own = {}, 0
+    by_title = {title.casefold(): name for name, title in TITLES.items()}
     for label in labels:
         arm = label.partition(" (n = ")[0]
         name = arm.casefold().removesuffix(PROMPT)
+        name = by_title.get(name, name)
         dashes = (0, (5, 1.5)) if f"{arm}{PROMPT}" in labels else "-"
         look = {"linewidth": 1.7, "markersize": 7, "markeredgewidth": 0.8, "markeredgecolor": "white"}
         look["linestyle"] = dashes
@@ -135,15 +140,19 @@ def looks(labels: Sequence[str]) -> dict[str, dict]:
     return found
 
 
-def save(fig: Figure, stem: Path | str, table: pd.DataFrame | None = None) -> list[Path]:
-    """Write fig as <stem>.png (150 dpi) and <stem>.svg, its table as <stem>.csv; return the paths.
+def policy_title(name: str) -> str:
+    return TITLES.get(name, name.capitalize() if name in NULLS else name)
+
+
+def save(fig: Figure | None, stem: Path | str, table: pd.DataFrame | None = None) -> list[Path]:
+    """Write fig, if any, as <stem>.png (150 dpi) and <stem>.svg, its table as <stem>.csv; return the paths.
 
     The same figure gives the same bytes. A file is replaced whole or not at all.
     Raises OSError naming the folder if it cannot be written.
     """
     stem, files = Path(stem), []
     with style():
-        for suffix, metadata in [(".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})]:
+        for suffix, metadata in [(".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})] * bool(fig):
             buffer = io.BytesIO()
             fig.savefig(buffer, format=suffix[1:], dpi=150, metadata=metadata)
             files.append((stem.with_name(stem.name + suffix), buffer.getvalue()))

@@ -6,31 +6,12 @@ from pathlib import Path
 import pandas as pd
 
 from kvlib.charts.measured import EXACT, PUBLISHED_RULES, TIMED_COLUMNS, IncompleteError
+from kvlib.charts.sheet import policy_title
 from kvlib.config import Grid, RunConfig, folder_name
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, read_record
 from kvlib.stats import pass_at_1, wilson_interval
 from kvlib.tasks.datasets import dataset_title
-
-POLICY_TITLES = {
-    "window": "Window",
-    "streaming": "StreamingLLM",
-    "random": "Random",
-    "h2o": "H2O",
-    "tova": "TOVA",
-    "snapkv": "SnapKV",
-    "rkv": "R-KV",
-    "rpc": "RPC",
-    "gkv": "G-KV",
-    "lazy": "LazyEviction",
-    "raas": "RaaS",
-    "vase": "VaSE",
-    "triattention": "TriAttention",
-    "trimkv": "TRIM-KV",
-    "dynts": "DynTS",
-    "dynts-published": "DynTS as published",
-}
-
 
 MODEL_TITLES = {
     "tiny": "Tiny-0.8M",
@@ -79,7 +60,7 @@ def measured_cells(
         row = {
             "model": model_title(cell.model),
             "dataset": dataset_title(cell.dataset),
-            "policy": POLICY_TITLES.get(policy, policy),
+            "policy": policy_title(policy),
             "kv_budget": cell.kv_budget,
             "grader": graded,
             "pass_at_1": 100 * rate,
@@ -144,12 +125,15 @@ def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
         raise RecordError(f"{folder} was timed with other settings than {grid.path} asks for; run the grid again")
     speed = measured[cell.kv_budget, throughput]
     definition = THROUGHPUTS.get(throughput, timing["timing"]["definition"])
+    control = timing["timing"].get("control")  # older records have none
     return {
         "throughput": speed["median"],
         "throughput_low": speed["low"],
         "throughput_high": speed["high"],
         "throughput_definition": f"Throughput (tokens/s, {definition})",
+        "throughput_interval": "95 % of the pairs with the full cache" if "ratio" in speed else "lowest to highest",
         "n_repeats": len(speed["repeats"]),
+        "too_busy": control is not None and control["too_busy"],
         "batch_size": timing["timing"]["batch_size"],
         "device": timing["timing"]["device"],
     }
@@ -175,9 +159,9 @@ def measured_verdicts(
     """
     finished, missing = _finished(grid, records, seed)
     if missing and not (allow_incomplete and finished):
-        raise IncompleteError(
-            f"{len(missing)} cells missing in {records}: {', '.join(missing[:8])}; run the study again"
-        )
+        count = f"{len(missing)} of {len(missing) + len(finished)} cells missing in {records.absolute()}"
+        again = f"make sweep PROFILE={grid.path.stem} SEED={seed}"
+        raise IncompleteError(f"{count}: {', '.join(missing[:8])}. If it is the right folder, make them with `{again}`")
     frames = []
     for cell, record in finished:
         folder = records / cell.cell_path

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 import numpy as np
+import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, sheet, style
+from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, caveat_of, looks, sheet, style
 from kvlib.errors import ConfigError
 
 MOST_LAYERS, MOST_HEADS = 4, 2
@@ -32,6 +33,27 @@ def paint_trace(words: Sequence[str], kept: Collection[int], caption: str) -> st
     spans = (f'<span style="{KEPT if i in kept else EVICTED}">{escape(word)}</span>' for i, word in enumerate(words))
     counts = f"{len(kept)} of {len(words)} tokens kept"
     return f'<p style="{CAPTION}">{escape(caption)}: {counts}</p><div style="{BOX}">{" ".join(spans)}</div>'
+
+
+def held_by_kind(traces: Mapping[str, tuple[Sequence[str], Collection[int]]], n_prompt: int) -> pd.DataFrame:
+    """How many tokens of a kind are still in the cache, by policy: the prompt's, both halves of what was written, and
+    in the older half the values that a chain states as found (`so k 0`).
+
+    traces: by policy, (words, positions kept) as `paint_trace` takes them.
+    """
+    rows = {}
+    for policy, (words, kept) in traces.items():
+        middle = (n_prompt + len(words)) // 2
+        kinds = {
+            "the question": range(n_prompt),
+            "the older half of what it wrote": range(n_prompt, middle),
+            "values found in that half": [
+                i for i in range(n_prompt, middle) if words[i].strip().isdigit() and words[i - 2].strip() == "so"
+            ],
+            "the newer half": range(middle, len(words)),
+        }
+        rows[policy] = {kind: f"{len(set(kept).intersection(of))} of {len(of)}" for kind, of in kinds.items()}
+    return pd.DataFrame(rows)
 
 
 def compare_traces(
@@ -146,28 +168,29 @@ def keep_map_figure(
     return fig
 
 
-def slots_figure(held: Mapping[str, Sequence[int]], kv_budget: int) -> Figure:
+def slots_figure(held: Mapping[str, Sequence[int]], kv_budget: int, model: str) -> Figure:
     """Slots held per KV head against tokens written, one line per decoded output, and the budget as a level."""
     with style():
-        fig, (ax,) = sheet("Slots held per KV head, token by token", [], 1, (7, 2.5), (0.8, 0.2, 0.2, 0.6))
+        heading = banner("slots held per KV head", model, policy=", ".join(held))
+        fig, (ax,) = sheet(heading, caveat_of(model), 1, (7, 2.5), (0.8, 0.2, 0.2, 0.6))
         ax.axhline(kv_budget, color=GREY, linestyle=":", linewidth=1.2, label=f"KV budget {kv_budget}")
-        for (name, slots), color, dashes in zip(held.items(), (INK, BLUE, ORANGE), ("-", "-", "--"), strict=False):
-            ax.plot(range(1, len(slots) + 1), slots, dashes, color=color, label=name)
+        for (name, slots), look in zip(held.items(), looks(list(held)).values(), strict=True):
+            ax.plot(range(1, len(slots) + 1), slots, color=look["color"], linestyle=look["linestyle"], label=name)
         ax.set(xlabel="tokens written", ylabel="slots held per KV head", ylim=(0, None))
         ax.spines["right"].set_visible(False)
-        ax.legend(frameon=False, loc="lower right")
+        ax.legend(frameon=False, loc="upper left")
     return fig
 
 
-def importance_figure(attention: Sequence[float], predicted: Sequence[float]) -> Figure:
+def importance_figure(attention: Sequence[float], predicted: Sequence[float], model: str) -> Figure:
     """Along one trace: the attention each thinking token will get from the answer, and the predictor's score for it.
 
     Both are scaled to their maximum; the prediction points down, so that bars of one token face each other.
     """
     place = range(len(attention))
     with style():
-        heading = "One held-out trace: attention from the answer, and the score that predicted it"
-        fig, (ax,) = sheet(heading, [], 1, (8, 2.5), (0.8, 0.2, 0.2, 0.6))
+        heading = banner("attention from the answer, and the score that predicted it", model, policy="DynTS")
+        fig, (ax,) = sheet(heading, caveat_of(model), 1, (8, 2.5), (0.8, 0.2, 0.2, 0.6))
         up, down = ([value / max(values) for value in values] for values in (attention, predicted))
         ax.bar(place, up, 1.0, color=BLUE, label="attention from the answer")
         ax.bar(place, [-v for v in down], 1.0, color=ORANGE, hatch="//", label="predicted when written")

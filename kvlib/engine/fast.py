@@ -106,32 +106,29 @@ def _packed(weight: Tensor, linears: Sequence[nn.Linear]) -> Tensor | None:
 
 def _joined(parts: list[nn.Parameter]) -> Tensor:
     """The parameters as slices, along their first dimension, of the tensor returned."""
-    first, starts = parts[0], [0]
-    for part in parts:
-        starts.append(starts[-1] + part.numel())
-    shared = all(
-        part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and part.storage_offset() == first.storage_offset() + start
-        and part.is_contiguous()
-        for part, start in zip(parts, starts, strict=False)
-    )
-    if not shared:
+    if not _adjacent(parts):
         with torch.inference_mode(False), torch.no_grad():  # of inference tensors no gradient could be taken again
             joined = torch.cat([part.detach() for part in parts])
             for part, own in zip(parts, joined.split([len(part) for part in parts]), strict=True):
                 part.data = own
+    first = parts[0]
     size = (sum(map(len, parts)), *first.shape[1:])
     return first.detach().as_strided(size, first.stride(), first.storage_offset())
 
 
-def undo_fuse(linears: Sequence[nn.Linear]) -> None:
-    """Give each linear a storage of its own again, and drop what `fuse` packed."""
-    for linear in linears:
-        linear.__dict__.pop("packed", None)
-        for part in (linear.weight, linear.bias):
-            if part is not None and part.untyped_storage().nbytes() > part.nbytes:
-                with torch.inference_mode(False), torch.no_grad():
-                    part.data = part.data.clone()
+def _adjacent(parts: list[nn.Parameter]) -> bool:
+    """Whether they follow one another in one storage."""
+    first, start = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.storage_offset() != start or not part.is_contiguous():
+            return False
+        start += part.numel()
+    return True
+
+
+def _alone(part: nn.Parameter) -> bool:
+    return part.untyped_storage().nbytes() <= part.nbytes
 
 
 def why_not_fast(model: nn.Module) -> str | None:
@@ -161,6 +158,11 @@ def why_not_fast(model: nn.Module) -> str | None:
             return f"its weight {name} is not a plain tensor of floating-point numbers"
         if (part.device, part.dtype) != (first.device, first.dtype):
             return f"its weights differ in device or dtype ({name}: {part.device}, {part.dtype})"
+    for layer in base.layers:
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            parts = [getattr(layer.self_attn if "q_proj" in names else layer.mlp, name).weight for name in names]
+            if not _adjacent(parts) and not all(map(_alone, parts)):
+                return "its weights share a storage, of which a part cannot be moved"
     return None
 
 
@@ -190,6 +192,9 @@ class FastModel:
         self.scaling = base.layers[0].self_attn.scaling
         self.inv_freq = base.rotary_emb.inv_freq
         self.n_query_heads, self.eps = config.num_attention_heads, config.rms_norm_eps
+        linears = [module for module in model.modules() if type(module) is nn.Linear]
+        parts = [part for linear in linears for part in (linear.weight, linear.bias) if part is not None]
+        self.alone, self.unpacked = list(filter(_alone, parts)), [one for one in linears if "packed" not in vars(one)]
         try:
             self.layers = [Layer.of(layer) for layer in base.layers]
             self.head = fuse(model.get_output_embeddings())
@@ -255,4 +260,9 @@ class FastModel:
     def close(self) -> None:
         """Leave the model as it was before; a step must not follow."""
         self.layers, self.head = [], None
-        undo_fuse([module for module in self.model.modules() if type(module) is nn.Linear])
+        for linear in self.unpacked:
+            vars(linear).pop("packed", None)
+        with torch.inference_mode(False), torch.no_grad():
+            for part in self.alone:
+                if not _alone(part):
+                    part.data = part.data.clone()

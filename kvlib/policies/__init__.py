@@ -5,14 +5,15 @@ import difflib
 from functools import partial
 
 from kvlib.errors import ConfigError
-from kvlib.policies.base import Policy, View
+from kvlib.policies.base import Policy
+from kvlib.policies.base import View as View
 from kvlib.policies.caote import CAOTE
 from kvlib.policies.cur import CUR
 from kvlib.policies.dynts import DynTS
 from kvlib.policies.expected import ExpectedAttention
 from kvlib.policies.full import Full
 from kvlib.policies.gkv import GKV
-from kvlib.policies.golden import Golden
+from kvlib.policies.golden import Golden as Golden
 from kvlib.policies.h2o import H2O
 from kvlib.policies.keydiff import KeyDiff
 from kvlib.policies.knorm import KNorm
@@ -73,37 +74,6 @@ PRESETS = {
     "dynts-published": partial(DynTS, prompt_in_share=True, protect_prompt=False),
 }
 """Golden is none of them: it needs the trace that it replays."""
-
-__all__ = [
-    "CAOTE",
-    "CUR",
-    "GKV",
-    "H2O",
-    "PRESETS",
-    "RKV",
-    "RPC",
-    "TOVA",
-    "DynTS",
-    "ExpectedAttention",
-    "Full",
-    "Golden",
-    "KNorm",
-    "KeyDiff",
-    "LagKV",
-    "LazyEviction",
-    "Policy",
-    "RaaS",
-    "Random",
-    "SepLLM",
-    "SnapKV",
-    "StreamingLLM",
-    "TriAttention",
-    "TrimKV",
-    "VaSE",
-    "View",
-    "Window",
-    "make_policy",
-]
 
 
 def make_policy(name: str, **options) -> Policy:

@@ -90,9 +90,9 @@ class Policy:
 
     def protected(self, kv_budget: int, n_prompt: int, n_seen: int) -> list[int]:
         """Positions that `protection` spares when n_seen tokens have been seen."""
-        positions, n_prompt = torch.arange(n_seen)[None, None, None], torch.tensor([n_prompt])
-        row = SimpleNamespace(kv_budget=kv_budget, positions=positions, n_prompt=n_prompt)
-        return self.protection(row).flatten().nonzero()[:, 0].tolist()
+        positions = torch.arange(n_seen, device="cpu").view(1, 1, 1, -1)
+        row = SimpleNamespace(kv_budget=kv_budget, positions=positions, n_prompt=torch.tensor([n_prompt], device="cpu"))
+        return [i for i, spared in enumerate(self.protection(row).flatten().tolist()) if spared]
 
     def check(self, kv_budget: int, n_prompt: int, problem: str) -> None:
         """Raise ConfigError, with the least budget that will do, unless n_prompt tokens can be decoded under this one.
@@ -106,7 +106,9 @@ class Policy:
         while self._trouble(works, n_prompt) and works < MOST_SLOTS:
             fails, works = works, 2 * works
         if self._trouble(works, n_prompt):
-            step = "no kv_budget will do: lower n_recent, buffer or the share that is kept"
+            step = (
+                f"no kv_budget will do: lower n_recent={self.n_recent} or buffer={self.buffer}, or the share it keeps"
+            )
         else:
             while works - fails > 1:
                 middle = (fails + works) // 2

@@ -8,19 +8,22 @@ something missing, 75 another engine at work, 130 interrupted, 141 nobody reads 
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kvlib.charts.answer import answer_text
+from kvlib.charts.measured import IncompleteError
 from kvlib.config import load_grid
 from kvlib.cost import clock
 from kvlib.errors import ConfigError
 from kvlib.study.decode import all_faults, decode, measure_throughput, relative_to, work
 from kvlib.study.draw import draw, drawn, make_report, publish
 from kvlib.study.layout import Study, known_fingerprints, present, timing_fingerprints
-from kvlib.study.plan import estimate, plan_text, planned_seconds
+from kvlib.study.plan import estimate, known_problems, plan_text, planned_seconds
 from kvlib.study.processes import StudyError, alone, exit_code
 from kvlib.study.status import CellState, cell_state, is_locked, seconds_left, status_text, timing_state
 from kvlib.study.verify import owner, verdict_text, verify, verify_benches, verify_published
@@ -56,11 +59,12 @@ def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", 
 def make_charts(study: Study, given: argparse.Namespace) -> None:
     start = time.monotonic()
     with alone(study.folder):
-        decode(study, given.jobs)
+        decode(study, given.jobs, charts=True)
         measure_throughput(study)
         draw(study)
     for path in drawn(study):
         print(path)
+    print(answer_text(study.grid, study.folder, study.seed))
     print(f"{len(study.cells)} cells, {clock(time.monotonic() - start)} in all", flush=True)
 
 
@@ -71,16 +75,21 @@ def run_cells(study: Study, given: argparse.Namespace) -> None:
 
 def make_plan(study: Study, given: argparse.Namespace) -> None:
     """Print what the study will take and what is missing, and start nothing."""
-    cost = estimate(study.grid, study.seed, study.problems())
+    cost = estimate(study.grid, study.seed)
     states = cell_states(study, known_fingerprints(study))
     n_done = sum(state.state == "done" for state in states)
     print(plan_text(study.grid, study.seed, cost, study.workers(given.jobs), n_done), flush=True)
-    faults = all_faults(study, given.jobs) if n_done < len(states) else []
+    faults = all_faults(study, given.jobs, charts=True) if n_done < len(states) else []
+    if n_done < len(states) and not faults:
+        from kvlib.cell import prepare  # torch
+
+        for model, config in {config.model: config for config in study.cells.values()}.items():
+            print(f"decoding    {model} by the {prepare(config).step}")
     print("\n  - ".join(["\nmissing", *faults, *relative_to(study)]) if faults else "\nnothing is missing")
 
 
 def cell_states(study: Study, prints: dict[Path, tuple[str, ...]] | None) -> list[CellState]:
-    problems = study.problems()
+    problems = known_problems(study.grid)
     lock = study.folder / ".engine.lock"
     since = lock.stat().st_mtime if is_locked(lock) else None
     states = []
@@ -96,7 +105,7 @@ def show_status(study: Study, given: argparse.Namespace) -> None:
     prints = known_fingerprints(study)
     cells = cell_states(study, prints)
     timings = [timing_state(study.folder, folder, mark) for folder, mark in timing_fingerprints(study).items()]
-    planned = planned_seconds(study.grid, study.cells.values(), study.problems())
+    planned = planned_seconds(study.grid, study.cells.values())
     at_work = is_locked(study.folder / ".engine.lock")
     n_running = sum(cell.state == "running" for cell in cells)
     time_left = seconds_left(cells, planned, n_running or study.workers(given.jobs))
@@ -108,6 +117,8 @@ def show_status(study: Study, given: argparse.Namespace) -> None:
 
 def show_report(study: Study, given: argparse.Namespace) -> None:
     print(make_report(study))
+    with contextlib.suppress(IncompleteError):  # the page says what is missing
+        print(answer_text(study.grid, study.folder, study.seed))
 
 
 def verify_records(study: Study, given: argparse.Namespace) -> int:
@@ -122,20 +133,19 @@ def verify_records(study: Study, given: argparse.Namespace) -> int:
                          f"{study.command('run')}")  # fmt: skip
     benches = sorted(root.glob("*.json")) if given.folder else []
     if benches and not (root / "cells.jsonl").exists() and not any(root.rglob("record.json")):
-        verdict, whose = verify_benches(benches), " (of a bench)"
+        verdict, whose = verify_benches(benches), ", of a bench"
     else:
         grid, seeds, whose = study.grid, {given.seed}, ""
         if given.folder:
-            found = owner(root, study.grid.path.parent)
-            grid, seeds = found or (None, set())
-            whose = f", of study {grid.study} ({grid.path.name})" if grid else f", of no grid in {Path.cwd()}"
+            grid, seeds, whose = owner(root, study.grid.path.parent)
+            whose = f", {whose}"
         studies = [Study(grid, seed, study.runs, study.figures) for seed in seeds] if grid else []
         cells = {own.name(path): config for own in studies for path, config in own.cells.items()}
         if grid and grid.comparison and (root / "cells.jsonl").exists():
             verdict = verify_published(root / "cells.jsonl", cells)
         else:
             timings = [own.name(path) for own in studies for path in own.timings]
-            verdict = verify(root, cells, timings, studies[0].problems() if studies else {})
+            verdict = verify(root, cells, timings, known_problems(grid) if grid else {})
     print(verdict_text(root, verdict, whose))
     return 0 if verdict.whole else 1
 

@@ -11,7 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
-from kvlib.config import RULES, Grid
+from kvlib.config import RULES
 from kvlib.cost import clock
 from kvlib.errors import ConfigError
 from kvlib.record import LockedError, explained, is_done, locked
@@ -44,20 +44,20 @@ SNAKEMAKE = (
 """Shared is all but the source cache, which would lie in the user's home."""
 
 
-def decode(study: Study, jobs: int | None) -> None:
-    """Run the cells that have no valid record; raises StudyError naming those that fail.
+def decode(study: Study, jobs: int | None, charts: bool = False) -> None:
+    """Run the cells that have no valid record; raises StudyError naming those that fail. charts: they follow.
 
     Raises ConfigError naming all that stands in the way, before anything starts.
     """
     prints = known_fingerprints(study)
     if prints is None or unfinished(prints):
-        faults = all_faults(study, jobs)
+        faults = all_faults(study, jobs, charts)
         if faults:
             raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults, *relative_to(study)]))
         prints = cell_fingerprints(study)
     left = unfinished(prints)
     text = f"{len(prints) - len(left)} of {len(prints)} cells done"
-    seconds = planned_seconds(study.grid, [study.cells[folder] for folder in left], study.problems())
+    seconds = planned_seconds(study.grid, [study.cells[folder] for folder in left])
     if seconds:
         n = study.workers(jobs)
         text += f"; the others take about {clock(seconds / n)}, {n} at a time, if this machine is like the plan's"
@@ -81,13 +81,14 @@ def relative_to(study: Study) -> list[str]:
     return [f"(relative paths are from {study.grid.path.parent}, the grid's folder)"]
 
 
-def all_faults(study: Study, jobs: int | None) -> list[str]:
-    """What stands in the way of running the study's cells and drawing its charts, a sentence each."""
+def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
+    """What stands in the way of running the study's cells, and of drawing its charts, a sentence each."""
     from kvlib.cell import prepare  # torch
 
-    cost = estimate(study.grid, study.seed, study.problems())
+    cost = estimate(study.grid, study.seed)
     checks = [functools.partial(prepare, config) for config in study.cells.values()]
-    checks.append(functools.partial(check_compared, study.grid))
+    if charts:
+        checks.append(functools.partial(check_compared, study))
     if study.on_gpu:
         need = study.workers(jobs), cost.gpu_memory_gb, gpus_with_memory()
         checks += [functools.partial(check_gpus, *need), check_toolchain]
@@ -103,10 +104,12 @@ def all_faults(study: Study, jobs: int | None) -> list[str]:
     return find_faults(checks)
 
 
-def check_compared(grid: Grid) -> None:
-    if len(grid.kv_budgets) + grid.full_cache < 2:
-        raise ConfigError(f"one KV budget alone is compared with nothing: add one to kv_budgets in {grid.path}, or "
-                          "full_cache: true")  # fmt: skip
+def check_compared(study: Study) -> None:
+    if len(study.grid.kv_budgets) + study.grid.full_cache < 2:
+        raise ConfigError(
+            f"the charts compare KV budgets and {study.grid.path.name} has one: add a second, or full_cache: true, or "
+            f"decode without charts: {study.command('run')}"
+        )
 
 
 def run_by_snakemake(study: Study, folders: list[Path], jobs: int | None, progress: Progress) -> Path:

@@ -12,7 +12,6 @@ from kvlib.config import Grid, folder_name
 from kvlib.errors import ConfigError
 from kvlib.record import is_done
 from kvlib.study import gpus
-from kvlib.study.plan import load_expected
 
 SNAKEFILE = Path(kvlib.__file__).parent.parent / "Snakefile"
 
@@ -30,6 +29,9 @@ class Study:
         self.models = list(dict.fromkeys(config.model for config in self.cells.values()))
         self.notebook = grid.path.parent / "30_run.ipynb"
         self.charts = grid.path.parent / "40_charts.ipynb"
+        self.typed = ["--grid", seen_from_here(grid.path), "--seed", str(seed)]
+        if runs != Path("runs").absolute():
+            self.typed += ["--runs", seen_from_here(runs)]
 
     @property
     def on_gpu(self) -> bool:
@@ -39,9 +41,8 @@ class Study:
         return str(folder.relative_to(self.folder))
 
     def command(self, do: str) -> str:
-        """What a person types for this study and seed, wherever they stand."""
-        words = ["python", "-m", "kvlib.study", do, "--grid", str(self.grid.path), "--seed", str(self.seed)]
-        return shlex.join(words + ([] if self.runs == Path("runs").absolute() else ["--runs", str(self.runs)]))
+        """What a person types for this study and seed, where they stood when they named it."""
+        return shlex.join(["python", "-m", "kvlib.study", do, *self.typed])
 
     def workers(self, jobs: int | None) -> int:
         """Cells at a time: as asked for, else one on each GPU that can be seen, or as many as the cores carry."""
@@ -50,12 +51,10 @@ class Study:
         threads = max(config.threads for config in self.cells.values())
         return max(1, len(gpus.visible_gpus()) if self.on_gpu else cores() // threads)
 
-    def problems(self) -> dict[str, int]:
-        """How many problems a dataset has in this study, as far as the grid tells."""
-        n_problems, expected = self.grid.shared.get("n_problems"), load_expected(self.grid)
-        if n_problems:
-            return dict.fromkeys(self.grid.datasets, n_problems)
-        return dict(expected.problems) if expected else {}
+
+def seen_from_here(path: Path) -> str:
+    """The path as one types it in the working folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def present(grid: Grid) -> tuple[Grid, list[str]]:

@@ -125,10 +125,12 @@ def model_shape(model: str) -> Mapping | None:
     known = SHAPES.get(model.split("@")[0])
     if known:
         return known
-    from kvlib.models import where  # torch
+    from kvlib.models import place_of  # torch
 
     with contextlib.suppress(ConfigError, OSError, ValueError):
-        return json.loads((Path(where(model)[0]) / "config.json").read_text())
+        place = place_of(model)
+        folder = place if isinstance(place, Path) else place.cached()
+        return folder and json.loads((folder / "config.json").read_text())
     return None
 
 
@@ -168,11 +170,19 @@ def hours_of(seconds: Iterable[float | None]) -> float | None:
     return None if None in found else sum(found) / 3600
 
 
-def planned_seconds(grid: Grid, cells: Iterable[RunConfig], problems: Mapping[str, int]) -> float | None:
+def known_problems(grid: Grid) -> dict[str, int]:
+    """How many problems a dataset has in this grid, as far as it tells."""
+    n_problems, expected = grid.shared.get("n_problems"), load_expected(grid)
+    if n_problems:
+        return dict.fromkeys(grid.datasets, n_problems)
+    return dict(expected.problems) if expected else {}
+
+
+def planned_seconds(grid: Grid, cells: Iterable[RunConfig]) -> float | None:
     """Of decoding these cells of the grid one after another; None where that cannot be reckoned."""
-    expected, seconds = load_expected(grid), []
+    expected, problems, seconds = load_expected(grid), known_problems(grid), []
     for cell in cells if expected else ():
-        n_problems = problems.get(cell.dataset) or expected.problems.get(cell.dataset)
+        n_problems = problems.get(cell.dataset)
         each = expected.output_tokens.get(cell.dataset, cell.max_new_tokens)
         seconds.append(cell_seconds(cell, expected, n_problems * cell.n_samples, each) if n_problems else None)
     return None if None in seconds or not expected else sum(seconds)
@@ -184,17 +194,17 @@ def model_gb(config: RunConfig) -> float | None:
     return shape and model_bytes(shape, ITEMSIZES[config.dtype]) / 1e9
 
 
-def estimate(grid: Grid, seed: int, problems: dict[str, int]) -> Estimate:
-    """What the whole grid takes on one worker. problems: how many each dataset has, where that is known.
+def estimate(grid: Grid, seed: int) -> Estimate:
+    """What the whole grid takes on one worker.
 
     Raises ConfigError for an `expected` that is malformed, or a policy that does not exist.
     """
-    expected = load_expected(grid)
+    expected, problems = load_expected(grid), known_problems(grid)
     cells = grid.cells(seed)
     costs, tokens, samples = [], 0.0, 0
     for dataset in grid.datasets:
         own = [cell for cell in cells if cell.dataset == dataset]
-        n_problems = problems.get(dataset) or (expected.problems.get(dataset) if expected else None)
+        n_problems = problems.get(dataset)
         n_samples = n_problems * own[0].n_samples if n_problems else None
         most = own[0].max_new_tokens
         each = expected.output_tokens.get(dataset, most) if expected else most

@@ -3,11 +3,12 @@
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -52,14 +53,18 @@ class ChainDataset:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of n_problems: one file of one revision of a dataset on the hub, known by its sha256."""
+    """A benchmark of n_problems: one file of one revision of a dataset on the hub, known by its sha256.
+
+    hub_id is None where no revision's bytes were seen: it is read from a file only. rows: hashes of its problems.
+    """
 
     title: str
     n_problems: int
-    hub_id: str
-    revision: str
-    file: str
-    sha256: str
+    hub_id: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    rows: Sequence[str] = ()
 
 
 CHAINS = {
@@ -68,44 +73,14 @@ CHAINS = {
     "chain-c": ChainDataset("Chain-C", 5, 12, (0.6, 0.15, 0.22, 0.03)),
     "chain-d": ChainDataset("Chain-D", 6, 12, (0.5, 0.15, 0.25, 0.1)),
 }
-# docs/DATA.md says where each revision and sha256 comes from.
+# docs/DATA.md says where each revision and hash comes from.
 BENCHMARKS = {
-    "aime24": Benchmark(
-        "AIME24",
-        30,
-        "HuggingFaceH4/aime_2024",
-        "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-        "data/train-00000-of-00001.parquet",
-        "26139847601a5037c237d5928b195e7260ca8074cf4f264b794af42847f79ccf",
-    ),
-    "aime25": Benchmark(
-        "AIME25",
-        30,
-        "math-ai/aime25",
-        "563bb8404243c5f09de6ec262f2db674fe5bce9b",
-        "test.jsonl",
-        "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331",
-    ),
-    "amc23": Benchmark(
-        "AMC23",
-        40,
-        "math-ai/amc23",
-        "80815d37005feb82cd7f8fbc6901d5d3eff43057",
-        "test-00000-of-00001.parquet",
-        "b696e87ba47be4e879a60fd4ef1d4aa522ba78c5ae013c6aff5cc9788a397c5e",
-    ),
-    "gpqa-diamond": Benchmark(
-        "GPQA-D",
-        198,
-        "Idavidrein/gpqa",
-        "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
-        "gpqa_diamond.csv",
-        "41d1213cd7a4998605a26c2798500652572007161b3a92817ba46b35befcd305",
-    ),
+    name: Benchmark(**found)
+    for name, found in json.loads(Path(__file__).with_name("benchmarks.json").read_text()).items()
 }
-ROWS = Path(__file__).parent / "benchmark_rows.json"
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "solution")
+OPTION_COLUMNS = ("options", "choices", "a", "option_a", "choice_a")
 GPQA_COLUMNS = ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
 WORKED = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])|####")  # an answer that comes with its working
 LETTERS = "ABCDE"
@@ -114,9 +89,7 @@ CHOICE_SEED = 0  # of the order in which the options of GPQA are asked
 
 def check_dataset(name: str) -> None:
     """Raise ConfigError unless the dataset can be loaded; a benchmark is fetched for that if it is not cached."""
-    if name.removesuffix(TUNE_SUFFIX) in CHAINS:
-        return
-    _load_benchmark(name)
+    load_problems(name)
 
 
 def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
@@ -132,21 +105,19 @@ def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
 
     Raises ConfigError for an unknown name, more problems than there are, and data that is missing, gated or damaged.
     """
-    chain = name.removesuffix(TUNE_SUFFIX)
-    found = None if chain in CHAINS else _load_benchmark(name)
-    n_known = N_PROBLEMS if found is None else len(found)
-    if n_problems is not None and not 1 <= n_problems <= n_known:
-        raise ConfigError(f"n_problems is {n_problems}; {name} has {n_known}, use 1 to {n_known}")
-    if found is not None:
-        return found[:n_problems]
-    spec = CHAINS[chain]
-    split = "tune" if name.endswith(TUNE_SUFFIX) else "test"
-    problems = []
-    for i in range(n_problems or N_PROBLEMS):
-        rng = random.Random(f"{split} {chain} {i}")
-        drawn = make_chain(rng, rng.randint(spec.min_steps, spec.max_steps), spec.level_weights)
-        problems.append(Problem(f"{name}/{i}", drawn.question, drawn.answer))
-    return problems
+    is_chain = name.removesuffix(TUNE_SUFFIX) in CHAINS
+    found = _chains(name) if is_chain else _made(name) if name.startswith(gym.PREFIX) else _read(name)
+    if n_problems is not None and not 1 <= n_problems <= len(found):
+        raise ConfigError(f"n_problems is {n_problems}; {name} has {len(found)}, use 1 to {len(found)}")
+    return found[:n_problems]
+
+
+def one_problem(name: str, index: int) -> Problem:
+    """The problem at this place of a dataset, from 0. Raises ConfigError."""
+    found = load_problems(name)
+    if not 0 <= index < len(found):
+        raise ConfigError(f"{name} has no problem {index}; use 0 to {len(found) - 1}")
+    return found[index]
 
 
 def dataset_title(name: str) -> str:
@@ -182,12 +153,12 @@ def dataset_source(name: str) -> dict:
     if name.removesuffix(TUNE_SUFFIX) in CHAINS:
         return {"source": "kvlib"}
     if name.startswith(gym.PREFIX):
-        return {"source": gym.version(), "settings": gym.generated(name)[2]}
-    path = _fetch(name)
-    on_hub = BENCHMARKS.get(name)
-    pinned = _pinned_rows(name)
+        version = importlib.metadata.version("reasoning-gym")
+        return {"source": f"reasoning-gym {version}", "settings": gym.generated(name)[2]}
+    path, benchmark = _fetch(name), _benchmark_of(name)
+    pinned = benchmark.rows if benchmark else ()
     return {
-        "source": f"{on_hub.hub_id}@{on_hub.revision}" if on_hub else path.name,
+        "source": path.name if _is_file(name) else f"{benchmark.hub_id}@{benchmark.revision}",
         "sha256": file_sha256(path),
         "choice_seed": CHOICE_SEED,
         "rows_as_pinned": sum(row_sha256(p) in pinned for p in load_problems(name)) if pinned else None,
@@ -197,11 +168,6 @@ def dataset_source(name: str) -> dict:
 def row_sha256(problem: Problem) -> str:
     """Hash of one problem's question and answer."""
     return hashlib.sha256(f"{problem.question}\n{problem.answer}".encode()).hexdigest()
-
-
-def _pinned_rows(name: str) -> set[str]:
-    key = Path(name).stem.replace("_", "-").lower()
-    return set(json.loads(ROWS.read_text()).get(key, []))
 
 
 def _is_file(name: str) -> bool:
@@ -228,9 +194,18 @@ def _benchmark_of(name: str) -> Benchmark | None:
     return BENCHMARKS[name]
 
 
-def _load_benchmark(name: str) -> list[Problem]:
-    if name.startswith(gym.PREFIX):
-        return _made(name)
+def _chains(name: str) -> list[Problem]:
+    chain, split = name.removesuffix(TUNE_SUFFIX), "tune" if name.endswith(TUNE_SUFFIX) else "test"
+    spec, problems = CHAINS[chain], []
+    for i in range(N_PROBLEMS):
+        rng = random.Random(f"{split} {chain} {i}")
+        drawn = make_chain(rng, rng.randint(spec.min_steps, spec.max_steps), spec.level_weights)
+        problems.append(Problem(f"{name}/{i}", drawn.question, drawn.answer))
+    return problems
+
+
+def _read(name: str) -> list[Problem]:
+    """The problems of a benchmark or of a file."""
     benchmark = _benchmark_of(name)
     path = _fetch(name)
     problems = _problems(read_rows(path), Path(name).stem, path)
@@ -249,6 +224,11 @@ def _fetch(name: str) -> Path:
             raise ConfigError(f"there is no file {name} (seen from {Path.cwd()}); check the path")
         return Path(name)
     spec = _benchmark_of(name)
+    if spec.hub_id is None:
+        raise ConfigError(
+            f"{name} is read from a file only, as kvlib has seen no revision of it on the hub; set dataset to the path "
+            f"of its {spec.n_problems} problems, e.g. ../data/{name}.jsonl (docs/DATA.md says which columns)"
+        )
     from kvlib.hub import Source  # takes half a second, and most names are of no benchmark
 
     path = Source(spec.hub_id, spec.revision, spec.file, "dataset").fetch()
@@ -300,6 +280,9 @@ def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
         seen[problem.question] = i + 1
         problems.append(problem)
     if not is_gpqa and all(problem.answer in LETTERS for problem in problems):
+        apart = next((columns[name] for name in OPTION_COLUMNS if name in columns), None)
+        if apart and not all(re.search(r"\bB\b", problem.question) for problem in problems):
+            raise ConfigError(f"{path}: the column {apart} is not asked; list the options in {question}, as in B) 42")
         return [Problem(p.id, p.question, p.answer, "choice", tuple(LETTERS)) for p in problems]
     return problems
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from kvlib.errors import ConfigError
 from kvlib.record import read_record
-from kvlib.stats import N_BOOT, wilson_interval
+from kvlib.stats import mean_interval, wilson_interval
 from kvlib.tasks.grade import comparer
 
 ANSWERS = {"correct": "answer", "strict_correct": "strict_answer"}
@@ -79,69 +79,49 @@ def maj_at_k(marks: str, right: Sequence[bool], k: int) -> float:
     return total / math.comb(len(marks), k)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a mean over problems: Wilson's where each value is 0 or 1, else a bootstrap over problems."""
-    if np.isin(values, (0, 1)).all():
-        return wilson_interval(int(values.sum()), len(values))
-    draws = np.random.default_rng(0).integers(0, len(values), (N_BOOT, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return float(low), float(high)
+def by_problem(marks: dict[str, str], agreement: dict[str, str] | None, k: int) -> dict[str, np.ndarray]:
+    """{"pass@k", "maj@k", "avg@k": a value per problem, in [0, 1]} from a record's verdicts and agreement.
 
-
-def metrics_of(record: dict, k: int, verdict: str = "correct") -> dict[str, np.ndarray]:
-    """{"pass@k", "maj@k", "avg@k": a value per problem, in [0, 1]} of a record; no maj@k where it lacks agreement.
-
-    avg@k is the share of right samples, whose expectation is the same for every k. Raises ConfigError in a sentence.
+    avg@k is the share of right samples, whose expectation is the same for every k; maj@k is NaN without agreement.
     """
-    marks = record.get("verdicts", {}).get(verdict)
-    if not marks:
-        raise ConfigError(f"the record holds no verdicts {verdict!r} by problem; use correct, or run the study again")
-    n = min(map(len, marks.values()))
-    if not 1 <= k <= n:
-        raise ConfigError(f"k is {k} and the record has {n} samples a problem; use 1 to {n}, or raise n_samples")
     right = {problem: [mark == "1" for mark in found] for problem, found in marks.items()}
-    agree = record.get("agreement", {}).get(verdict) or (
-        {p: "a" * len(found) for p, found in marks.items()} if n == 1 else {}
-    )
-    values = {
-        f"pass@{k}": [pass_at_k(len(found), sum(found), k) for found in right.values()],
-        f"maj@{k}": [maj_at_k(agree[problem], found, k) for problem, found in right.items() if agree],
-        f"avg@{k}": [sum(found) / len(found) for found in right.values()],
+    if agreement is None and max(map(len, marks.values())) == 1:
+        agreement = dict.fromkeys(marks, "a")
+    voted = [maj_at_k(agreement[problem], found, k) if agreement else math.nan for problem, found in right.items()]
+    return {
+        f"pass@{k}": np.array([pass_at_k(len(found), sum(found), k) for found in right.values()]),
+        f"maj@{k}": np.array(voted),
+        f"avg@{k}": np.array([sum(found) / len(found) for found in right.values()]),
     }
-    return {name: np.array(found, float) for name, found in values.items() if found}
 
 
 def metrics(root: Path | str, ks: Sequence[int] = (), verdict: str = "correct") -> pd.DataFrame:
     """A row per metric of every finished cell below root: folder, model, dataset, policy, kv_budget, seed, metric,
-    value, low, high (in [0, 1]; 95 % over problems), n_problems, n_samples, note.
+    value, low, high (in [0, 1]), n_problems, n_samples, note.
 
-    ks: numbers of samples; by default the powers of two up to n_samples, and n_samples. verdict: "correct" (published
-    rules, or a chain's checker) or "strict_correct". maj@k is NaN, and note says why, for records that lack what it
-    needs. Raises RecordError for a damaged record, ConfigError for what a record does not hold.
+    low, high: 95 % over problems, Wilson where each problem's value is 0 or 1, else a bootstrap. ks: numbers of
+    samples; by default the powers of two up to n_samples, and n_samples. verdict: "correct" (published rules, or a
+    chain's checker) or "strict_correct". maj@k is NaN, and note says why, where a record lacks what it needs. Raises
+    RecordError for a damaged record, ConfigError for what a record does not hold.
     """
     rows = []
     for path in sorted(Path(root).rglob("record.json")):
         record = read_record(path.parent)
         if record.get("kind", "cell") != "cell":
             continue
-        config, n = record["config"], record["config"]["n_samples"]
-        own = {name: config.get(name) for name in ("model", "dataset", "policy", "kv_budget", "seed")}
+        marks = record.get("verdicts", {}).get(verdict)
+        if not marks:
+            raise ConfigError(f"{path} holds no verdicts {verdict!r} by problem; use correct, or run the study again")
+        n = min(map(len, marks.values()))
+        own = {name: record["config"].get(name) for name in ("model", "dataset", "policy", "kv_budget", "seed")}
         for k in ks or sorted({2**i for i in range(n.bit_length())} | {n}):
-            try:
-                values = metrics_of(record, k, verdict)
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from error
-            for metric in (f"pass@{k}", f"maj@{k}", f"avg@{k}"):
-                found = values.get(metric)
-                low, high = (math.nan, math.nan) if found is None else interval(found)
-                result = {
-                    "metric": metric,
-                    "value": math.nan if found is None else float(found.mean()),
-                    "low": low,
-                    "high": high,
-                    "n_problems": record["results"]["n_problems"],
-                    "n_samples": n,
-                    "note": NO_AGREEMENT if found is None else "",
-                }
-                rows.append({"folder": str(path.parent), **own, **result})
+            if not 1 <= k <= n:
+                raise ConfigError(f"k is {k} and {path} has {n} samples a problem; use 1 to {n}, or raise n_samples")
+            for metric, values in by_problem(marks, record.get("agreement", {}).get(verdict), k).items():
+                value, low, high = mean_interval(values)
+                if np.isin(values, (0, 1)).all():
+                    low, high = wilson_interval(int(values.sum()), len(values))
+                result = {"metric": metric, "value": value, "low": low, "high": high, "n_problems": len(values)}
+                note = NO_AGREEMENT if math.isnan(value) else ""
+                rows.append({"folder": str(path.parent), **own, **result, "n_samples": n, "note": note})
     return pd.DataFrame(rows)

@@ -15,15 +15,8 @@ LEVEL_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
 MATH = "EleutherAI/hendrycks_math"
 MATH_REVISION = "21a5633873b6a120296cce3e2df9d5550074f4a3"
 N_MATH = 7500
-SUBJECTS = [
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-]
+SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra"]
+SUBJECTS += ["precalculus"]
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Leo")
 THINGS = ("apples", "books", "stickers", "marbles", "coins", "pencils", "cards", "shells", "stamps", "buttons")
 

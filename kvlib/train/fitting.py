@@ -40,12 +40,7 @@ def fit(
     traces = [tokenizer(text)["input_ids"] for text in ([texts] if isinstance(texts, str) else texts)]
     if not traces or min(map(len, traces)) < 2:
         raise ConfigError(f"{policy!r} cannot be fitted to an empty text; give longer ones")
-    training = model.training
-    model.eval()
-    try:
-        module = FITTERS[need](model, tokenizer, traces)
-    finally:
-        model.train(training)
+    module = FITTERS[need](model, tokenizer, traces)
     if out is not None:
         save_fitted(need, module, Path(out), weights_sha256(model.name_or_path), n_traces=len(traces))
     return dataclasses.replace(preset, **{need: module.to(next(model.parameters()).device)})

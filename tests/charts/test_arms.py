@@ -1,4 +1,4 @@
-"""The charts of many arms, drawn from made-up numbers: what they refuse, what they name, and that nothing overlaps."""
+"""Charts of many arms and of replays, from made-up numbers: what they refuse and name, and that nothing overlaps."""
 
 import itertools
 import math
@@ -7,12 +7,11 @@ import matplotlib.text
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
 from kvlib.charts import arms as cf
-from kvlib.charts.measured import GREY, INK, save
+from kvlib.charts import replays as rp
+from kvlib.charts.sheet import FULL, GREY, INK, POLICIES, looks, save
 from kvlib.errors import ConfigError
 
 ARMS = ["Random", "Recency", "StreamingLLM", "H2O", "TOVA", "SnapKV", "R-KV", "KeyDiff", "VaSE", "G-KV", "TriAttention"]
@@ -32,7 +31,14 @@ def cells():
     columns = ["dataset", "arm", "kv_budget", "protected", "pass_at_1", "pass_low", "pass_high", "mean_tokens"]
     frame = pd.DataFrame(rows, columns=[*columns, "truncated_share", "round_us_per_row"])
     frame["kib_per_row"] = 2.0 * frame["kv_budget"].fillna(400) + 10 * frame["round_us_per_row"].fillna(0)
-    return frame.assign(model="Tiny-0.8M", n_problems=200, n_samples=4, mean_live_slots=60.0, seconds_per_solved=0.1234)
+    return frame.assign(
+        model="Tiny-0.8M",
+        n_problems=200,
+        n_samples=4,
+        max_new_tokens=512,
+        mean_live_slots=60.0,
+        seconds_per_solved=0.1234,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +51,9 @@ def differences():
 
 @pytest.fixture(scope="module")
 def fidelity():
-    rows = [(f"{arm}+prompt", b, 20, 0.5 + b / 200 - i / 100, 0.4 - b / 300 + i / 100)
-            for i, arm in enumerate(ARMS) for b in (32, 64, 96)]  # fmt: skip
-    return pd.DataFrame([*rows, ("full", None, 20, 1.0, 0.0)], columns=cf.FIDELITY_COLUMNS)
+    rows = [(f"{arm}+prompt", b, trace, 0.5 + b / 200 - i / 100 + trace / 500, 0.4 - b / 300 + i / 100 + trace / 500)
+            for i, arm in enumerate(ARMS) for b in (32, 64, 96) for trace in range(5)]  # fmt: skip
+    return pd.DataFrame([*rows, ("full", None, 0, 1.0, 0.0)], columns=rp.FIDELITY_COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def facts():
     rows = [(arm, b, low, 2 * low, 40, 90 - low / 2 - i, 80 - low / 2 - i, 95 - low / 2)
             for i, arm in enumerate(ARMS) for b in (48, 96) for low in (8, 16, 32, 64)]  # fmt: skip
     full = [("full", None, low, 2 * low, 40, 100.0, 91.2, 100.0) for low in (8, 16, 32, 64)]
-    return pd.DataFrame([*rows, *full], columns=cf.FACT_COLUMNS)
+    return pd.DataFrame([*rows, *full], columns=rp.FACT_COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +69,16 @@ def figures(cells, differences, fidelity, facts):
     return {
         "pareto": cf.pareto_figure(cells),
         "length": cf.length_figure(cells),
-        "difference": cf.difference_figure(differences, "Random+prompt"),
-        "fidelity": cf.fidelity_figure(fidelity, "Tiny-0.8M"),
-        "fact": cf.fact_figure(facts, "Tiny-0.8M"),
+        "memory": cf.memory_figure(cells),
+        "difference": cf.difference_figure(differences, "Random+prompt", "Tiny-0.8M", ["Chain-A", "Chain-B"]),
+        "fidelity": rp.fidelity_figure(fidelity, "Tiny-0.8M", ["Chain-A"]),
+        "fact": rp.fact_figure(facts, "Tiny-0.8M"),
     }
 
 
 def texts(fig):
     fig.draw_without_rendering()
     return {id(t): t for t in fig.findobj(matplotlib.text.Text) if t.get_text().strip() and t.get_visible()}.values()
-
-
-def line_ends(ax):
-    return [t for t in ax.texts if t.get_gid() == "line-end"]
 
 
 def data_lines(ax):
@@ -90,17 +93,33 @@ def test_no_words_overlap_or_leave_the_page(figures):
         assert outside == [], name
 
 
-def test_labels_of_lines_that_end_together_stand_apart_in_the_order_of_the_ends(cells):
-    together = cells.assign(pass_at_1=cells["pass_at_1"].where(cells["kv_budget"] != 96, 50 + cells.index % 11 / 1000))
-    fig = cf.pareto_figure(together)
-    texts(fig)
-    for ax in fig.axes:
-        labels = sorted(line_ends(ax), key=lambda t: t.get_window_extent().y0)
-        boxes = [t.get_window_extent() for t in labels]
-        assert len(labels) == len(ARMS) + 1
-        assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
-        ends = [data_lines(ax)[t.get_text()].get_ydata()[-1] for t in labels]
-        assert ends == sorted(ends)
+def test_every_banner_names_the_model_the_datasets_and_that_it_was_measured(figures):
+    for name, fig in figures.items():
+        heading = fig.texts[0].get_text().replace("\n", " ")
+        assert heading.startswith("Measured here: Tiny-0.8M"), name
+        assert "Chain-A" in heading or name == "fact"
+
+
+def test_one_legend_names_every_arm_in_the_order_of_the_first_panel(figures, cells):
+    names = [t.get_text() for t in figures["pareto"].legends[0].get_texts()]
+    first = cells[(cells["dataset"] == "Chain-A") & (cells["arm"] != "full")].groupby("arm")["pass_at_1"].mean()
+    assert names == [FULL, *(f"{arm}+prompt" for arm in first.sort_values(ascending=False).index)]
+
+
+def test_a_policy_has_one_colour_and_marker_wherever_it_is_drawn(figures):
+    def look(line):
+        return line.get_color(), line.get_marker()
+
+    drawn = {name: data_lines(fig.axes[0]) for name, fig in figures.items()}
+    for arm in ("H2O+prompt", "SnapKV+prompt", "Random+prompt"):
+        assert len({look(drawn[name][arm]) for name in ("pareto", "length", "memory", "fidelity")}) == 1
+    assert look(drawn["fact"]["H2O"]) == look(drawn["pareto"]["H2O+prompt"])
+    every = looks(POLICIES).values()
+    assert len({(one["color"], one["marker"]) for one in every}) == len(POLICIES)
+    (title, name) = looks(["StreamingLLM+prompt", "streaming"]).values()
+    assert (title["color"], title["marker"]) == (name["color"], name["marker"])
+    mine = looks(["peak+prompt", "other"]).values()
+    assert {one["color"] for one in mine} == {INK} and len({one["marker"] for one in mine}) == 2
 
 
 def test_every_arm_is_a_line_with_its_numbers_and_its_own_look(figures, cells):
@@ -108,11 +127,14 @@ def test_every_arm_is_a_line_with_its_numbers_and_its_own_look(figures, cells):
     assert [ax.get_title() for ax in axes] == [f"Tiny-0.8M | Chain-{x} (n = 200)" for x in "ABC"]
     for ax, dataset in zip(axes, ("Chain-A", "Chain-B", "Chain-C"), strict=True):
         lines = data_lines(ax)
-        assert set(lines) == {*(f"{arm}+prompt" for arm in ARMS), cf.FULL}
+        assert set(lines) == {*(f"{arm}+prompt" for arm in ARMS), FULL}
         here = cells[(cells["dataset"] == dataset) & (cells["arm"] == "TOVA")]
         assert list(lines["TOVA+prompt"].get_ydata()) == here["pass_at_1"].tolist()
-        assert list(lines["TOVA+prompt"].get_xdata()) == BUDGETS
-        assert set(lines[cf.FULL].get_ydata()) == {97.0} and lines[cf.FULL].get_color() == INK
+        assert np.rint(lines["TOVA+prompt"].get_xdata()).tolist() == [0, 1, 2, 3]
+        assert [t.get_text() for t in ax.get_xticklabels()] == [str(budget) for budget in BUDGETS]
+        spans = [path.vertices[:, 1].tolist() for spans in ax.collections for path in spans.get_paths()]
+        assert all([row.pass_low, row.pass_high] in spans for row in here.itertuples())
+        assert set(lines[FULL].get_ydata()) == {97.0} and lines[FULL].get_color() == INK
         looks = {(to_hex(line.get_color()), line.get_marker(), line.get_linestyle()) for line in lines.values()}
         assert len(looks) == len(lines)
         for null in ("Random+prompt", "Recency+prompt"):
@@ -124,24 +146,35 @@ def test_length_has_tokens_and_truncated_share_of_each_dataset(figures):
     assert [ax.get_ylabel() for ax in axes] == ["Mean output (tokens)", "Truncated (%)"] * 3
     assert list(data_lines(axes[0])["H2O+prompt"].get_ydata()) == [300 - b for b in BUDGETS]
     assert set(data_lines(axes[1])["H2O+prompt"].get_ydata()) == {30.0}
+    assert list(data_lines(axes[0])["limit: 512 tokens"].get_ydata()) == [512, 512]
 
 
 def test_protected_and_unprotected_are_two_arms(cells):
     both = pd.concat([cells, cells[(cells["arm"] == "H2O")].assign(protected=False)])
-    assert {"H2O", "H2O+prompt"} <= set(data_lines(cf.pareto_figure(both).axes[0]))
+    lines = data_lines(cf.pareto_figure(both).axes[0])
+    assert lines["H2O"].get_linestyle() == "--" and lines["H2O+prompt"].get_linestyle() == "-"
+
+
+def test_an_arm_on_fewer_problems_says_how_many_in_its_name(cells):
+    few = cells.assign(n_problems=cells["n_problems"].where(cells["arm"] != "TOVA", 20))
+    fig = cf.pareto_figure(few)
+    assert fig.axes[0].get_title().endswith("(n = 200)")
+    assert {"TOVA+prompt (n = 20)", "H2O+prompt"} <= set(data_lines(fig.axes[0]))
+    look = data_lines(fig.axes[0])["TOVA+prompt (n = 20)"]
+    assert look.get_color() == data_lines(cf.pareto_figure(cells).axes[0])["TOVA+prompt"].get_color()
 
 
 def test_uneven_budgets_get_equal_steps_and_the_axis_says_so(figures):
     ax = figures["fidelity"].axes[0]
     assert ax.get_xlabel() == "KV Budget"
-    uneven = pd.DataFrame({"arm": "A", "kv_budget": [32, 64, 256], "n_traces": 3, "recall": 0.5, "error": 0.1})
-    ax = cf.fidelity_figure(uneven, "m").axes[0]
+    uneven = pd.DataFrame({"arm": "A", "kv_budget": [32, 64, 256], "trace": 0, "recall": 0.5, "error": 0.1})
+    ax = rp.fidelity_figure(uneven, "m").axes[0]
     assert ax.get_xlabel() == "KV Budget (not to scale)" and list(ax.get_xticks()) == [0, 1, 2]
 
 
 def test_differences_are_sorted_and_filled_where_the_interval_excludes_zero(figures, differences):
     (ax,) = figures["difference"].axes
-    points = [line for line in ax.lines if line.get_marker() == "o"]
+    points = [line for line in ax.lines if line.get_marker() != "None"]
     ranked = differences.sort_values("difference")
     assert [line.get_xdata()[0] for line in points] == ranked["difference"].tolist()
     assert [t.get_text() for t in ax.get_yticklabels()] == ranked["arm"].tolist()
@@ -150,22 +183,42 @@ def test_differences_are_sorted_and_filled_where_the_interval_excludes_zero(figu
     assert cf.difference_table(differences)["Arm"].tolist() == ranked["arm"].tolist()[::-1]
 
 
+def test_replays_show_what_is_lost_with_its_interval_over_traces(figures, fidelity):
+    lost, moved = figures["fidelity"].axes
+    mean = fidelity[(fidelity["arm"] == "H2O+prompt")].groupby("kv_budget")["recall"].mean()
+    assert list(data_lines(lost)["H2O+prompt"].get_ydata()) == pytest.approx([100 - 100 * recall for recall in mean])
+    assert lost.get_ylim()[1] < 60, "the axis ends where the data do"
+    assert len(lost.collections) == len(moved.collections) == len(ARMS)
+    table = rp.fidelity_table(fidelity)
+    row = table[(table["Arm"] == "H2O+prompt") & (table["KV budget"] == "32")].iloc[0]
+    assert row["Traces"] == "5" and row["Attention-mass recall (%) with 95 % interval"].startswith("63.4 (63.2 to 63.6")
+    assert table.iloc[-1]["Attention-mass recall (%) with 95 % interval"] == "100.0", "one trace has no interval"
+
+
 def test_fact_panels_are_budgets_and_the_full_cache_is_in_each(figures):
     axes = figures["fact"].axes
     assert [ax.get_title() for ax in axes] == ["KV budget 48", "KV budget 96"]
     for ax in axes:
-        assert list(data_lines(ax)[cf.FULL].get_ydata()) == [100.0] * 4
+        assert list(data_lines(ax)[FULL].get_ydata()) == [100.0] * 4
         assert ax.get_xticklabels()[1].get_text() == "16–31\nn = 40"
+
+
+def test_fewer_than_ten_look_ups_make_no_point_but_a_row(facts):
+    few = facts.assign(n=facts["n"].where(facts["distance_low"] != 64, 9))
+    for ax in rp.fact_figure(few, "Tiny-0.8M").axes:
+        assert {len(line.get_ydata()) for line in data_lines(ax).values()} == {3}
+        assert ax.get_xticklabels()[3].get_text() == "64–127\nn = 9"
+    assert len(rp.fact_table(few)) == len(facts)
 
 
 def test_tables_hold_the_numbers_of_the_charts(cells, fidelity, facts):
     table = cf.cells_table(cells)
-    assert len(table) == len(cells) and table["KV budget"].tolist()[len(ARMS) * 4] == cf.FULL
-    full = table[table["Arm"] == cf.FULL].iloc[0]
+    assert len(table) == len(cells) and table["KV budget"].tolist()[len(ARMS) * 4] == FULL
+    full = table[table["Arm"] == FULL].iloc[0]
     assert full["Pass@1 (%) with 95 % interval"] == "97.0 (94.0 to 99.0)" and full["Round (µs per row)"] == "–"
     assert full["Seconds per solved problem"] == "0.123"
-    assert len(cf.fidelity_table(fidelity)) == len(fidelity)
-    assert cf.fact_table(facts).iloc[0].to_dict() == {
+    assert len(rp.fidelity_table(fidelity)) == 3 * len(ARMS) + 1
+    assert rp.fact_table(facts).iloc[0].to_dict() == {
         "KV budget": "48",
         "Distance (tokens)": "8–15",
         "Arm": "Random",
@@ -183,12 +236,12 @@ def test_a_missing_column_is_refused_by_name(column, cells):
 
 def test_what_the_other_charts_lack_is_refused_by_name(differences, fidelity, facts):
     for draw, frame, column in [
-        (lambda df: cf.difference_figure(df, "x"), differences, "wins"),
+        (lambda df: cf.difference_figure(df, "x", "m"), differences, "wins"),
         (cf.difference_table, differences, "low"),
-        (lambda df: cf.fidelity_figure(df, "m"), fidelity, "recall"),
-        (cf.fidelity_table, fidelity, "error"),
-        (lambda df: cf.fact_figure(df, "m"), facts, "right"),
-        (cf.fact_table, facts, "n"),
+        (lambda df: rp.fidelity_figure(df, "m"), fidelity, "recall"),
+        (rp.fidelity_table, fidelity, "error"),
+        (lambda df: rp.fact_figure(df, "m"), facts, "right"),
+        (rp.fact_table, facts, "n"),
     ]:
         with pytest.raises(ConfigError, match=f"lack column {column}; "):
             draw(frame.drop(columns=column))
@@ -211,31 +264,15 @@ def test_cells_that_do_not_belong_on_one_chart_are_refused(change, message, cell
         cf.pareto_figure(change(cells))
 
 
-def test_more_arms_than_can_be_told_apart_are_refused(cells):
-    one = cells[cells["arm"] == "H2O"]
-    many = pd.concat([one.assign(arm=f"arm {i}") for i in range(cf.MOST_ARMS + 1)])
-    with pytest.raises(ConfigError, match=f"{cf.MOST_ARMS + 1} arms are more than the {cf.MOST_ARMS}"):
-        cf.pareto_figure(many)
-    looks = cf._styles([f"arm {i}" for i in range(cf.MOST_ARMS)], cf.NULLS).values()
-    assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in looks}) == cf.MOST_ARMS
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(-5, 15), min_size=1, max_size=12))
-def test_spread_keeps_order_gap_and_range_and_moves_nothing_without_need(wanted):
-    places = cf.spread(wanted, 0.5, 0.0, 10.0)
-    ranked = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
-    assert all(places[b] - places[a] >= 0.5 - 1e-9 for a, b in itertools.pairwise(ranked))
-    assert min(places) >= -1e-9 and max(places) <= 10 + 1e-9
-    apart = [4.0 * i / 3 for i in range(len(wanted))]
-    assert cf.spread(apart, 0.5, 0.0, 20.0) == pytest.approx(apart)
-    with pytest.raises(ConfigError, match="do not fit on one axis"):
-        cf.spread([1.0] * 30, 0.5, 0.0, 10.0)
-
-
 def test_a_chart_is_saved_as_any_other(figures, tmp_path):
     first = [path.read_bytes() for path in save(figures["pareto"], tmp_path / "pareto")]
     assert [path.read_bytes() for path in save(figures["pareto"], tmp_path / "again" / "pareto")] == first
+
+
+def test_differences_can_have_the_memory_beside_them(cells, differences):
+    table = cf.difference_table(differences, cells)
+    tova = cells[cells["arm"] == "TOVA"]["kib_per_row"].mean()
+    assert table.set_index("Arm")["Mean cache (KiB per row)"]["TOVA+prompt"] == f"{tova:.0f}"
 
 
 def test_against_memory_each_arm_stands_where_its_own_cache_does(cells):
@@ -247,3 +284,7 @@ def test_against_memory_each_arm_stands_where_its_own_cache_does(cells):
             assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == dict(
                 zip(its["kib_per_row"], its["pass_at_1"], strict=True)
             )
+        assert [line.get_ydata()[0] for line in ax.lines if line.get_label() == FULL] == [97.0]
+    assert "The full cache, a level, takes 800 KiB a row" in " ".join(
+        t.get_text().replace("\n", " ") for t in fig.texts
+    )

@@ -13,19 +13,33 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from kvlib.charts import measured as figures
+from kvlib.charts.measured import (
+    BESIDE_NOTE,
+    PASS,
+    PUBLISHED_RULES,
+    SPEED,
+    TIMED_COLUMNS,
+    IncompleteError,
+    measured_figure,
+    measured_table,
+)
+from kvlib.charts.pairs import pairs_figure, pairs_table
+from kvlib.charts.published import load_published, published_figure, published_table
+from kvlib.charts.sheet import TINY_CAVEAT, save
 from kvlib.stats import budget_differences
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
+QWEN = PUBLISHED / "r1-qwen.csv"
 BUDGETS = [48, 64, 80, 96, 112, 128]
 DATASETS = ["Chain-A", "Chain-B", "Chain-C", "Chain-D"]
 EXPECTED = [(dataset, budget) for dataset in DATASETS for budget in [*BUDGETS, None]]
+HOSTILE = {"figure.autolayout": True, "savefig.bbox": "tight", "savefig.pad_inches": 3, "figure.dpi": 30}
 DEFINITION = "Throughput (tokens/s, all-inclusive steps)"
 
 
 @pytest.fixture
 def published():
-    return figures.load_published(PUBLISHED / "r1-qwen.csv")
+    return load_published(QWEN)
 
 
 @pytest.fixture
@@ -47,6 +61,10 @@ def measured():
         throughput_high=speed + 20,
         throughput_definition=DEFINITION,
         batch_size=20,
+        n_repeats=5,
+        too_busy=False,
+        throughput_interval="lowest to highest",
+        max_new_tokens=640,
         device="a test CPU",
     )
 
@@ -61,6 +79,11 @@ def panels(fig):
 def bars(ax):
     (container,) = [c for c in ax.containers if isinstance(c, matplotlib.container.BarContainer)]
     return container
+
+
+def line_of(right):
+    (line,) = [line for line in right.lines if line.get_gid() == "line"]
+    return line
 
 
 def words(fig):
@@ -87,7 +110,7 @@ def outside(fig):
 
 
 def test_published_titles_axes_and_ticks_are_the_papers(published):
-    pairs = panels(figures.published_figure(published))
+    pairs = panels(published_figure(published))
     assert [left.get_title() for left, _ in pairs] == [
         "R1-Qwen | AIME24",
         "R1-Qwen | AIME25",
@@ -114,19 +137,19 @@ def test_published_bars_and_line_are_the_numbers_in_the_file(published):
     with open(PUBLISHED / "r1-qwen.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 24
-    for left, right in panels(figures.published_figure(published)):
+    for left, right in panels(published_figure(published)):
         here = [r for r in rows if left.get_title().endswith("| " + r["dataset"])]
         budgets = [float(r["kv_budget"]) for r in here]
         drawn = [(bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height()) for bar in bars(left)]
         assert drawn == [pytest.approx((b, float(r["pass_at_1"]))) for b, r in zip(budgets, here, strict=True)]
         assert [t.get_text() for t in left.texts] == [r["pass_at_1"] for r in here]
-        (line,) = right.lines
+        line = line_of(right)
         assert list(line.get_xdata()) == budgets
         assert list(line.get_ydata()) == [float(r["throughput_tps"]) for r in here]
 
 
 def test_published_has_one_legend_in_the_top_right_of_the_last_chart(published):
-    fig = figures.published_figure(published)
+    fig = published_figure(published)
     legends = [(ax, ax.get_legend()) for ax in fig.axes if ax.get_legend()]
     assert len(legends) == 1 and not fig.legends
     ax, legend = legends[0]
@@ -139,24 +162,24 @@ def test_published_has_one_legend_in_the_top_right_of_the_last_chart(published):
 
 @pytest.mark.parametrize("kind", ["published", "measured"])
 def test_bars_are_blue_and_the_line_is_orange_with_white_edged_markers(kind, published, measured):
-    fig = figures.published_figure(published) if kind == "published" else figures.measured_figure(measured, EXPECTED)
+    fig = published_figure(published) if kind == "published" else measured_figure(measured, EXPECTED)
     for left, right in panels(fig):
         assert {to_hex(bar.get_facecolor()) for bar in bars(left)} == {"#0072b2"}
-        (line,) = right.lines
+        line = line_of(right)
         assert to_hex(line.get_color()) == "#d55e00"
         assert line.get_marker() == "o" and line.get_markeredgecolor() == "white"
         assert right.yaxis.label.get_color() == "#B84A00"
 
 
 def test_published_and_measured_each_say_which_they_are(published, measured):
-    published_text = all_text(figures.published_figure(published))
-    measured_text = all_text(figures.measured_figure(measured, EXPECTED))
+    published_text = all_text(published_figure(published))
+    measured_text = all_text(measured_figure(measured, EXPECTED))
     assert "Published (DynTS, arXiv 2601.18383), not measured here" in published_text
     assert "about ±30" in published_text
     assert "Measured here: Tiny-0.8M" in measured_text and "Published" not in measured_text
-    assert figures.TINY_CAVEAT in measured_text
+    assert TINY_CAVEAT in measured_text
     assert "Graded by" not in measured_text
-    for fact in ["a test CPU", "Wilson", "95 %", "DynTS", "batch size 20", "lowest to highest repeat"]:
+    for fact in ["a test CPU", "Wilson", "95 %", "DynTS", "batch size 20", "median of 5 repeats", "640 new tokens"]:
         assert fact in measured_text
 
 
@@ -164,29 +187,31 @@ def test_published_and_measured_each_say_which_they_are(published, measured):
 def test_a_published_value_that_is_missing_or_off_its_axis_is_refused(value, published):
     published.loc[5, "throughput_tps"] = value
     with pytest.raises(ValueError, match="throughput_tps of R1-Qwen, AIME24, KV budget 5000"):
-        figures.published_figure(published)
+        published_figure(published)
 
 
 def test_of_the_llama_figure_what_is_known_is_drawn_and_the_rest_named():
-    llama = figures.load_published(PUBLISHED / "r1-llama.csv")
-    fig = figures.published_figure(llama)
-    *datasets, (mean, mean_right) = panels(fig)
-    assert [left.get_title() for left, _ in datasets] == [
+    llama = load_published(PUBLISHED / "r1-llama.csv")
+    fig = published_figure(llama)
+    *datasets, (last, last_right) = panels(fig)
+    assert [left.get_title() for left, _ in [*datasets, (last, None)]] == [
         f"R1-Llama | {name}" for name in ("AIME24", "AIME25", "AMC23", "GPQA-D")
     ]
     assert all(len(bars(left)) == 6 and not right.lines for left, right in datasets)
-    assert mean.get_title() == "R1-Llama | Mean"
-    assert list(mean_right.lines[0].get_ydata()) == [580, 525, 490, 470, 450, 420]
-    assert "throughput on AIME24, AIME25, AMC23, GPQA-D could not be read" in all_text(fig)
-    assert set(figures.published_table(llama).iloc[:24, -1]) == {"not readable"}
+    assert last_right.get_ylabel() == "Throughput (TPS), mean of the four"
+    assert list(line_of(last_right).get_ydata()) == [580, 525, 490, 470, 450, 420]
+    assert "known as the mean over the four datasets only" in all_text(fig)
+    published_height = published_figure(load_published(QWEN)).get_size_inches()[1]
+    assert list(fig.get_size_inches()) == pytest.approx([16.96, published_height + 0.2])
+    assert set(published_table(llama).iloc[:24, -1]) == {"not readable"}
     assert overlapping(fig) == [] and outside(fig) == []
     llama.loc[25, "throughput_tps"] = float("nan")  # a hole in a line is a fault
     with pytest.raises(ValueError, match="throughput_tps of R1-Llama, Mean, KV budget 3000"):
-        figures.published_figure(llama)
+        published_figure(llama)
 
 
 def test_the_published_mean_is_the_mean_of_the_four():
-    llama = figures.load_published(PUBLISHED / "r1-llama.csv")
+    llama = load_published(PUBLISHED / "r1-llama.csv")
     means = llama[llama["dataset"] != "Mean"].groupby("kv_budget")["pass_at_1"].mean()
     printed = llama[llama["dataset"] == "Mean"].set_index("kv_budget")["pass_at_1"]
     assert (means - printed).abs().max() < 0.11
@@ -211,16 +236,16 @@ def test_a_damaged_published_file_is_named_with_the_next_step(damage, tmp_path):
     path = tmp_path / "r1-qwen.csv"
     path.write_text(damage((PUBLISHED / "r1-qwen.csv").read_text()))
     with pytest.raises(ValueError, match=r"r1-qwen\.csv.*git checkout"):
-        figures.load_published(path)
+        load_published(path)
 
 
 def test_a_missing_published_file_is_named_with_the_next_step(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.csv.*git checkout"):
-        figures.load_published(tmp_path / "absent.csv")
+        load_published(tmp_path / "absent.csv")
 
 
 def test_measured_bars_line_and_intervals_are_the_records(measured):
-    for dataset, (left, right) in zip(DATASETS, panels(figures.measured_figure(measured, EXPECTED)), strict=True):
+    for dataset, (left, right) in zip(DATASETS, panels(measured_figure(measured, EXPECTED)), strict=True):
         rows = measured[(measured["dataset"] == dataset) & measured["kv_budget"].notna()]
         assert [bar.get_height() for bar in bars(left)] == rows["pass_at_1"].tolist()
         assert [bar.get_y() for bar in bars(left)] == [0] * 6
@@ -230,23 +255,27 @@ def test_measured_bars_line_and_intervals_are_the_records(measured):
         for bar, whisker in zip(bars(left), whiskers, strict=True):
             x = whisker.lines[2][0].get_segments()[0][0, 0]
             assert bar.get_x() < x < bar.get_x() + bar.get_width()
-        (line,) = right.lines
+        line = line_of(right)
         assert list(line.get_xdata()) == BUDGETS and list(line.get_ydata()) == rows["throughput"].tolist()
-        (band,) = right.collections
-        edge = band.get_paths()[0].vertices
-        assert edge[:, 1].min() == rows["throughput_low"].min() and edge[:, 1].max() == rows["throughput_high"].max()
+        ends = [line.get_ydata().tolist() for line in right.lines if line.get_gid() == "repeats"]
+        spans = rows[["throughput_low", "throughput_high"]].to_numpy().tolist()
+        (full,) = [line for line in right.lines if line.get_gid() == "full"]
+        reference = measured[(measured["dataset"] == dataset) & measured["kv_budget"].isna()].iloc[0]
+        assert list(full.get_ydata()) == [reference["throughput"]] and full.get_markerfacecolor() == "white"
+        assert ends == [*spans, [reference["throughput_low"], reference["throughput_high"]]]
 
 
 def test_measured_shows_the_full_cache_level_and_names_it(measured):
-    for dataset, (left, _) in zip(DATASETS, panels(figures.measured_figure(measured, EXPECTED)), strict=True):
+    for dataset, (left, _) in zip(DATASETS, panels(measured_figure(measured, EXPECTED)), strict=True):
         level = measured[(measured["dataset"] == dataset) & measured["kv_budget"].isna()]["pass_at_1"].item()
         (line,) = [line for line in left.lines if line.get_label() == "full cache"]
         assert list(line.get_ydata()) == [level, level] and line.get_linestyle() != "-"
-        assert f"full\ncache\n{level:.1f}" in [t.get_text() for t in left.texts]
+        assert ("100" if level == 100 else f"{level:.1f}") in [t.get_text() for t in left.texts]
+        assert left.get_xticklabels()[-1].get_text() == "full"
 
 
 def test_measured_prints_every_value_and_n(measured):
-    for dataset, (left, _) in zip(DATASETS, panels(figures.measured_figure(measured, EXPECTED)), strict=True):
+    for dataset, (left, _) in zip(DATASETS, panels(measured_figure(measured, EXPECTED)), strict=True):
         rows = measured[(measured["dataset"] == dataset) & measured["kv_budget"].notna()]
         printed = {t.get_text() for t in left.texts}
         assert {f"{v:.1f}" for v in rows["pass_at_1"]} <= printed
@@ -255,7 +284,7 @@ def test_measured_prints_every_value_and_n(measured):
 
 
 def test_measured_axes_start_at_zero_hold_every_value_and_are_shared(measured):
-    pairs = panels(figures.measured_figure(measured, EXPECTED))
+    pairs = panels(measured_figure(measured, EXPECTED))
     assert {left.get_ylim() for left, _ in pairs} == {(0, 116)}
     assert {tuple(left.get_yticks()) for left, _ in pairs} == {(0, 20, 40, 60, 80, 100)}
     ((low, high),) = {right.get_ylim() for _, right in pairs}
@@ -263,28 +292,28 @@ def test_measured_axes_start_at_zero_hold_every_value_and_are_shared(measured):
 
 
 def test_measured_axis_names_the_throughput_definition(measured):
-    assert panels(figures.measured_figure(measured, EXPECTED))[-1][1].get_ylabel().replace("\n", " ") == DEFINITION
+    assert panels(measured_figure(measured, EXPECTED))[-1][1].get_ylabel().replace("\n", " ") == DEFINITION
 
 
 def test_several_samples_per_problem_are_said_to_be_bootstrapped(measured):
-    text = all_text(figures.measured_figure(measured.assign(n_samples=5), EXPECTED))
+    text = all_text(measured_figure(measured.assign(n_samples=5), EXPECTED))
     assert "bootstrap over problems" in text and "5 samples per problem" in text and "Wilson" not in text
 
 
 def test_cells_whose_batch_was_halved_are_named_under_the_chart_and_in_the_table(measured):
     halved = measured.assign(batch_halved=[cell == ("Chain-B", 64) for cell in EXPECTED])
-    said = [text.get_text() for text in figures.measured_figure(halved, EXPECTED).texts]
+    said = [text.get_text() for text in measured_figure(halved, EXPECTED).texts]
     assert any("half the rows" in text and "Chain-B at KV budget 64." in text for text in said)
-    table = figures.measured_table(halved)
+    table = measured_table(halved)
     assert table.loc[table["Batch halved"] == "yes", ["Dataset", "KV budget"]].values.tolist() == [["Chain-B", "64"]]
     for none in (measured, measured.assign(batch_halved=False)):
-        assert not any("half" in text.get_text() for text in figures.measured_figure(none, EXPECTED).texts)
-        assert "Batch halved" not in figures.measured_table(none)
+        assert not any("half" in text.get_text() for text in measured_figure(none, EXPECTED).texts)
+        assert "Batch halved" not in measured_table(none)
 
 
 def test_missing_cells_are_refused_by_name(measured):
-    with pytest.raises(figures.IncompleteError) as error:
-        figures.measured_figure(measured.drop([3, 13, 20]), EXPECTED)
+    with pytest.raises(IncompleteError) as error:
+        measured_figure(measured.drop([3, 13, 20]), EXPECTED)
     assert str(error.value) == (
         "3 of 28 cells missing: Chain-A at KV budget 96, Chain-B at full cache, Chain-C at full cache; "
         "run `make charts` again"
@@ -292,44 +321,94 @@ def test_missing_cells_are_refused_by_name(measured):
 
 
 def test_nothing_measured_is_refused_even_when_incomplete_is_allowed():
-    with pytest.raises(figures.IncompleteError, match="28 of 28"):
-        figures.measured_figure(pd.DataFrame(), EXPECTED, allow_incomplete=True)
+    with pytest.raises(IncompleteError, match="28 of 28"):
+        measured_figure(pd.DataFrame(), EXPECTED, allow_incomplete=True)
 
 
 @pytest.mark.parametrize("expected", [[], [("Chain-A", None)]], ids=["nothing", "full cache alone"])
 def test_a_grid_without_a_budget_is_refused(expected, measured):
     with pytest.raises(ValueError, match="expected names no KV budget"):
-        figures.measured_figure(measured, expected)
+        measured_figure(measured, expected)
 
 
 def test_missing_cells_are_marked_when_allowed(measured):
-    fig = figures.measured_figure(measured.drop([3, 13]), EXPECTED, allow_incomplete=True)
+    fig = measured_figure(measured.drop([3, 13]), EXPECTED, allow_incomplete=True)
     assert "INCOMPLETE: 2 of 28 cells missing" in all_text(fig)
     (first, first_right), (second, _), (third, _), _ = panels(fig)
     assert len(bars(first)) == 5 and "missing" in [t.get_text() for t in first.texts]
-    assert np.isnan(first_right.lines[0].get_ydata()[3])
+    assert np.isnan(line_of(first_right).get_ydata()[3])
     assert "full cache missing" in [t.get_text() for t in second.texts]
     marks = [
         len([p for p in ax.patches if p.get_gid() == "missing" and p.get_hatch()]) for ax in (first, second, third)
     ]
     assert marks == [1, 1, 0]
-    assert "INCOMPLETE" not in all_text(figures.measured_figure(measured, EXPECTED, allow_incomplete=True))
+    assert "INCOMPLETE" not in all_text(measured_figure(measured, EXPECTED, allow_incomplete=True))
+
+
+def test_without_timing_only_bars_are_drawn_and_the_note_says_so(measured):
+    bare = measured.drop(columns=TIMED_COLUMNS)
+    fig = measured_figure(bare, EXPECTED)
+    for left, right in panels(fig):
+        assert len(bars(left)) == 6 and not right.lines and list(right.get_yticks()) == []
+    assert "Throughput was not measured: the study asks for no timing." in all_text(fig)
+    assert overlapping(fig) == [] and outside(fig) == []
+    assert not any("hroughput" in name for name in measured_table(bare))
+    assert "not measured" not in all_text(measured_figure(measured, EXPECTED))
+
+
+def test_a_dataset_that_is_not_timed_yet_is_refused_by_name_or_marked(measured):
+    untimed = measured.assign(**{name: measured[name].where(measured["dataset"] != "Chain-B") for name in SPEED})
+    with pytest.raises(IncompleteError, match="throughput of 7 of 28 cells missing: Chain-B at KV budget 48"):
+        measured_figure(untimed, EXPECTED)
+    fig = measured_figure(untimed, EXPECTED, allow_incomplete=True)
+    assert "INCOMPLETE: throughput of 7 of 28 cells missing" in all_text(fig)
+    left, right = panels(fig)[1]
+    assert len(bars(left)) == 6 and np.isnan(line_of(right).get_ydata()).all()
+    assert measured_table(untimed)[DEFINITION].tolist().count("not timed") == 7
+
+
+def test_an_interval_of_one_repeat_is_no_interval(measured):
+    once = measured.assign(n_repeats=1, throughput_low=measured["throughput"], throughput_high=measured["throughput"])
+    fig = measured_figure(once, EXPECTED)
+    assert not [line for _, right in panels(fig) for line in right.lines if line.get_gid() == "repeats"]
+    assert "one repeat, so without an interval" in all_text(fig)
+    assert measured_table(once)[DEFINITION].iloc[0] == "1,008"
+
+
+def test_a_line_whose_repeats_spread_further_than_it_falls_is_said_to_tell_nothing(measured):
+    wide = measured.assign(throughput_high=measured["throughput_high"] + 400 * (measured["dataset"] == "Chain-C"))
+    assert "On Chain-C the timing is too noisy" in all_text(measured_figure(wide, EXPECTED))
+    busy = measured.assign(too_busy=measured["dataset"] == "Chain-D")
+    assert "On Chain-D the timing is too noisy" in all_text(measured_figure(busy, EXPECTED))
+    assert "too noisy" not in all_text(measured_figure(measured, EXPECTED))
+
+
+def test_where_nothing_was_solved_a_sentence_stands_for_the_bars(measured):
+    none = measured.copy()
+    none.loc[none["dataset"] == "Chain-D", PASS] = [0.0, 0.0, 1.9]
+    fig = measured_figure(none, EXPECTED)
+    *solved, (left, right) = panels(fig)
+    assert all(len(bars(ax)) == 6 for ax, _ in solved)
+    assert not left.containers and not left.lines and len(line_of(right).get_ydata()) == 6
+    said = "0 of 200 problems solved at every KV budget and by the full cache (95 % interval: 0 to 1.9 %)"
+    assert [t.get_text().replace("\n", " ") for t in left.texts] == [said]
+    assert overlapping(fig) == [] and outside(fig) == []
 
 
 def test_a_dataset_with_no_cells_keeps_its_panel(measured):
-    fig = figures.measured_figure(measured[measured["dataset"] != "Chain-B"], EXPECTED, allow_incomplete=True)
+    fig = measured_figure(measured[measured["dataset"] != "Chain-B"], EXPECTED, allow_incomplete=True)
     left, _ = panels(fig)[1]
     assert left.get_title() == "Tiny-0.8M | Chain-B (missing)"
     assert [t.get_text() for t in left.texts] == ["missing"] * 6 + ["full cache missing"]
 
 
-@pytest.mark.parametrize("name", figures.MEASURED_NUMBERS)
+@pytest.mark.parametrize("name", [*PASS, *SPEED])
 @pytest.mark.parametrize("row, cell", [(2, "Chain-A at KV budget 80"), (27, "Chain-D at full cache")])
 def test_a_nan_is_refused_with_its_cell(name, row, cell, measured):
     measured.loc[row, name] = float("nan")
     for draw in [
-        lambda: figures.measured_figure(measured, EXPECTED),
-        lambda: figures.measured_table(measured),
+        lambda: measured_figure(measured, EXPECTED),
+        lambda: measured_table(measured),
     ]:
         with pytest.raises(ValueError, match=f"{name} of {cell} is nan"):
             draw()
@@ -355,15 +434,15 @@ def test_a_nan_is_refused_with_its_cell(name, row, cell, measured):
 )
 def test_rows_that_do_not_belong_on_one_chart_are_refused(change, message, measured):
     with pytest.raises(ValueError, match=message):
-        figures.measured_figure(change(measured), EXPECTED)
+        measured_figure(change(measured), EXPECTED)
 
 
 def test_no_words_overlap_or_leave_the_page(published, measured):
     for fig in [
-        figures.published_figure(published),
-        figures.measured_figure(measured, EXPECTED),
-        figures.measured_figure(measured.drop([3, 13]), EXPECTED, allow_incomplete=True),
-        figures.measured_figure(measured.iloc[:7], EXPECTED[:7]),
+        published_figure(published),
+        measured_figure(measured, EXPECTED),
+        measured_figure(measured.drop([3, 13]), EXPECTED, allow_incomplete=True),
+        measured_figure(measured.iloc[:7], EXPECTED[:7]),
     ]:
         assert overlapping(fig) == [] and outside(fig) == []
 
@@ -371,19 +450,19 @@ def test_no_words_overlap_or_leave_the_page(published, measured):
 def test_uneven_budgets_get_equal_steps_and_the_axis_says_so(measured):
     doubling = dict(zip(BUDGETS, [32, 64, 128, 256, 512, 1024], strict=True))
     df = measured.assign(kv_budget=measured["kv_budget"].map(doubling))
-    left, _ = panels(figures.measured_figure(df, [(d, doubling.get(b)) for d, b in EXPECTED]))[0]
+    left, _ = panels(measured_figure(df, [(d, doubling.get(b)) for d, b in EXPECTED]))[0]
     assert left.get_xlabel() == "KV Budget (not to scale)"
-    assert [t.get_text() for t in left.get_xticklabels()] == ["32", "64", "128", "256", "512", "1024"]
-    assert set(np.diff(left.get_xticks())) == {1}
+    assert [t.get_text() for t in left.get_xticklabels()] == ["32", "64", "128", "256", "512", "1024", "full"]
+    assert set(np.diff(left.get_xticks())[:-1]) == {1}
 
 
 def test_tables_hold_the_numbers_of_the_charts(published, measured):
-    table = figures.published_table(published)
+    table = published_table(published)
     assert len(table) == 24
     assert table.iloc[0].tolist() == ["R1-Qwen", "AIME24", "2500", "42.7", "780"]
 
     shuffled = measured.sample(frac=1, random_state=0).assign(mean_tokens=181.6, truncated_share=0.035)
-    table = figures.measured_table(shuffled)
+    table = measured_table(shuffled)
     assert len(table) == 28
     chain_a = table[table["Dataset"] == "Chain-A"]
     assert chain_a["KV budget"].tolist() == ["48", "64", "80", "96", "112", "128", "full cache"]
@@ -396,14 +475,14 @@ def test_tables_hold_the_numbers_of_the_charts(published, measured):
         "Mean output (tokens)": "182",
         "Truncated (%)": "3.5",
     }
-    assert "Truncated (%)" not in figures.measured_table(measured)
+    assert "Truncated (%)" not in measured_table(measured)
 
 
 def test_save_gives_the_same_bytes_twice_and_leaves_only_the_two_files(measured, tmp_path):
-    first = figures.save(figures.measured_figure(measured, EXPECTED), tmp_path / "new" / "tiny-0.8")
+    first = save(measured_figure(measured, EXPECTED), tmp_path / "new" / "tiny-0.8")
     before = [path.read_bytes() for path in first]
-    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.hashsalt": "other"}):
-        second = figures.save(figures.measured_figure(measured, EXPECTED), tmp_path / "new" / "tiny-0.8")
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.hashsalt": "other", **HOSTILE}):
+        second = save(measured_figure(measured, EXPECTED), tmp_path / "new" / "tiny-0.8")
     assert [path.read_bytes() for path in second] == before
     assert [path.name for path in first] == ["tiny-0.8.png", "tiny-0.8.svg"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["tiny-0.8.png", "tiny-0.8.svg"]
@@ -411,7 +490,7 @@ def test_save_gives_the_same_bytes_twice_and_leaves_only_the_two_files(measured,
 
 
 def test_a_save_that_fails_keeps_the_old_files_and_says_where(published, tmp_path, monkeypatch):
-    fig = figures.published_figure(published)
+    fig = published_figure(published)
     (tmp_path / "chart.png").write_text("old")
 
     def refuse(source, target):
@@ -419,7 +498,7 @@ def test_a_save_that_fails_keeps_the_old_files_and_says_where(published, tmp_pat
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(PermissionError, match=f"cannot write charts to {tmp_path}"):
-        figures.save(fig, tmp_path / "chart")
+        save(fig, tmp_path / "chart")
     assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
     assert (tmp_path / "chart.png").read_text() == "old"
 
@@ -430,7 +509,6 @@ def test_figures_needs_neither_torch_nor_pyplot():
     assert run.stdout.strip() == "[]", run.stderr
 
 
-SYNTHETIC = "SYNTHETIC: made-up numbers at R1-Qwen's sizes; nothing was measured"
 SIZES = {"AIME24": 30, "AIME25": 30, "AMC23": 40, "GPQA-D": 198}
 
 
@@ -468,14 +546,18 @@ def r1_cells(r1_verdicts):
         throughput_high=speed + 40,
         throughput_definition=DEFINITION,
         batch_size=20,
+        n_repeats=5,
+        too_busy=False,
+        throughput_interval="lowest to highest",
+        max_new_tokens=640,
         device="no machine",
-        grader=figures.PUBLISHED_RULES,
+        grader=PUBLISHED_RULES,
     )
 
 
 def beside(cells, published, **options):
     expected = [(dataset, budget) for dataset in SIZES for budget in range(2500, 5001, 500)]
-    return figures.measured_figure(cells, expected, published=published, mark=SYNTHETIC, caveat="", **options)
+    return measured_figure(cells, expected, published=published, **options)
 
 
 def test_published_values_stand_hatched_beside_the_measured_ones_and_each_is_named(r1_cells, published):
@@ -488,11 +570,12 @@ def test_published_values_stand_hatched_beside_the_measured_ones_and_each_is_nam
         assert all(b.get_hatch() for b in hatched) and not any(b.get_hatch() for b in solid)
         for a, b in zip(solid, hatched, strict=True):
             assert a.get_x() + a.get_width() < b.get_x()
-        dashed, ours = right.lines
+        ours = line_of(right)
+        (dashed,) = [line for line in right.lines if line.get_label() == "published"]
         assert ours.get_linestyle() == "-" and dashed.get_linestyle() == "--"
         assert list(dashed.get_ydata()) == theirs["throughput_tps"].tolist()
     text = all_text(fig)
-    for said in [SYNTHETIC, "Measured here: R1-Qwen", "beside the published values", figures.BESIDE_NOTE,
+    for said in ["Measured here: R1-Qwen", "beside the published values", BESIDE_NOTE,
                  "Graded by the published rules"]:  # fmt: skip
         assert said in text
     (legend,) = [ax.get_legend() for ax in fig.axes if ax.get_legend()]
@@ -511,7 +594,7 @@ def test_only_the_same_model_and_the_published_rules_stand_beside_published_bars
 
 
 def test_a_missing_cell_beside_published_values_is_refused_or_marked(r1_cells, published):
-    with pytest.raises(figures.IncompleteError, match="AIME24 at KV budget 4000"):
+    with pytest.raises(IncompleteError, match="AIME24 at KV budget 4000"):
         beside(r1_cells.drop(3), published)
     fig = beside(r1_cells.drop(3), published, allow_incomplete=True)
     assert "INCOMPLETE: 1 of 24 cells missing" in all_text(fig)
@@ -524,8 +607,8 @@ def test_a_missing_cell_beside_published_values_is_refused_or_marked(r1_cells, p
 
 def test_every_pair_of_budgets_is_in_the_triangle_and_only_real_differences_stand_out(r1_verdicts):
     pairs = budget_differences(r1_verdicts, n_boot=500)
-    fig = figures.pairs_figure(pairs, "R1-Qwen", mark=SYNTHETIC, caveat="")
-    assert len(fig.axes) == 4 and SYNTHETIC in all_text(fig)
+    fig = pairs_figure(pairs, "R1-Qwen")
+    assert len(fig.axes) == 4
     for ax, (dataset, rows) in zip(fig.axes, pairs.groupby("dataset", sort=False), strict=True):
         assert (
             ax.get_title() == f"R1-Qwen | {dataset} (n = {SIZES[dataset]}): {rows['differs'].sum()} of 15 pairs differ"
@@ -533,11 +616,24 @@ def test_every_pair_of_budgets_is_in_the_triangle_and_only_real_differences_stan
         bold = [t.get_text() for t in ax.texts if t.get_weight() == "bold"]
         assert bold == [f"{d:+.1f}".replace("-", "−") for d in rows[rows["differs"]]["difference"]]
         assert len(ax.texts) == 30
+        shown = [t.get_text() for t in ax.texts[1::2]]
+        assert shown[0] == f"{rows['low'].iloc[0]:+.1f} to {rows['high'].iloc[0]:+.1f}".replace("-", "−")
         coloured = [p for p in ax.patches if to_hex(p.get_facecolor()) != "#f0f0f0"]
         assert len(coloured) == rows["differs"].sum()
     assert 0 < pairs["differs"].sum() < len(pairs)  # else the test above shows nothing
     assert overlapping(fig) == [] and outside(fig) == []
-    table = figures.pairs_table(pairs)
+    table = pairs_table(pairs)
     assert len(table) == 60 and set(table.iloc[:, -1]) == {"yes", "no"}
     with pytest.raises(ValueError, match="no two KV budgets"):
-        figures.pairs_figure(budget_differences(r1_verdicts[r1_verdicts["kv_budget"] == 2500]), "R1-Qwen")
+        pairs_figure(budget_differences(r1_verdicts[r1_verdicts["kv_budget"] == 2500]), "R1-Qwen")
+
+
+def test_budgets_that_solve_the_same_problems_get_a_sentence_in_place_of_a_triangle():
+    rows = [
+        (name, budget, i, 0, name == "A" and i < budget) for name in "AB" for budget in (8.0, 16.0) for i in range(20)
+    ]
+    pairs = budget_differences(pd.DataFrame(rows, columns=["dataset", "kv_budget", "problem", "sample", "correct"]))
+    fig = pairs_figure(pairs, "m")
+    assert [ax.get_title() for ax in fig.axes] == ["m | A (n = 20): 1 of 1 pairs differ"]
+    assert "B: the same problems are solved, or none, whatever the KV budget" in all_text(fig)
+    assert not pairs_figure(pairs[pairs["dataset"] == "B"], "m").axes

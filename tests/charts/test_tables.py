@@ -6,11 +6,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvlib.charts.measured import IncompleteError, load_published, measured_table
+from kvlib.charts.measured import SPEED, IncompleteError, measured_table
+from kvlib.charts.published import load_published
 from kvlib.charts.tables import measured_cells, measured_verdicts, model_title, published_beside, what_n_tells
 from kvlib.config import load_grid
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, publish
+from kvlib.stats import pass_at_1
 
 ROOT = Path(__file__).parents[2]
 GRID = """
@@ -32,21 +34,42 @@ def study(tmp_path):
     speeds = []
     for cell in grid.cells(0):
         marks = {"chain-a/0": "11", "chain-a/1": "01"}
-        results = {"pass_at_1": 0.75, "pass_low": 0.5, "pass_high": 1.0, "n_problems": 2, "n_samples": 4}
-        results |= {"n_tokens": 400, "n_truncated": 0, "mean_live_slots": 9.0, "peak_slots": 20}
-        results |= {"n_unanswered": 1, "strict_n_unanswered": 2}
-        results |= {"strict_pass_at_1": 0.5, "strict_pass_low": 0.0, "strict_pass_high": 1.0}
+        results = {"n_samples": 4, "n_tokens": 400, "n_truncated": 0, "n_unanswered": 1, "strict_n_unanswered": 2}
         verdicts = {"correct": marks, "strict_correct": {"chain-a/0": "11", "chain-a/1": "00"}}
         record = {"fingerprint": "f", "config": cell.parameters(), "results": results, "verdicts": verdicts}
-        record["cost"] = {"batch_halved": cell.kv_budget == 2500}
+        record["cost"] = {"batch_halved": cell.kv_budget == 2500, "kv_bytes": 4096, "n_rows": 2}
+        record["provenance"] = {"finished": {"cpu": "a CPU"}}
         publish(tmp_path / cell.cell_path, record)
         for name, speed in [("steps", 100.0), ("forward", 300.0)]:
             row = {"kv_budget": cell.kv_budget, "definition": name, "median": speed}
-            speeds.append({**row, "low": speed - 1, "high": speed + 1})
+            speeds.append({**row, "low": speed - 1, "high": speed + 1, "repeats": [speed - 1, speed, speed + 1]})
     timing = {**grid.timing, "definition": "all-inclusive steps", "device": "no machine"}
     record = {"fingerprint": "t", "kind": "timing", "config": {}, "results": {"throughput": speeds}}
     publish(tmp_path / "chain-a" / "timing" / "s0", {**record, "timing": timing})
     return grid, tmp_path
+
+
+def test_intervals_are_computed_from_the_verdicts_and_a_record_without_them_is_refused(study):
+    grid, records = study
+    cell = measured_cells(grid, records, 0).iloc[0]
+    marks = [("0", True), ("0", True), ("1", False), ("1", True)]
+    assert [cell[name] for name in ("pass_at_1", "pass_low", "pass_high")] == [
+        100 * value for value in pass_at_1(marks)
+    ]
+    assert cell["bytes_per_row"] == 2048 and cell["n_problems"] == 2 and cell["n_samples"] == 2
+    folder = records / grid.cells(0)[0].cell_path
+    publish(folder, {"fingerprint": "f", "config": grid.cells(0)[0].parameters(), "results": {}, "cost": {}})
+    with pytest.raises(RecordError, match="holds no verdicts per problem"):
+        measured_cells(grid, records, 0)
+
+
+def test_timing_is_optional_and_one_that_is_not_done_yet_is_nan(study):
+    grid, records = study
+    (records / "chain-a" / "timing" / "s0" / "record.json").unlink()
+    cells = measured_cells(grid, records, 0)
+    assert len(cells) == 3 and cells[SPEED].isna().all(axis=None) and set(cells["device"]) == {"a CPU"}
+    (records / "tiny.yml").write_text(GRID.replace("timing:", "#"))
+    assert "throughput" not in measured_cells(load_grid(records / "tiny.yml"), records, 0)
 
 
 def test_each_grader_and_each_throughput_is_named_and_its_own(study):
@@ -100,7 +123,8 @@ def test_verdicts_come_by_sample_and_by_grader(study):
 def test_a_missing_cell_is_refused_by_name_unless_allowed(study):
     grid, folder = study
     (folder / "chain-a/dynts/b3000/s0/record.json").unlink()
-    with pytest.raises(IncompleteError, match="1 cells missing: chain-a/dynts/b3000/s0"):
+    said = r"1 of 3 cells missing in .*: chain-a/dynts/b3000/s0\. .*`make sweep PROFILE=tiny SEED=0`"
+    with pytest.raises(IncompleteError, match=said):
         measured_verdicts(grid, folder, 0)
     assert set(measured_verdicts(grid, folder, 0, allow_incomplete=True)["kv_budget"]) == {2500, math.inf}
 
@@ -136,6 +160,7 @@ def test_published_values_are_found_for_the_same_model_and_grader_only():
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B@916b56a", "R1-Qwen"),
         ("/models/DeepSeek-R1-Distill-Llama-8B/", "R1-Llama"),
         ("owner/Other-1B", "Other-1B"),
+        ("../runs/tiny-model-s8/weights", "Tiny-0.8M, training seed 8"),
     ],
 )
 def test_models_have_the_names_of_the_published_charts(name, title):

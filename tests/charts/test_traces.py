@@ -5,7 +5,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from kvlib.charts.traces import compare_traces, held_map, keep_map_figure, paint_trace
+from kvlib.charts.sheet import looks
+from kvlib.charts.traces import (
+    compare_traces,
+    held_map,
+    importance_figure,
+    keep_map_figure,
+    paint_trace,
+    slots_figure,
+)
 from kvlib.errors import ConfigError
 
 WORDS = [f"w{i}" for i in range(8)] + ["<think>", "a&b"]
@@ -87,7 +95,7 @@ def test_a_trace_without_a_round_is_refused():
     with pytest.raises(ConfigError, match="no policy had a round"):
         compare_traces(WORDS, {"A": [], "B": []}, 3)
     with pytest.raises(ConfigError, match="no round evicted anything"):
-        keep_map_figure([], 3, 9)
+        keep_map_figure([], 3, 9, "m")
 
 
 def test_the_map_is_what_is_held_at_each_step():
@@ -100,11 +108,12 @@ def test_the_map_is_what_is_held_at_each_step():
         assert set(np.flatnonzero(held[:, column])) == expected
 
 
-def test_keep_maps_are_drawn_for_every_layer_and_head_or_the_chosen_ones():
+def test_keep_maps_are_drawn_for_layers_and_heads_under_a_heading():
     kept = [(6, [[[0, 1, 5], [0, 2, 5]], [[0, 3, 5], [0, 4, 5]]])]
-    fig = keep_map_figure(kept, 3, 10)
+    fig = keep_map_figure(kept, 3, 10, "Measured here: m")
     titles = [ax.get_title() for ax in fig.axes]
     assert titles == [f"layer {layer}, KV head {head}" for layer in (0, 1) for head in (0, 1)]
+    assert fig.texts[0].get_text() == "Measured here: m" and "2 of 2 layers, 2 of 2 KV heads" in fig.texts[1].get_text()
     image = fig.axes[3].images[0]
     assert image.get_extent() == [2.5, 10.5, -0.5, 9.5]
     shown = np.asarray(image.get_array())
@@ -112,8 +121,16 @@ def test_keep_maps_are_drawn_for_every_layer_and_head_or_the_chosen_ones():
     assert list(fig.axes[3].lines[0].get_ydata()) == [2.5, 2.5]
     greys = [np.dot(image.cmap(i)[:3], (0.299, 0.587, 0.114)) for i in range(3)]
     assert greys[0] - greys[1] > 0.1 and greys[1] - greys[2] > 0.4, "told apart in grey"
-    assert [ax.get_title() for ax in keep_map_figure(kept, 3, 10, [(1, 0)]).axes] == ["layer 1, KV head 0"]
-    shared = keep_map_figure([(6, [[[0, 1, 5]]])], 3, 10)
+    shared = keep_map_figure([(6, [[[0, 1, 5]]])], 3, 10, "m")
     assert [ax.get_title() for ax in shared.axes] == ["all layers, all heads"]
-    with pytest.raises(ConfigError, match="no layer 2 with KV head 0"):
-        keep_map_figure(kept, 3, 10, [(2, 0)])
+    deep = keep_map_figure([(6, [[[0, 1, 5]] * 8] * 28)], 3, 10, "m")
+    assert [ax.get_title() for ax in deep.axes[::2]] == [f"layer {layer}, KV head 0" for layer in (0, 9, 18, 27)]
+
+
+def test_small_pictures_name_their_model_and_keep_a_policys_colour():
+    slots = slots_figure({"full cache": range(9), "DynTS": range(9), "StreamingLLM": range(9)}, 5, "Tiny-0.8M")
+    assert slots.texts[0].get_text().startswith("Measured here: Tiny-0.8M, policy full cache, DynTS, StreamingLLM")
+    known = looks(["dynts", "streaming"])
+    assert [line.get_color() for line in slots.axes[0].lines[2:]] == [look["color"] for look in known.values()]
+    faced = importance_figure([1.0, 4.0], [2.0, 1.0], "Tiny-0.8M")
+    assert [bar.get_height() for bar in faced.axes[0].patches] == [0.25, 1, -1, -0.5]

@@ -129,8 +129,12 @@ CORE += ("qwen3_5_text", "lfm2", "falcon_h1", "diffllama", "jetmoe", "stablelm",
 
 
 def random_family(name: str, dtype: torch.dtype = torch.float64, **given) -> torch.nn.Module:
-    """A model with weights so large that attention matters; eager experts, since grouped ones take no double."""
-    config = AutoConfig.for_model(name.split(",")[0], **{**SHAPE, **FAMILIES.get(name, {}), **given})
+    """A model with weights so large that attention matters; eager experts, since grouped ones take no double.
+
+    given: of its config; an ellipsis leaves a name out.
+    """
+    options = {**SHAPE, **FAMILIES.get(name, {}), **given}
+    config = AutoConfig.for_model(name.split(",")[0], **{key: x for key, x in options.items() if x is not ...})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")

@@ -10,7 +10,8 @@ from kvlib.engine.decoder import Decoder
 from kvlib.engine.fast import fuse, why_not_fast
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
-from kvlib.invariants import FAMILIES, random_model
+from kvlib.invariants import random_model
+from kvlib.models import FAMILIES
 from kvlib.policies import Full
 
 

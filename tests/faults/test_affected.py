@@ -35,7 +35,7 @@ def studies(tmp_path):
         path.write_text(GRID.format(model=model))
         made.append(Study(load_grid(path), 0, tmp_path / f"runs{number}", tmp_path / "figures"))
         for folder, mark in cell_fingerprints(made[-1]).items():
-            record.publish(folder, {"fingerprint": mark, "config": {}, "results": {}})
+            record.publish(folder, {"fingerprint": mark[0], "config": {}, "results": {}})
     yield made
     run.dataset_sha256.cache_clear()
 
@@ -53,15 +53,22 @@ def test_nothing_changed(studies):
     assert [again(study) for study in studies] == [set(), set()]
 
 
-def test_the_notebook(studies):
+@pytest.mark.parametrize("edit", ["a default", "a comment", "CRLF", "an empty cell", "prose"])
+def test_the_notebook_decides_nothing(studies, edit):
     path = studies[0].notebook
     notebook = nbformat.read(path, 4)
-    notebook.cells[0].source += " More prose."
+    if edit == "a default":
+        notebook.cells[1].source = notebook.cells[1].source.replace("kv_budget: int = 128", "kv_budget: int = 144")
+    elif edit == "a comment":
+        notebook.cells[2].source += "\n# mine"
+    elif edit == "an empty cell":
+        notebook.cells.append(nbformat.v4.new_code_cell())
+    elif edit == "prose":
+        notebook.cells[0].source += " More prose."
     nbformat.write(notebook, path)
+    if edit == "CRLF":
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n").replace(b"\\n", b"\\r\\n"))
     assert [again(study) for study in studies] == [set(), set()]
-    notebook.cells[-1].source += "\nprint()"
-    nbformat.write(notebook, path)
-    assert [again(study) for study in studies] == [ALL, ALL]
 
 
 def test_one_answer_of_one_dataset(studies, monkeypatch):

@@ -6,18 +6,27 @@ import pytest
 import yaml
 
 from kvlib.config import Grid, load_grid, parse_grid
+from kvlib.cost import SHAPES, Step, kv_bytes, minimum_bytes, model_bytes
 from kvlib.errors import ConfigError
-from kvlib.study.plan import Step, estimate, load_expected, mean_live, plan_text
+from kvlib.study.plan import estimate, load_expected, mean_live, plan_text
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PROFILES = ["tiny", "smollm2", "r1-qwen", "r1-llama"]
-STEP = {"weights_gb": 10, "kv_bytes": 1000, "gb_per_s": 2000, "efficiency": 0.5, "launch_ms": 10, "live_rows": 0.5}
+STEP = {"gb_per_s": 2000, "efficiency": 0.5, "launch_ms": 10, "live_rows": 0.5}
+QWEN = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
 
 
 def grid(**changes) -> Grid:
-    expected = {"source": "made up", "prompt_tokens": 100, "model_gb": 10, "output_tokens": {}, "step": STEP}
+    expected = {"source": "made up", "prompt_tokens": 100, "output_tokens": {}, "step": STEP}
     content = {"study": "s", "datasets": ["d"], "kv_budgets": [400], "policy": "window", "n_problems": 30}
-    content |= {"n_samples": 2, "batch_size": 20, "max_new_tokens": 1000, "expected": expected}
+    content |= {
+        "model": QWEN,
+        "dtype": "bfloat16",
+        "n_samples": 2,
+        "batch_size": 20,
+        "max_new_tokens": 1000,
+        "expected": expected,
+    }
     return parse_grid({**content, **changes}, Path("g.yml"))
 
 
@@ -25,7 +34,7 @@ def grid(**changes) -> Grid:
 def test_every_profile_is_a_grid_that_can_be_reckoned(profile):
     study = load_grid(NOTEBOOKS / f"{profile}.yml")
     assert study.study == profile
-    cost = estimate(study, 0, {})
+    cost = estimate(study, 0)
     text = plan_text(study, 0, cost, 1, 0)
     n_problems = study.shared.get("n_problems")
     if not n_problems:
@@ -48,14 +57,37 @@ def test_the_r1_profiles_are_the_published_protocol(profile, ratio):
 
 
 def test_a_step_is_bytes_over_bandwidth_and_a_cell_is_its_steps():
-    assert Step(**STEP).seconds(20, 50_000) == pytest.approx(0.010 + (10e9 + 1e9) / 1e12)
+    seconds = Step(**STEP).seconds(SHAPES[QWEN], 2, 20, 1000)
+    assert seconds == pytest.approx(0.010 + (14.1405e9 + 57_344 * 20 * 1000) / 1e12, rel=1e-4)
     study = grid(expected={**grid().expected, "output_tokens": {"d": 200}})
     live = mean_live(study.cells()[0], 100, 200)
     assert live == 200.5  # 101 to 300: never full
-    (cost,) = estimate(study, 0, {"d": 30}).costs
-    step = 0.010 + (10e9 + 1000 * 20 * live) / 1e12
-    assert cost.hours == pytest.approx(60 * 200 / (20 * 0.5) * step / 3600)
+    (cost,) = estimate(study, 0).costs
+    step = 0.010 + (14.1405e9 + 57_344 * 20 * live) / 1e12
+    assert cost.hours == pytest.approx(60 * 200 / (20 * 0.5) * step / 3600, rel=1e-4)
     assert cost.n_samples == 60 and cost.most_hours > 4 * cost.hours
+
+
+def test_bytes_follow_from_the_shape_as_the_model_cards_say():
+    qwen, llama = SHAPES.values()
+    assert (kv_bytes(qwen), kv_bytes(llama)) == (57_344, 131_072)  # 28 x 4 and 32 x 8 KV heads of 128, two of 2 bytes
+    assert [model_bytes(shape) / 2e9 for shape in (qwen, llama)] == pytest.approx([7.616, 8.030], abs=1e-3)
+    assert minimum_bytes(qwen, 3, 5, 4) == 2 * minimum_bytes(qwen, 3, 5)
+
+
+def test_hours_of_a_model_of_unknown_shape_are_not_known():
+    (cost,) = estimate(grid(model="./nowhere"), 0).costs
+    assert cost.hours is None and cost.timing_hours is None
+    (cost,) = estimate(grid(model="tiny", dtype="float32"), 0).costs  # its config.json is here
+    assert cost.hours > 0
+
+
+def test_a_comparison_is_reckoned_as_any_grid():
+    study = load_grid(NOTEBOOKS / "compare.yml")
+    cost = estimate(study, 0)
+    assert sum(row.n_cells for row in cost.costs) == 818 and all(row.hours > 0.1 for row in cost.costs)
+    text = plan_text(study, 0, cost, 2, 0)
+    assert "818 cells" in text and "arms, KV budgets 96, 136, 176" in text and "seeds 0, 1, 2, 3" in text
 
 
 def test_a_row_never_holds_more_than_its_budget_on_average():
@@ -67,7 +99,7 @@ def test_a_row_never_holds_more_than_its_budget_on_average():
 
 def test_a_file_is_called_as_on_the_charts():
     study = grid(datasets=["../somewhere/sets/amc23.jsonl", "nowhere"])
-    text = plan_text(study, 0, estimate(study, 0, {}), 1, 0)
+    text = plan_text(study, 0, estimate(study, 0), 1, 0)
     assert "\nAMC23 " in text and "sets/" not in text and "\nnowhere " in text and "prompt bare" in text
 
 
@@ -78,22 +110,28 @@ def test_a_misspelt_file_is_answered_with_near_ones():
 
 def test_what_is_not_known_is_marked_and_not_guessed():
     study = grid(n_problems=None)
-    cost = estimate(study, 0, {})
+    cost = estimate(study, 0)
     text = plan_text(study, 0, cost, 1, 0)
     assert cost.costs[0].hours is None and "?" in text and "come on top" in text
     plain = grid(expected=None)
-    assert "hours cannot be reckoned" in plan_text(plain, 0, estimate(plain, 0, {"d": 30}), 1, 0)
+    assert "hours cannot be reckoned" in plan_text(plain, 0, estimate(plain, 0), 1, 0)
+
+
+def test_what_is_expected_of_datasets_that_are_not_there_is_ignored():
+    expected = {**grid().expected, "output_tokens": {"d": 200, "e": 5}, "problems": {"e": 7}}
+    (cost,) = estimate(grid(expected=expected), 0).costs
+    assert cost.output_tokens == 200
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"step": None}, "needs either step, or decode_rate and timing_rate"),
+        ({"step": None}, "needs either step, or decode_rate and, with timing, timing_rate"),
         ({"decode_rate": 5, "timing_rate": 5}, "needs either step, or decode_rate"),
         ({"sourec": "x"}, "unknown key in expected in g.yml 'sourec'; did you mean source"),
-        ({"model_gb": "ten"}, "model_gb='ten' must be a number"),
-        ({"output_tokens": {"e": 5}}, "unknown dataset in output_tokens"),
-        ({"step": {"weights_gb": 1}}, "step of expected in g.yml lacks kv_bytes"),
+        ({"prompt_tokens": "ten"}, "prompt_tokens='ten' must be a number"),
+        ({"output_tokens": 5}, "output_tokens must map datasets to numbers"),
+        ({"step": {"gb_per_s": 1}}, "the key in step of expected in g.yml 'efficiency' is missing"),
     ],
 )
 def test_a_malformed_expectation_names_the_key(changes, says):

@@ -97,7 +97,7 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
     (full / "record.json").write_text("{")
     edit(home, "n_problems: 2", "n_problems: 3")
     code, output = run(home, "publish")
-    assert code == 1 and "not finished" in output and "kvlib.study charts" in output
+    assert code == 1 and "are not done" in output and "kvlib.study charts" in output
     code, output = run(home, "verify")
     assert code == 1 and str(full / "record.json") in output and "2 bad, 0 missing" in output
     code, output = run(home)
@@ -109,7 +109,7 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
 def test_a_failed_cell_is_named_with_its_reason_and_the_others_finish(home):
     edit(home, "[chain-a]", "[broken, chain-a]")
     edit(home, "full_cache: true", "")
-    code, output = run(home)
+    code, output = run(home, "run")
     assert code == 1 and "1 of 2 cells failed" in output
     assert "broken/dynts/b8/s0: ValueError: the stub was asked to fail" in output
     assert "kvlib.study charts --grid" in output
@@ -153,10 +153,11 @@ def test_bad_input_is_a_sentence_within_seconds(home):
     code, output = run(home)
     assert code == 2 and "unknown dataset 'nowhere'" in output
     edit(home, "[nowhere]", "[chain-a]")
-    edit(home, "timing:", "# timing:")
+    edit(home, "full_cache: true", "")
     code, output = run(home)
-    assert code == 2 and "asks for no timing; add a timing: line" in output and not samples(home)
-    edit(home, "# timing:", "timing:")
+    assert code == 2 and "the charts compare KV budgets and tiny.yml has one" in output and not samples(home)
+    assert "decode without charts: python -m kvlib.study run --grid notebooks/tiny.yml --seed 0\n" in output
+    edit(home, "timing:", "full_cache: true\ntiming:")
     shutil.rmtree(home / "runs")
     (home / "runs").write_text("")
     code, output = run(home)

@@ -13,7 +13,6 @@ from kvlib.errors import ConfigError
 from kvlib.tasks import datasets
 from kvlib.tasks.datasets import (
     BENCHMARKS,
-    ROWS,
     Problem,
     check_dataset,
     content_sha256,
@@ -76,9 +75,54 @@ def test_answers_are_text_whatever_the_column_holds(tmp_path):
     assert load_problems(jsonl(tmp_path / "y.jsonl", boxed))[0].answer == "4"
 
 
+@pytest.mark.parametrize("sign", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\n", "\r\n"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_signs_that_python_takes_for_line_ends_stay_in_their_cell(tmp_path, sign, kind):
+    rows = [{"problem": f"Find {sign}rac12 of {n}", "answer": str(n)} for n in (54, 56)]
+    path = tmp_path / f"ff.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, ["problem", "answer"], quoting=csv.QUOTE_ALL)
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    assert [problem.question for problem in load_problems(str(path))] == [row["problem"] for row in rows]
+
+
+def test_a_cell_needs_no_quotes_for_a_form_feed(tmp_path):
+    (tmp_path / "ff.csv").write_bytes(b"problem,answer\nFind \x0crac12 of 54,27\n")
+    assert load_problems(str(tmp_path / "ff.csv"))[0].question == "Find \x0crac12 of 54"
+
+
+def test_worked_answers_are_read_for_what_they_end_in(tmp_path):
+    gsm8k = [
+        {"question": "q", "answer": "20 - 5 = 15 <<20-5=15>>15\n#### 72"},
+        {"question": "r", "answer": "#### 1,200"},
+    ]
+    assert [p.answer for p in load_problems(jsonl(tmp_path / "x.jsonl", gsm8k))] == ["72", "1,200"]
+    boxes = [{"problem": "a", "solution": r"so $\boxed 2$."}, {"problem": "b", "solution": r"\fbox{2}"}]
+    boxes += [{"problem": "c", "solution": r"\boxed{7}", "answer": "8"}, {"problem": "d", "answer": r"\fbox{9}"}]
+    assert [p.answer for p in load_problems(jsonl(tmp_path / "y.jsonl", boxes))] == ["2", "2", "8", "9"]
+
+
+def test_a_benchmark_without_a_seen_revision_is_read_from_a_file_only(tmp_path):
+    for name, title in (("math-500", "MATH-500"), ("gsm8k", "GSM8K"), ("aime26", "AIME26"), ("hmmt25", "HMMT25")):
+        with pytest.raises(ConfigError, match=f"{name} is read from a file only.*data/{name}.jsonl"):
+            check_dataset(name)
+        assert dataset_title(f"data/{name}.jsonl") == title
+    path = jsonl(tmp_path / "AIME26.JSONL", ROWS_OF_SUMS)
+    assert load_problems(path)[3].answer == "6" and dataset_title(path) == "AIME26"
+    assert dataset_source(path)["rows_as_pinned"] is None
+    with pytest.raises(ConfigError, match="has 3 problems and HMMT25 has 30"):
+        check_dataset(jsonl(tmp_path / "hmmt25.jsonl", ROWS_OF_SUMS[:3]))
+
+
 def test_letters_alone_are_choices(tmp_path):
     rows = [{"question": f"{i}?\nA) x\nB) y", "answer": letter} for i, letter in enumerate("ABBA")]
     assert {problem.kind for problem in load_problems(jsonl(tmp_path / "x.jsonl", rows))} == {"choice"}
+    both = [{**row, "options": ["x", "y"]} for row in rows]
+    assert {problem.kind for problem in load_problems(jsonl(tmp_path / "y.jsonl", both))} == {"choice"}
 
 
 def test_gpqas_own_csv_is_shuffled_by_a_seed_that_the_hash_knows(tmp_path, monkeypatch):
@@ -110,10 +154,16 @@ def test_gpqas_own_csv_is_shuffled_by_a_seed_that_the_hash_knows(tmp_path, monke
         ("x.jsonl", b'{"problem": "a", "answer": " "}\n', "row 1 is empty in the column answer"),
         ("x.jsonl", b'{"problem": "a", "answer": null}\n', "row 1 has no text in the column answer but None"),
         ("x.jsonl", b'{"problem": "a", "answer": NaN}\n', "no text in the column answer"),
+        ("x.jsonl", b'{"problem": "a", "answer": -Infinity}\n', "no text in the column answer but -inf"),
         ("x.jsonl", b'{"problem": ["a"], "answer": "1"}\n', "no text in the column problem"),
         ("x.jsonl", b'{"problem": "a", "answer": "1"}\n{"problem": "b"}\n', "row 2 has no text in the column answer"),
         ("x.jsonl", b'{"problem": "a", "answer": "1"}\n{"problem": "a ", "answer": "1"}\n', "the same as row 1"),
         ("x.jsonl", b'{"problem": "a", "solution": "it is 3"}\n', "boxes no answer"),
+        (
+            "x.csv",
+            b"question,options,answer\na?,[w; x],B\nb?,[y; z],A\n",
+            "the column options is not asked; list the options in question",
+        ),
         ("x.csv", b"problem,answer\na,1,2\n", "not as many fields"),
         ("x.csv", b"problem,answer\na\n", "not as many fields"),
         ("x.csv", b'problem,answer\n"a,1\n', "not valid CSV"),
@@ -175,16 +225,15 @@ def test_a_changed_file_in_the_cache_is_refused(hub):
 
 
 def test_pins_are_whole_and_row_hashes_are_as_many_as_rows():
-    for spec in BENCHMARKS.values():
+    pinned = [spec for spec in BENCHMARKS.values() if spec.hub_id]
+    for spec in pinned:
         assert len(bytes.fromhex(spec.revision)) == 20 and len(bytes.fromhex(spec.sha256)) == 32
-    pinned = json.loads(ROWS.read_text())
-    assert {name: len(set(rows)) for name, rows in pinned.items()} == {"aime24": 30, "aime25": 30, "amc23": 40}
+    assert [len(set(spec.rows)) for spec in pinned] == [30, 30, 40, 0]
 
 
 def test_a_record_says_how_much_of_a_local_copy_is_the_pinned_text(tmp_path, monkeypatch):
-    pinned = tmp_path / "rows.json"
-    pinned.write_text(json.dumps({"amc23": [row_sha256(problem) for problem in SUMS]}))
-    monkeypatch.setattr(datasets, "ROWS", pinned)
+    rows = [row_sha256(problem) for problem in SUMS]
+    monkeypatch.setitem(BENCHMARKS, "amc23", replace(BENCHMARKS["amc23"], rows=rows))
     rows = [*ROWS_OF_SUMS[:20], *({"problem": f"{i}?", "answer": "1"} for i in range(20))]
     source = dataset_source(jsonl(tmp_path / "amc23.jsonl", rows))
     assert (source["source"], source["rows_as_pinned"], source["choice_seed"]) == ("amc23.jsonl", 20, 0)

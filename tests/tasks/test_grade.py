@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kvlib.cell import INSTRUCTIONS, requests_of, results_of, run
+from kvlib.cell import INSTRUCTIONS, regraded, requests_of, results_of, run
 from kvlib.config import RunConfig
 from kvlib.errors import ConfigError
 from kvlib.tasks import grade as grading
-from kvlib.tasks.answers import LONGEST, last_boxed, published_answer, strict_answer
+from kvlib.tasks.answers import LONGEST, last_boxed, published_answer, solution_answer, strict_answer
 from kvlib.tasks.datasets import Problem
 from kvlib.tasks.equality import Comparer
 from kvlib.tasks.grade import grade, verdicts
@@ -185,8 +185,40 @@ def test_boxes():
     assert last_boxed("\\boxed{\\{1\\}}") == "\\{1\\}"
     assert last_boxed("\\boxed{1} } } \\boxed{2}") == "2"
     assert last_boxed("\\boxed{\\frac{1}{2}} \\boxed{3") == "\\frac{1}{2}"
-    assert last_boxed("no box {here}") is None
+    assert last_boxed("no box {here}") is None and last_boxed("\\boxed{5} so \\boxed{} \\boxed{ }") == "5"
     assert strict_answer("\\boxed{3}") is None and published_answer("\\boxed{3}", False) == "3"
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"\boxed{1} then \boxed{\frac{a}{b}} end", r"\frac{a}{b}"),
+        (r"so $\boxed 2$.", "2"),
+        (r"so $\boxed -3.5$.", "-3.5"),
+        (r"\boxed\frac{1}{2}.", r"\frac{1}{2}"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{\boxed 3}", "3"),
+        ("20 - 5 = 15 <<20-5=15>>\n#### 1,072", "1,072"),
+        (r"#### 7 \boxed{8}", "8"),
+        (r"\boxed{open", None),
+        (r"a \boxes{1} and \boxedup{2}", None),
+        (r"\boxed{}", None),
+        ("none", None),
+    ],
+)
+def test_a_solution_states_its_answer_in_a_box_or_after_four_hashes(solution, answer):
+    assert solution_answer(solution) == answer
+
+
+def test_a_model_that_does_not_think_is_searched_as_a_whole_by_the_strict_rules_too(comparer):
+    box, kept = "So \\boxed{12}, done.", {"strict_answer": "12", "strict_correct": True}
+    whole = verdicts(problem_of("12"), box, thinks=False)
+    assert whole["strict_rule"] == "whole output" and kept.items() <= whole.items()
+    after = verdicts(problem_of("12"), box)
+    assert "strict_rule" not in after and not after["strict_correct"], "thinking never ended"
+    assert not verdicts(problem_of("12"), "So 12.", thinks=False)["strict_correct"], "only a box counts"
+    assert not verdicts(problem_of("12"), box, truncated=True, thinks=False)["strict_correct"]
+    assert verdicts(problem_of("C"), "\\boxed{C}", thinks=False)["strict_correct"]
 
 
 def test_grade_is_the_published_verdict_of_a_benchmark(comparer):
@@ -246,3 +278,28 @@ def test_a_cell_of_a_benchmark_is_graded_twice_and_says_where_its_problems_are_f
     assert results["strict_n_unanswered"] == 6 and results["strict_pass_at_1"] == 0.0
     assert results["n_undecided"] == 0
     assert record["dataset"]["source"] == "mine.jsonl"
+    assert results["strict_rule"] == "after </think>", "the tiny reasoner thinks"
+    for verdict, marks in record["agreement"].items():
+        assert {name: len(found) for name, found in marks.items()} == {f"mine/{i}": 2 for i in range(3)}
+        answers = "answer" if verdict == "correct" else "strict_answer"
+        assert all((found[0] == "-") == (lines_of(lines, name)[0][answers] is None) for name, found in marks.items())
+
+
+def lines_of(lines, problem):
+    return sorted((line for line in lines if line["problem"] == problem), key=lambda line: line["sample"])
+
+
+class Silent:
+    """A tokenizer that has no </think>."""
+
+    answer_id = None
+
+
+def test_half_done_samples_of_an_older_kvlib_are_graded_by_the_rule_that_the_record_names(comparer):
+    problem = problem_of("12")
+    old = {"problem": problem.id, "output": "\\boxed{12}", "stop": "eos", **verdicts(problem, "\\boxed{12}")}
+    assert not old["strict_correct"]
+    new = regraded(old, {problem.id: problem}, Silent())
+    assert new["strict_correct"] and new["strict_rule"] == "whole output"
+    assert regraded(new, {}, Silent()) is new, "once is enough"
+    assert regraded({"correct": True}, {}, Silent()) == {"correct": True}, "a chain has one checker"

@@ -83,7 +83,7 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence(plain, policy, texts, me
 
 
 def test_a_missing_fit_names_the_call_that_makes_it(tmp_path):
-    with pytest.raises(ConfigError, match=r'kvlib.fit\("trimkv", model, tokenizer, texts, out="trimkv-gate.safete'):
+    with pytest.raises(ConfigError, match=r'kvlib.fit\("trimkv", model, texts, out="trimkv-gate.safete'):
         check_fitted(make_policy("trimkv"), "someone/model")
     with pytest.raises(ConfigError, match=rf'out="{tmp_path}/triattention-calibration.safetensors"'):
         check_fitted(make_policy("triattention"), str(tmp_path))

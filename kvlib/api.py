@@ -1,0 +1,387 @@
+"""One call: `generate` decodes with a transformers model under a KV budget, and leaves the model as it was."""
+
+import difflib
+import html
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from kvlib.engine import noise
+from kvlib.engine.decoder import Decoder, Request, completions, decoder_for
+from kvlib.engine.fast import why_not_fast
+from kvlib.engine.probe import probe
+from kvlib.engine.rows import Kept
+from kvlib.engine.sampling import Sampling
+from kvlib.errors import ConfigError
+from kvlib.fitted import fit as filled
+from kvlib.models import Reasoner, described, from_pretrained
+from kvlib.models import load_reasoner as load_model
+from kvlib.policies import Policy, make_policy
+
+KV_BUDGET = 512
+CALLED_HERE = {
+    "do_sample": "temperature (0 is greedy)",
+    "num_return_sequences": "n_samples",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "eos_token_id": "eos_ids",
+    "stop": "stop_strings",
+    "batch_size": "n_rows",
+    "streamer": "stream",
+    "policy_kwargs": "policy_options",
+    "device": "model.to(device)",
+}
+"""What some settings of transformers and other libraries are called here."""
+HARMLESS = {
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_length",
+    "max_new_tokens",
+    "eos_token_id",
+    "stop_strings",
+}
+HARMLESS |= {
+    "bos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+    "cache_implementation",
+    "_from_model_config",
+}
+"""Settings of a generation_config that kvlib has too, or that change no token."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """text: without special tokens, None where there is no tokenizer. tokens: generated ids. stop: "eos", "length", or
+    the string that ended it, which is the end of text. held: slots per KV head in use after each token; rounds:
+    evictions; kept, with trace=True: after each round, the number of tokens seen and the positions that survived, by
+    layer and KV head (one where they share).
+    """
+
+    text: str | None
+    tokens: tuple[int, ...] = field(repr=False)
+    stop: str
+    held: tuple[int, ...] = field(repr=False)
+    rounds: int
+    kept: tuple[tuple[int, Kept], ...] = field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        shown = " ".join(map(str, self.tokens)) if self.text is None else self.text
+        told = f"{len(self.tokens)} tokens, stopped by {self.stop!r}; at most {max(self.held)} slots held"
+        told += f", {self.rounds} rounds of eviction"
+        style = "white-space: pre-wrap; margin: 0"
+        return f'<pre style="{style}">{html.escape(shown)}</pre><small>{html.escape(told)}</small>'
+
+
+def generate(
+    model: nn.Module | Reasoner | str,
+    prompts,
+    *,
+    policy: str | Policy | type[Policy] = "rkv",
+    kv_budget: int | None = KV_BUDGET,
+    max_new_tokens: int | None = None,
+    tokenizer=None,
+    policy_options: Mapping | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    n_samples: int = 1,
+    n_rows: int = 8,
+    eos_ids: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
+    trace: bool = False,
+    stream: Callable[[int, str], None] | None = None,
+    progress: bool = True,
+    **unknown,
+) -> Generation | list[Generation] | list[list[Generation]]:
+    """Decode prompts with at most kv_budget slots per KV head and row, evicting by the policy.
+
+    model: a causal LM of transformers, what `load_model` gives, or a name that it takes; afterwards it is as it was.
+    prompts: a string (encoded as it is), chat messages (through the template), token ids, a list of these, or a
+    tokenizer's batch with its attention mask. policy: a preset, with policy_options, or a Policy; "full" takes no
+    kv_budget. max_new_tokens, temperature (0 is greedy), top_p, top_k and eos_ids are by default those of the model's
+    generation_config. n_rows: prompts decoded side by side; more than these wait. A row's noise depends on seed, its
+    prompt and the sample only. trace: record Generation.kept. stream(i, piece): called with the new text of sample i
+    (prompt i // n_samples) every few tokens. progress: a bar, where it takes some seconds.
+
+    Returns a Generation for one prompt, a list in order for a list, and a list for each where n_samples > 1.
+    Raises ConfigError for what cannot run, FloatingPointError if numbers are not finite.
+    """
+    check_names(unknown)
+    chosen = chosen_policy(policy, policy_options)
+    kv_budget = budget_of(chosen, kv_budget)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    for name, value in (("n_samples", n_samples), ("n_rows", n_rows)):
+        whole(name, value, 1)
+    reasoner = entered(model, tokenizer, bool(stop_strings or stream) or needs_text(prompts))
+    ids, single = encoded(prompts, reasoner)
+    settings = reasoner.model.generation_config
+    if max_new_tokens is None:
+        max_new_tokens = settings.max_new_tokens
+    if max_new_tokens is None:
+        raise ConfigError("max_new_tokens is not given, nor does the model's generation_config say it; pass e.g. 512")
+    whole("max_new_tokens", max_new_tokens, 1)
+    sampling = sampling_of(settings, temperature, top_p, top_k)
+    if n_samples > 1 and sampling.temperature == 0:
+        raise ConfigError(f"at temperature 0 the {n_samples} samples are all the same; pass temperature=0.6, say")
+    warn_of_defaults(settings)
+    drawn, requests = Counter(), []
+    for i, prompt in enumerate(ids):
+        for sample in range(n_samples):
+            name = f"prompts[{i}]" + (f", sample {sample}" if n_samples > 1 else "")
+            requests.append(Request(name, prompt, noise.key(seed, prompt, drawn[prompt])))
+            drawn[prompt] += 1
+    decoder = decoder_for(
+        reasoner.model,
+        fitted_policy(chosen, policy, reasoner),
+        kv_budget,
+        requests,
+        n_rows=min(n_rows, len(requests)),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=ids_of(eos_ids, reasoner),
+        answer_id=reasoner.answer_id,
+        trace=trace,
+    )
+    made = decoded(decoder, requests, reasoner.tokenizer, stop_strings, stream, progress)
+    by_prompt = [made[i : i + n_samples] for i in range(0, len(made), n_samples)]
+    results = [samples[0] for samples in by_prompt] if n_samples == 1 else by_prompt
+    return results[0] if single else results
+
+
+def fit(
+    policy: str, model: nn.Module | Reasoner | str, texts: Sequence[str], *, tokenizer=None, out: Path | None = None
+) -> Policy:
+    """The preset with what it needs fitted to this very model from texts; out: the file to write it to as well."""
+    from kvlib.train import fit as fit_to  # trainers, which nothing else here needs
+
+    reasoner = entered(model, tokenizer, needs_tokenizer=True)
+    return fit_to(policy, reasoner.model, reasoner.tokenizer, texts, out)
+
+
+def decoded(
+    decoder: Decoder, requests: list[Request], tokenizer, stop_strings: list[str], stream: Callable | None, shown: bool
+) -> list[Generation]:
+    """What the requests give, in their order; whatever ends this, the model is as it was."""
+    number = {request.id: i for i, request in enumerate(requests)}
+    made: list[Generation | None] = [None] * len(requests)
+    n_max = decoder.rows.max_new_tokens
+    told: dict[str, str] = {}
+    counted: Counter[str] = Counter()
+
+    def text_of(tokens: Sequence[int]) -> str | None:
+        return None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def advance(name: str, n: int) -> None:
+        bar.update(n - counted[name])
+        counted[name] = n
+
+    def tell(name: str, text: str) -> None:
+        if stream and len(text) > len(told.get(name, "")):
+            stream(number[name], text[len(told.get(name, "")) :])
+            told[name] = text
+
+    def watch(seen: list[tuple[Request, list[int]]]) -> dict[str, int]:
+        stops = {}
+        for request, tokens in seen:
+            n = stopped_after(tokens, counted[request.id], tokenizer, stop_strings)
+            if n:
+                stops[request.id] = n
+            advance(request.id, n or len(tokens))
+            if stream:
+                # A character of several tokens is told when it is whole.
+                tell(request.id, text_of(tokens[:n]).rstrip("\ufffd"))
+        return stops
+
+    try:
+        with tqdm(total=len(requests) * n_max, unit="token", delay=3, disable=not shown or stream is not None) as bar:
+            for done in completions(decoder, requests, watch=watch if stop_strings or stream or shown else None):
+                name, text = done.request.id, text_of(done.tokens)
+                stop = next((s for s in stop_strings if s in text), "") if done.stop == "stopped" else done.stop
+                made[number[name]] = Generation(text, done.tokens, stop, done.held, done.rounds, done.kept)
+                if stream:
+                    tell(name, text)
+                advance(name, n_max)
+    finally:
+        decoder.close()
+    return made
+
+
+def stopped_after(tokens: list[int], n_before: int, tokenizer, stop_strings: list[str]) -> int | None:
+    """After how many tokens the first stop string is complete, if that was not so after n_before; else None."""
+    if not stop_strings:
+        return None
+    # A token holds a byte at least, so a string that ends now began within its length in bytes.
+    start = max(0, n_before - max(len(stop.encode()) for stop in stop_strings))
+
+    def holds(n: int) -> bool:
+        text = tokenizer.decode(tokens[start:n], skip_special_tokens=True)
+        return any(stop in text for stop in stop_strings)
+
+    return next((n for n in range(n_before + 1, len(tokens) + 1) if holds(n)), None) if holds(len(tokens)) else None
+
+
+def check_names(unknown: Mapping) -> None:
+    """Raise ConfigError for a setting that `generate` does not have, with the nearest that it has."""
+    for name in unknown:
+        known = [p.name for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        near = CALLED_HERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+        hint = f"use {near}" if near else f"it has {', '.join(known)}"
+        raise ConfigError(f"kvlib.generate has no setting {name!r}; {hint}")
+
+
+def chosen_policy(policy: str | Policy | type[Policy], options: Mapping | None) -> Policy:
+    if isinstance(policy, str):
+        return make_policy(policy, **(options or {}))
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        return policy(**(options or {}))
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"policy is {policy!r}; use the name of a preset, such as 'rkv', or a kvlib.Policy")
+    return replace(policy, **options) if options else policy
+
+
+def budget_of(policy: Policy, kv_budget: int | None) -> int | None:
+    """The budget of the decoder; None for a policy that never evicts, which the default does not contradict."""
+    if not policy.evicts and kv_budget in (None, KV_BUDGET):
+        return None
+    if not policy.evicts or kv_budget is None:
+        return kv_budget  # refused by the decoder
+    return whole("kv_budget", kv_budget, 1)
+
+
+def whole(name: str, value: object, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} is {value!r}; use a whole number, {least} or more")
+    return value
+
+
+def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool) -> Reasoner:
+    """The model with its tokenizer, which is looked for where the model came from, if one is needed."""
+    if isinstance(model, str):
+        model = load_model(model)
+    if isinstance(model, Reasoner):
+        return replace(model, tokenizer=tokenizer or model.tokenizer)
+    if not isinstance(model, nn.Module) or not hasattr(model, "generation_config"):
+        raise ConfigError(
+            f"model is a {type(model).__name__}; use a causal LM of transformers, what load_model gives, or a name"
+        )
+    if why_not_fast(model):
+        probe(model)
+    if tokenizer is None and needs_tokenizer:
+        if not model.name_or_path:
+            raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")
+        tokenizer = from_pretrained(AutoTokenizer, model.name_or_path)
+    eos = model.generation_config.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, Iterable) else () if eos is None else (eos,)
+    return Reasoner(model, None, eos_ids, None, "") if tokenizer is None else described(model, tokenizer, eos_ids, "")
+
+
+def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:
+    """The policy with what it needs of this model. Raises ConfigError that says how that is made."""
+    missing = [need for need in policy.needs if getattr(policy, need) is None]
+    if "separators" in missing and reasoner.tokenizer is None:
+        raise ConfigError(f"policy {type(policy).__name__} finds its separators in the tokenizer; pass tokenizer=...")
+    made = [need for need in missing if need != "separators"]
+    if made and not reasoner.sha256:
+        name = asked if isinstance(asked, str) else type(policy).__name__.lower()
+        raise ConfigError(
+            f"policy {type(policy).__name__} needs the {made[0]} of this model; make it with `policy = "
+            f'kvlib.fit("{name}", model, texts)` and pass policy=policy'
+        )
+    paths = any(isinstance(getattr(policy, need), str) for need in policy.needs)
+    return filled(policy, reasoner.model.name_or_path, reasoner) if missing or paths else policy
+
+
+def ids_of(eos_ids: int | Sequence[int] | None, reasoner: Reasoner) -> tuple[int, ...]:
+    if eos_ids is None:
+        return reasoner.eos_ids
+    return (eos_ids,) if isinstance(eos_ids, int) else tuple(eos_ids)
+
+
+def sampling_of(settings, temperature: float | None, top_p: float | None, top_k: int | None) -> Sampling:
+    """What the caller asks for, else what the model's generation_config does; greedy where neither samples."""
+    if temperature is None:
+        temperature = (1.0 if settings.temperature is None else settings.temperature) if settings.do_sample else 0.0
+    if temperature == 0 and not (top_p is None and top_k is None):
+        raise ConfigError("top_p and top_k change nothing at temperature 0; pass a temperature, 0.6 for example")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature is {temperature!r}; use a number, 0 (greedy) or more")
+    top_p = next((p for p in (top_p, settings.top_p) if p is not None), 1.0)
+    top_k = next((k for k in (top_k, settings.top_k) if k is not None), 0)
+    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p!r}; use a number above 0, up to 1")
+    return Sampling(float(temperature), float(top_p), whole("top_k", top_k, 0))
+
+
+def warn_of_defaults(settings) -> None:
+    """Say which of the generation_config's settings are not applied."""
+    lacked = {name: value for name, value in settings.to_diff_dict().items() if name not in HARMLESS}
+    lacked = {name: value for name, value in lacked.items() if not name.startswith(("output_", "return_"))}
+    if lacked:
+        told = ", ".join(f"{name}={value}" for name, value in sorted(lacked.items()))
+        warnings.warn(f"the model's generation_config asks for {told}, which kvlib does not apply", stacklevel=3)
+
+
+def needs_text(prompts) -> bool:
+    """Whether a tokenizer is needed for these prompts: a string or a message among them."""
+    if isinstance(prompts, str) or (isinstance(prompts, Mapping) and "role" in prompts):
+        return True
+    return isinstance(prompts, list | tuple) and any(needs_text(prompt) for prompt in prompts)
+
+
+def encoded(prompts, reasoner: Reasoner) -> tuple[list[tuple[int, ...]], bool]:
+    """Ids of every prompt, without padding, and whether there is one alone instead of a list."""
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        ids, mask = (plain(prompts[name]) if name in prompts else None for name in ("input_ids", "attention_mask"))
+        single = bool(ids) and isinstance(ids[0], int)
+        if mask is not None:
+            of = zip([ids] if single else ids, [mask] if single else mask, strict=True)
+            ids = [[i for i, seen in zip(row, told, strict=True) if seen] for row, told in of]
+            prompts = ids[0] if single else ids
+        else:
+            prompts = ids
+    prompts = plain(prompts)
+    single = isinstance(prompts, str) or (bool(prompts) and all(type(p) is int for p in prompts)) or is_chat(prompts)
+    found = [prompts] if single else prompts
+    if not isinstance(found, list | tuple) or not found:
+        raise ConfigError(f"prompts is {prompts!r}; pass a string, chat messages, token ids, or a list of these")
+    return [one_encoded(plain(prompt), i, reasoner) for i, prompt in enumerate(found)], single
+
+
+def plain(x):
+    """Lists instead of tensors, arrays and columns."""
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
+def is_chat(x) -> bool:
+    return isinstance(x, list | tuple) and bool(x) and all(isinstance(m, Mapping) and "role" in m for m in x)
+
+
+def one_encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        ids = reasoner.encode(prompt)
+    elif is_chat(prompt):
+        if reasoner.tokenizer.chat_template is None:
+            raise ConfigError(f"prompt {i} is a chat, and the tokenizer has no chat template; pass a string")
+        ids = reasoner.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    elif isinstance(prompt, list | tuple) and all(type(token) is int for token in prompt):
+        ids = prompt
+    else:
+        raise ConfigError(f"prompt {i} is {prompt!r}; use a string, chat messages (role, content), or token ids")
+    n = reasoner.model.get_input_embeddings().num_embeddings
+    if not ids:
+        raise ConfigError(f"prompt {i} is empty; it needs a token at least")
+    if not 0 <= min(ids) <= max(ids) < n:
+        raise ConfigError(f"prompt {i} has the token id {max(ids)}, and the model knows {n}; use its own tokenizer")
+    return tuple(ids)
