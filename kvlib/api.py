@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 
 from kvlib.engine import noise
 from kvlib.engine.decoder import Decoder, Request, completions, decoder_for
+from kvlib.engine.fast import why_not_fast
+from kvlib.engine.probe import probe
 from kvlib.engine.rows import Kept
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
@@ -274,6 +276,8 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
         raise ConfigError(
             f"model is a {type(model).__name__}; use a causal LM of transformers, what load_model gives, or a name"
         )
+    if why_not_fast(model):
+        probe(model)
     if tokenizer is None and needs_tokenizer:
         if not model.name_or_path:
             raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")

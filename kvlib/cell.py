@@ -16,9 +16,19 @@ from kvlib.engine import noise
 from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
+from kvlib.engine.step import planned_step
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.fitted import check_fitted, fit
-from kvlib.models import Reasoner, check_model, load_reasoner, load_tokenizer, weights_sha256
+from kvlib.models import (
+    Reasoner,
+    check_model,
+    checked_config,
+    folder_of,
+    load_reasoner,
+    load_tokenizer,
+    local_place,
+    weights_sha256,
+)
 from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.stats import pass_at_1
@@ -38,11 +48,12 @@ NOTEBOOK_OF_OLD = "3e0abdf0ad6c7eb5c5798437da3a4d68e1325e03398b5aa9102cc21ac594d
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cell that can run: its policy, its problems, and a request per problem and sample, in order."""
+    """A cell that can run: its policy, its problems, a request per problem and sample, in order, and the step."""
 
     policy: Policy
     problems: tuple[Problem, ...]
     requests: list[Request]
+    step: str
     fingerprints: tuple[str, ...]
 
 
@@ -74,7 +85,17 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
     problems, prompts = prompts_of(config)
     requests = as_requests(config, problems, prompts)
     check_lengths(chosen, config.kv_budget, requests)
-    return Prepared(chosen, problems, requests, run_fingerprints(config, policy))
+    step = step_of(config.model, weights_sha256(config.model), max(map(len, prompts)) + config.max_new_tokens)
+    return Prepared(chosen, problems, requests, step, run_fingerprints(config, policy))
+
+
+@functools.cache
+def step_of(model: str, weights: str, n_positions: int) -> str:
+    """Which step will decode a model, as far as its config tells. Raises ConfigError if none does."""
+    if local_place(model) is None:
+        return "step that fits, once it is downloaded"
+    with folder_of(model, None) as folder:
+        return planned_step(checked_config(model, folder), n_positions)
 
 
 def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[str, ...]:

@@ -348,7 +348,7 @@ def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) ->
     if info["error_msgs"]:
         raise ConfigError(f"model {name!r} could not be loaded: {info['error_msgs'][0].splitlines()[0]}")
     for key, weight in model.named_parameters():
-        if not torch.isfinite(weight.sum(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)):
+        if not weight.sum().isfinite():  # a NaN or infinity stays one in the sum
             raise ConfigError(f"the weights of model {name!r} are not all finite numbers ({key}); download them again")
     if not model.config.tie_word_embeddings:
         return

@@ -94,19 +94,19 @@ FEW = {"n_problems": 10, "batch_size": 4, "max_new_tokens": 24}
 
 def small_gpu(monkeypatch, most_rows: int, after: int = 0, stop_after: int = 99):
     """A GPU whose memory ends with more than so many rows, once `after` samples are made."""
-    real, n_made = running.generate, 0
+    real, n_made = running.completions, 0
 
-    def generate(decoder, queues):
+    def completions(decoder, *given):
         nonlocal n_made
-        for completion in real(decoder, queues):
-            if n_made >= after and len(decoder.current) > most_rows:
+        for completion in real(decoder, *given):
+            if n_made >= after and len(decoder.rows) > most_rows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             if n_made == stop_after:
                 raise KeyboardInterrupt
             n_made += 1
             yield completion
 
-    monkeypatch.setattr(running, "generate", generate)
+    monkeypatch.setattr(running, "completions", completions)
 
 
 def rows_of(folder) -> list[int]:
@@ -310,10 +310,10 @@ def test_an_edited_policy_of_ones_own_decodes_anew():
 
 def test_a_model_whose_tokenizer_lacks_the_words_is_told_before_anything_is_decoded(tmp_path):
     (tmp_path / "sums.jsonl").write_text(json.dumps({"problem": "How many apples are two and two?", "answer": "4"}))
-    english = RunConfig(dataset=str(tmp_path / "sums.jsonl"), kv_budget=96)
+    english = RunConfig(dataset=str(tmp_path / "sums.jsonl"), policy="full")
     with pytest.raises(ConfigError, match=r"tokenizer has no words for .*use a model that reads text"):
         prepare(english)
-    assert len(prepare(RunConfig(dataset="chain-a", kv_budget=96, n_problems=3)).requests) == 3
+    assert len(prepare(RunConfig(dataset="chain-a", policy="full", n_problems=3)).requests) == 3
 
 
 def test_a_file_that_changes_is_another_cell(tmp_path):
@@ -332,5 +332,5 @@ def test_prompts_are_encoded_once_for_all_cells_of_a_dataset(monkeypatch):
     monkeypatch.setattr(running, "load_problems", lambda *given: loaded.append(given) or load_problems(*given))
     running.prompts_of.__globals__["_prompts"].cache_clear()
     for budget in (96, 116, 136):
-        prepare(RunConfig(kv_budget=budget, n_problems=7))
+        prepare(RunConfig(policy="window", kv_budget=budget, n_problems=7))
     assert len(loaded) <= 2  # prompts and hash

@@ -12,19 +12,14 @@ import pytest
 import yaml
 
 from kvlib.charts.arms import cells_table
-from kvlib.compare import (  # fmt: skip
-    costed_cells,
-    load_cells,
-    load_comparison,
-    load_verdicts,
-    main,
-    parse_comparison,
-    present_cells,
-    work,
-)
+from kvlib.compare import load_cells, load_comparison, load_verdicts, main
+from kvlib.config import load_grid, parse_grid
 from kvlib.errors import ConfigError
 from kvlib.record import load_samples
 from kvlib.stats import differences_to
+from kvlib.study.decode import work
+from kvlib.study.layout import Study, present
+from kvlib.study.timing import costed_cells
 
 GRID = Path(__file__).parent.parent / "notebooks" / "compare.yml"
 CONTENT = {
@@ -43,6 +38,10 @@ CONTENT = {
         }
     },
 }
+
+
+def compared(content):
+    return parse_grid(content, Path("compare.yml")).comparison
 
 
 def written(folder: Path, **stage) -> Path:
@@ -70,7 +69,7 @@ def samples_of(folder: Path) -> dict[str, dict]:
 def test_arms_meet_under_equal_terms_and_cells_of_two_stages_are_one():
     content = json.loads(json.dumps(CONTENT))
     content["stages"]["again"] = {**content["stages"]["screening"], "protect_prompt": [True, False]}
-    cells = parse_comparison(content).cells
+    cells = compared(content).cells
     assert [cell.path for cell in cells] == [
         "tiny/chain-a/full/full/s0",
         "tiny/chain-a/random+prompt/b64/s0",
@@ -84,9 +83,9 @@ def test_arms_meet_under_equal_terms_and_cells_of_two_stages_are_one():
 
 def test_more_samples_are_more_seeds_and_leave_the_others_as_they_are():
     content = json.loads(json.dumps(CONTENT))
-    one = {cell.path: cell.config for cell in parse_comparison(content).cells}
+    one = {cell.path: cell.config for cell in compared(content).cells}
     content["stages"]["screening"]["seeds"] = [0, 1]
-    two = {cell.path: cell.config for cell in parse_comparison(content).cells}
+    two = {cell.path: cell.config for cell in compared(content).cells}
     assert one.items() <= two.items()
     assert len(two) == 2 * len(one)
 
@@ -94,8 +93,10 @@ def test_more_samples_are_more_seeds_and_leave_the_others_as_they_are():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda c: c.pop("arms"), "with the keys study"),
-        (lambda c: c["stages"]["screening"].pop("seeds"), "stage screening lacks seeds"),
+        (lambda c: c.pop("arms"), "the key 'arms' is missing"),
+        (lambda c: c["stages"]["screening"].pop("seeds"), "the key of stage screening 'seeds' is missing"),
+        (lambda c: c.update(arm=c["arms"]), "unknown key 'arm'; did you mean arms"),
+        (lambda c: c["stages"].clear(), "the comparison has no cell"),
         (lambda c: c["stages"]["screening"].update(arms=["rand"]), "names the arm 'rand'; known: random, recency"),
         (lambda c: c["stages"]["screening"].update(budgets=[3]), "unknown key of stage screening 'budgets'"),
         (lambda c: c["decoding"].update(max_new_tokens="9"), "max_new_tokens='9'"),
@@ -105,7 +106,7 @@ def test_a_wrong_file_is_refused_in_a_sentence(change, sentence):
     content = json.loads(json.dumps(CONTENT))
     change(content)
     with pytest.raises(ConfigError, match=sentence):
-        parse_comparison(content)
+        compared(content)
 
 
 def test_a_killed_comparison_continues_to_the_same_verdicts(tmp_path):
@@ -126,7 +127,7 @@ def test_a_killed_comparison_continues_to_the_same_verdicts(tmp_path):
     for folder in (disturbed, whole):
         done = subprocess.run(command(folder / "compare.yml", folder, "run"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "3 cells of 3 arms" in done.stdout
+        assert "cells 3 of 3, samples 18 of 18" in done.stdout or "3 of 3 cells done" in done.stdout
     assert len(samples_of(whole)) == 18
     assert samples_of(disturbed) == samples_of(whole)
 
@@ -148,19 +149,19 @@ def test_a_setting_that_cannot_run_is_told_before_anything_is_decoded(tmp_path, 
     grid = written(tmp_path, kv_budgets=[8])
     monkeypatch.setattr(sys, "argv", ["compare", *command(grid, tmp_path, "run")[3:]])
     monkeypatch.chdir(tmp_path)
-    assert main() == 2
+    assert main("python -m kvlib.compare", str(grid)) == 2
     assert "kv_budget 8" in capsys.readouterr().err
     assert not samples_of(tmp_path)
 
 
 def test_the_shipped_comparison_is_sound():
-    from kvlib.cell import check
+    from kvlib.cell import prepare
 
     comparison = load_comparison(GRID)
     settings = {(cell.config.policy, json.dumps(cell.config.policy_options)): cell for cell in comparison.cells}
     for cell in settings.values():
-        if cell.model == "tiny":
-            check(cell.config)
+        if cell.config.model == "tiny":
+            prepare(cell.config)
 
 
 def test_every_arm_of_the_shipped_comparison_is_timed_at_one_budget():
@@ -170,19 +171,19 @@ def test_every_arm_of_the_shipped_comparison_is_timed_at_one_budget():
     assert {config.kv_budget for config in arms.values()} == {136, None}
 
 
-def test_cells_of_a_model_that_is_not_there_are_left_out_with_the_way_to_get_it(capsys):
+def test_cells_of_a_model_that_is_not_there_are_left_out_with_the_way_to_get_it():
     content = json.loads(json.dumps(CONTENT))
     content["stages"]["seeds"] = {**content["stages"]["screening"], "models": ["./nowhere/weights"]}
-    cells = present_cells(parse_comparison(content), quiet=False)
-    assert {cell.model for cell in cells} == {"tiny"}
-    said = capsys.readouterr().out
+    grid, left_out = present(parse_grid(content, Path("compare.yml")))
+    assert {cell.config.model for cell in grid.comparison.cells} == {"tiny"}
+    (said,) = left_out
     assert "3 cells left out" in said and "make tiny-model TRAIN_SEED=8" in said and "./nowhere/weights" in said
     content["stages"].pop("screening")
     with pytest.raises(ConfigError, match="no model of the comparison is there"):
-        present_cells(parse_comparison(content), quiet=True)
+        present(parse_grid(content, Path("compare.yml")))
 
 
-def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+def test_a_cell_that_fails_does_not_stop_the_others_and_status_says_why(tmp_path, monkeypatch, capsys):
     import kvlib.cell
 
     def fails_once(config, folder):
@@ -191,11 +192,22 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
         return {"results": {"pass_at_1": 0.5}}
 
     monkeypatch.setattr(kvlib.cell, "run", fails_once)
-    cells = {tmp_path / cell.path: cell for cell in parse_comparison(CONTENT).cells}
-    assert work(cells) == 1
+    study = Study(load_grid(written(tmp_path)), 0, tmp_path / "runs", tmp_path)
+    assert work(study) == 1
     said = capsys.readouterr().out
     assert "random+prompt/b64/s0 failed" in said and "a bug in a policy" in said
     assert "recency+prompt/b64/s0: 50.0 %" in said
+    monkeypatch.setattr(sys, "argv", ["compare", *command(tmp_path / "compare.yml", tmp_path, "status")[3:]])
+    monkeypatch.chdir(tmp_path)
+    assert main("python -m kvlib.compare", "compare.yml") == 0
+    said = capsys.readouterr().out
+    assert "0 done, 0 running, 1 failed, 2 missing (of 3)" in said
+    assert "failed   tiny/chain-a/random+prompt/b64/s0, 0 of 6 samples: IndexError: a bug in a policy" in said
+
+
+def test_a_grid_without_arms_is_no_comparison():
+    with pytest.raises(ConfigError, match=r"tiny\.yml has no arms and stages"):
+        load_comparison(GRID.with_name("tiny.yml"))
 
 
 def test_results_that_are_not_there_are_asked_for(tmp_path):

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("gguf")
 import numpy as np
 from conftest import as_requests, decode
 from gguf_files import D, write_gguf
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvlib import gguf
@@ -42,7 +44,8 @@ def test_weights_and_tokenizer_are_those_that_transformers_reads(kind, quant, tm
     pytest.importorskip("accelerate")  # transformers' own loader needs it
     path = write_gguf(tmp_path / "model.gguf", kind, quant=quant, tied=kind == "llama")
     reasoner = load_reasoner(str(path))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32, head_dim=D)
+    own = {"head_dim": D} if kind == "qwen3" else {}  # which transformers does not read from the file
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32, **own)
     assert torch.equal(logits(reasoner.model), logits(theirs))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     for text in ("ab abab\n ba", "Zoë <think>3.14</think> x", "<|begin|>a<|end|>"):
@@ -189,6 +192,39 @@ def test_a_file_is_converted_once_per_dtype_and_by_its_content(tmp_path, cache, 
 
 
 LOAD = "import sys; from kvlib.models import load_reasoner; load_reasoner(sys.argv[1])"
+
+
+def test_a_file_of_the_hub_comes_from_the_cache_without_a_network(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--owner--small-GGUF"
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    path = write_gguf(repo / "snapshots" / commit / "small-q8_0.gguf")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in ("", f"@{commit}", "@main"):
+        name = f"owner/small-GGUF/small-q8_0.gguf{revision}"
+        check_model(name)
+        assert load_reasoner(name).sha256 == weights_sha256(name) == file_sha256(path)
+    for name in ("owner/small-GGUF/other.gguf", "owner/small-GGUF/small-q8_0.gguf@v2"):
+        for ask in (check_model, weights_sha256, load_tokenizer):
+            with pytest.raises(
+                ConfigError, match=r"is not whole in the cache .*`hf download owner/small-GGUF \w.*gguf"
+            ):
+                ask(name)
+
+
+def test_the_hub_states_the_hash_of_a_file_before_it_is_downloaded(tmp_path, monkeypatch):
+    stored = [
+        SimpleNamespace(rfilename=name, lfs=SimpleNamespace(sha256=f"hash of {name}")) for name in ("a.gguf", "b.gguf")
+    ]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("kvlib.hub._answer", lambda source, period: SimpleNamespace(siblings=stored))
+    check_model("owner/x-GGUF/b.gguf")
+    assert weights_sha256("owner/x-GGUF/b.gguf") == "hash of b.gguf"
+    with pytest.raises(ConfigError, match=r"is no file of .*owner/x-GGUF; there are a\.gguf, b\.gguf"):
+        check_model("owner/x-GGUF/c.gguf")
 
 
 def test_two_cells_convert_a_file_once(tmp_path, cache):

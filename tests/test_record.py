@@ -186,7 +186,6 @@ def test_records_become_flat_rows_of_one_kind(tmp_path):
     assert list(frame["n_correct"]) == [1, 3] and frame["n_problems"][0] == 9
     assert list(frame["policy_options.ratio"]) == [0.8, 0.8] and frame["folder"][0] == str(tmp_path / "a")
     assert len(record.load_records(tmp_path, kind="timing")) == 1
-    assert len(record.load_records(tmp_path / "empty")) == 0
     (tmp_path / "a" / "record.json").write_text("{")
     with pytest.raises(RecordError):
         record.load_records(tmp_path)

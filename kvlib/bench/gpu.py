@@ -142,7 +142,7 @@ def probe_captures(device: str, n_steps: int) -> list[dict]:
     Head dimension 128, bfloat16, 3 rows, 64 slots. reserved_bytes: what the graphs' decoder took and kept.
     """
     config = Qwen2Config(
-        vocab_size=1000, hidden_size=896, intermediate_size=512, num_hidden_layers=2, num_attention_heads=7,
+        vocab_size=1000, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False,
     )  # fmt: skip
     model = random_model(config, torch.bfloat16, device)

@@ -16,7 +16,7 @@ from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, ORANGE_TEXT, banner, cav
 PASS = ["pass_at_1", "pass_low", "pass_high"]
 SPEED = ["throughput", "throughput_low", "throughput_high"]
 MEASURED_COLUMNS = ["model", "dataset", "policy", "kv_budget", *PASS, "n_problems", "n_samples", "device"]
-TIMED_COLUMNS = [*SPEED, "throughput_definition", "batch_size", "n_repeats"]
+TIMED_COLUMNS = [*SPEED, "throughput_definition", "throughput_interval", "batch_size", "n_repeats", "too_busy"]
 
 EXACT, PUBLISHED_RULES = "exact checker", "published rules"
 BESIDE_NOTE = (
@@ -42,8 +42,9 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
         pass_at_1, pass_low, pass_high            percent; the 95 % interval
         n_problems, n_samples                     problems; samples per problem
       and, unless the study asks for no timing, when only bars are drawn,
-        throughput, throughput_low, _high         tokens/s; median, lowest and highest repeat; all NaN: not yet timed
-        throughput_definition, n_repeats          str, the right axis label; int
+        throughput, throughput_low, _high         tokens/s; median and interval; all NaN: not yet timed
+        throughput_definition, _interval          str, the right axis label; what the interval is
+        n_repeats, too_busy                       int; bool, whether the timing's control failed
         batch_size                                rows decoded together in the timing run
     expected: list of (dataset, kv_budget) that the chart promises; None as budget = full cache.
         Its order is the order of the panels.
@@ -281,7 +282,7 @@ def _notes(rows, one, timed, beside):
     speed = "Throughput was not measured: the study asks for no timing."
     if timed:
         here = next((row for row in rows.values() if _is_timed(row)), one)
-        repeats = f"median of {here.n_repeats:.0f} repeats; orange whiskers: lowest to highest"
+        repeats = f"median of {here.n_repeats:.0f} repeats; orange whiskers: {here.throughput_interval}"
         repeats = repeats if here.n_repeats > 1 else "one repeat, so without an interval"
         speed = f"Throughput at batch size {here.batch_size:.0f}: {repeats}"
         speed += "; hollow: the full cache." if any(budget is None for _, budget in rows) else "."
@@ -294,21 +295,24 @@ def _notes(rows, one, timed, beside):
         *([BESIDE_NOTE] if beside else []),
         *([f"Ran out of GPU memory and were decoded with half the rows, whose sums round differently: "
            f"{_name_cells(halved)}."] if halved else []),
-        *([f"On {', '.join(noisy)} the repeats of one KV budget spread further than the medians of all differ: there "
-           "the line tells no budget faster than another."] if noisy else []),
+        *([f"On {', '.join(noisy)} the timing is too noisy to call any KV budget faster than another."] * bool(noisy)),
         *caveat_of(one.model),
     ]  # fmt: skip
 
 
 def _noisy(rows):
-    """The datasets whose line means nothing: one cell's repeats spread further than the KV budgets' medians."""
+    """The datasets whose line means nothing: equal work ran at different speeds, or one whisker spans the line."""
     lines = {}
     for (dataset, budget), row in rows.items():
         if budget is not None and _is_timed(row):
             lines.setdefault(dataset, []).append(row)
-    return [dataset for dataset, line in lines.items() if len(line) > 1
-            and max(row.throughput_high - row.throughput_low for row in line)
-            > max(row.throughput for row in line) - min(row.throughput for row in line)]  # fmt: skip
+    found = []
+    for dataset, line in lines.items():
+        spread = max(row.throughput_high - row.throughput_low for row in line)
+        differ = max(row.throughput for row in line) - min(row.throughput for row in line)
+        if line[0].too_busy or (len(line) > 1 and spread > differ):
+            found.append(dataset)
+    return found
 
 
 def _incomplete(rows, expected, timed):
@@ -346,7 +350,7 @@ def _measured_rows(df):
     if absent:
         raise ValueError(f"measured records lack column {', '.join(absent)}")
     known = df.dropna(subset=SPEED, how="all") if timed else df
-    for name in ["model", "policy", "n_samples", "device", "max_new_tokens", *TIMED_COLUMNS[3:]]:
+    for name in ["model", "policy", "n_samples", "device", "max_new_tokens", *TIMED_COLUMNS[3:-1]]:
         own = known if name in ["device", *TIMED_COLUMNS] else df
         if name in own and own[name].nunique(dropna=False) > 1:
             values = ", ".join(map(str, own[name].unique()))

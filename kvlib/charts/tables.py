@@ -125,12 +125,15 @@ def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
         raise RecordError(f"{folder} was timed with other settings than {grid.path} asks for; run the grid again")
     speed = measured[cell.kv_budget, throughput]
     definition = THROUGHPUTS.get(throughput, timing["timing"]["definition"])
+    control = timing["timing"].get("control")  # older records have none
     return {
         "throughput": speed["median"],
         "throughput_low": speed["low"],
         "throughput_high": speed["high"],
         "throughput_definition": f"Throughput (tokens/s, {definition})",
+        "throughput_interval": "95 % of the pairs with the full cache" if "ratio" in speed else "lowest to highest",
         "n_repeats": len(speed["repeats"]),
+        "too_busy": control is not None and control["too_busy"],
         "batch_size": timing["timing"]["batch_size"],
         "device": timing["timing"]["device"],
     }

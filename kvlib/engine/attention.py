@@ -97,11 +97,7 @@ class PrefillStep(Cache):
     def __init__(self, cache: SlotCache, row: int, n_prompt: int):
         super().__init__(layers=[])
         self.cache, self.row, self.n_prompt = cache, row, n_prompt
-        cache.positions[:, row] = -1
-        cache.positions[:, row, :, :n_prompt] = torch.arange(n_prompt, dtype=torch.int32, device=cache.keys.device)
-        for state in cache.state.values():
-            state[:, row] = 0
-        cache.lengths[row] = n_prompt
+        cache.begin(row, n_prompt)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.cache.keys[layer_idx, self.row, :, : self.n_prompt] = key[0]

@@ -79,6 +79,14 @@ class SlotCache:
         self.zero = torch.zeros((), device=device)  # a number of Python's would be sent from the host at every step
         self.layer_keys, self.layer_values = self.keys.unbind(0), self.values.unbind(0)
 
+    def begin(self, row: int, n_prompt: int) -> None:
+        """Give the first slots of a row to the tokens of a prompt, whatever it held before; their state is 0."""
+        self.positions[:, row] = -1
+        self.positions[:, row, :, :n_prompt] = torch.arange(n_prompt, dtype=torch.int32, device=self.keys.device)
+        for state in self.state.values():
+            state[:, row] = 0
+        self.lengths[row] = n_prompt
+
     def claim(self, positions: Tensor) -> None:
         """Give each row's next free slot to the token at positions `[B]`, its state 0. The caller advances lengths."""
         self.positions[:, self.rows, :, self.lengths] = positions.to(torch.int32)[:, None, None]

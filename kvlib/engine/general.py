@@ -38,6 +38,7 @@ QUERIES_AT_ONCE = 256
 """Of a prompt: bounds the memory of attention probabilities."""
 SHIFT = 61
 """Positions between two trials that show how a key turns with its position."""
+NOTHING = "no layer attends to all tokens, so there is nothing to evict; use another model"
 STATES = ("conv_states", "recurrent_states")
 
 
@@ -131,13 +132,8 @@ class Prefill(Step):
     def __init__(self, of: "GeneralModel", row: int, n_prompt: int):
         super().__init__(of.fresh_states(), 0)
         self.of, self.row, self.n_prompt = of, row, n_prompt
-        cache = of.cache
-        self.positions = torch.arange(n_prompt, device=cache.keys.device)
-        cache.positions[:, row] = -1
-        cache.positions[:, row, :, :n_prompt] = self.positions.to(torch.int32)
-        for state in cache.state.values():
-            state[:, row] = 0
-        cache.lengths[row] = n_prompt
+        self.positions = torch.arange(n_prompt, device=of.cache.keys.device)
+        of.cache.begin(row, n_prompt)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.of.slots[layer]
@@ -210,9 +206,7 @@ class GeneralModel:
     def __init__(self, model: nn.Module, policy: Policy, n_rows: int, n_slots: int, n_positions: int):
         self.model, self.config = model, text_config(model)
         self.family = self.config.model_type
-        check_config(self.config, n_positions)
-        if not model._can_set_attn_implementation():
-            raise ConfigError(f"{self.family} has an attention that transformers lets nobody set; use another model")
+        check_decodes(model, n_positions)
         self.reads_hidden = type(policy).creation_score is not Policy.creation_score
         self.options = {"output_hidden_states": True} if self.reads_hidden else {}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -221,7 +215,7 @@ class GeneralModel:
         windows = self._windows(trial)
         self.evicted = {layer: i for i, layer in enumerate(layer for layer in windows if windows[layer] is None)}
         if not self.evicted:
-            raise ConfigError(f"{self.family}: no layer attends to all tokens, so there is nothing to evict")
+            raise ConfigError(f"{self.family}: {NOTHING}")
         self.inv_freq = self._rotation(trial, min(SHIFT, n_positions - 1)) if policy.evicts else None
         key = trial.cached[next(iter(self.evicted))][0]
         self.scaling = trial.reads[next(iter(self.evicted))][0].scoring.scaling
@@ -378,8 +372,14 @@ def in_a_sentence(family: str) -> Iterator[None]:
         raise ConfigError(f"{family} does not decode through kvlib ({reason}); use another model") from error
 
 
-def check_config(config, n_positions: int) -> None:
-    """Raise ConfigError for what a trial could not show: other kinds of layers, positions beyond what they are for."""
+def check_decodes(model: nn.Module, n_positions: int) -> None:
+    """Raise ConfigError for what is known without a forward: kinds of attention and layers, the end of positions."""
+    config = text_config(model)
+    if not model._can_set_attn_implementation():
+        raise ConfigError(f"{config.model_type} has an attention that transformers lets nobody set; use another model")
+    sliding = DynamicCache(config=config).is_sliding
+    if sliding and all(sliding):
+        raise ConfigError(f"{config.model_type}: {NOTHING}")
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if odd:
         raise ConfigError(f"{config.model_type} has layers of type {', '.join(odd)}, which kvlib does not decode")

@@ -125,10 +125,12 @@ def model_shape(model: str) -> Mapping | None:
     known = SHAPES.get(model.split("@")[0])
     if known:
         return known
-    from kvlib.models import where  # torch
+    from kvlib.models import place_of  # torch
 
     with contextlib.suppress(ConfigError, OSError, ValueError):
-        return json.loads((Path(where(model)[0]) / "config.json").read_text())
+        place = place_of(model)
+        folder = place if isinstance(place, Path) else place.cached()
+        return folder and json.loads((folder / "config.json").read_text())
     return None
 
 

@@ -81,8 +81,8 @@ def check_folder(
             )
 
 
-def owner(root: Path, grids: Path) -> tuple[Grid, set[int]] | None:
-    """Whose records lie below root, and their seeds: of the grid files in a folder the one that asks for the most."""
+def owner(root: Path, grids: Path) -> tuple[Grid | None, set[int], str]:
+    """Whose records lie below root: of the grid files in a folder the one that asks for the most, seeds, in words."""
     found: dict[str, dict] = {}
     for path in root.rglob("record.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -100,7 +100,12 @@ def owner(root: Path, grids: Path) -> tuple[Grid, set[int]] | None:
             asked = {name: config for seed in seeds for name, config in grid.folders(seed).items()}
             n = sum(name in asked and asked[name].parameters() == config for name, config in found.items())
             best, most = (grid, n) if n > most else (best, most)
-    return best and (best, seeds)
+    if best:
+        return best, seeds, f"of study {best.study} ({best.path.name})"
+    policy, model, data = (
+        ", ".join(sorted({str(config.get(key)) for config in found.values()})) for key in ("policy", "model", "dataset")
+    )
+    return None, seeds, f"of {policy} with {model} on {data}, which no grid in {grids} asks for"
 
 
 def published_cells(path: Path) -> list[dict | None]:
@@ -163,7 +168,7 @@ def verify_benches(paths: list[Path]) -> Verdict:
 
 
 def verdict_text(root: Path, verdict: Verdict, whose: str = "") -> str:
-    lines = [f"{root}: {verdict.n_records} records and {verdict.n_samples:,} samples are whole{whose}"]
+    lines = [f"{root}: {verdict.n_records} records and {verdict.n_samples:,} samples are whole{whose and f', {whose}'}"]
     lines += [f"bad      {sentence}" for sentence in verdict.bad]
     lines += [f"missing  {name}" for name in verdict.missing]
     if not verdict.whole:

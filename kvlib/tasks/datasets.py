@@ -3,6 +3,7 @@
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import random
@@ -79,6 +80,7 @@ BENCHMARKS = {
 }
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "expected_answer", "final_answer", "solution")
+OPTION_COLUMNS = ("options", "choices", "a", "option_a", "choice_a")
 GPQA_COLUMNS = ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
 WORKED = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])|####")  # an answer that comes with its working
 LETTERS = "ABCDE"
@@ -87,9 +89,7 @@ CHOICE_SEED = 0  # of the order in which the options of GPQA are asked
 
 def check_dataset(name: str) -> None:
     """Raise ConfigError unless the dataset can be loaded; a benchmark is fetched for that if it is not cached."""
-    if name.removesuffix(TUNE_SUFFIX) in CHAINS:
-        return
-    _load_benchmark(name)
+    load_problems(name)
 
 
 def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
@@ -105,21 +105,11 @@ def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
 
     Raises ConfigError for an unknown name, more problems than there are, and data that is missing, gated or damaged.
     """
-    chain = name.removesuffix(TUNE_SUFFIX)
-    found = None if chain in CHAINS else _load_benchmark(name)
-    n_known = N_PROBLEMS if found is None else len(found)
-    if n_problems is not None and not 1 <= n_problems <= n_known:
-        raise ConfigError(f"n_problems is {n_problems}; {name} has {n_known}, use 1 to {n_known}")
-    if found is not None:
-        return found[:n_problems]
-    spec = CHAINS[chain]
-    split = "tune" if name.endswith(TUNE_SUFFIX) else "test"
-    problems = []
-    for i in range(n_problems or N_PROBLEMS):
-        rng = random.Random(f"{split} {chain} {i}")
-        drawn = make_chain(rng, rng.randint(spec.min_steps, spec.max_steps), spec.level_weights)
-        problems.append(Problem(f"{name}/{i}", drawn.question, drawn.answer))
-    return problems
+    is_chain = name.removesuffix(TUNE_SUFFIX) in CHAINS
+    found = _chains(name) if is_chain else _made(name) if name.startswith(gym.PREFIX) else _read(name)
+    if n_problems is not None and not 1 <= n_problems <= len(found):
+        raise ConfigError(f"n_problems is {n_problems}; {name} has {len(found)}, use 1 to {len(found)}")
+    return found[:n_problems]
 
 
 def dataset_title(name: str) -> str:
@@ -155,7 +145,8 @@ def dataset_source(name: str) -> dict:
     if name.removesuffix(TUNE_SUFFIX) in CHAINS:
         return {"source": "kvlib"}
     if name.startswith(gym.PREFIX):
-        return {"source": gym.version(), "settings": gym.generated(name)[2]}
+        version = importlib.metadata.version("reasoning-gym")
+        return {"source": f"reasoning-gym {version}", "settings": gym.generated(name)[2]}
     path, benchmark = _fetch(name), _benchmark_of(name)
     pinned = benchmark.rows if benchmark else ()
     return {
@@ -195,9 +186,18 @@ def _benchmark_of(name: str) -> Benchmark | None:
     return BENCHMARKS[name]
 
 
-def _load_benchmark(name: str) -> list[Problem]:
-    if name.startswith(gym.PREFIX):
-        return _made(name)
+def _chains(name: str) -> list[Problem]:
+    chain, split = name.removesuffix(TUNE_SUFFIX), "tune" if name.endswith(TUNE_SUFFIX) else "test"
+    spec, problems = CHAINS[chain], []
+    for i in range(N_PROBLEMS):
+        rng = random.Random(f"{split} {chain} {i}")
+        drawn = make_chain(rng, rng.randint(spec.min_steps, spec.max_steps), spec.level_weights)
+        problems.append(Problem(f"{name}/{i}", drawn.question, drawn.answer))
+    return problems
+
+
+def _read(name: str) -> list[Problem]:
+    """The problems of a benchmark or of a file."""
     benchmark = _benchmark_of(name)
     path = _fetch(name)
     problems = _problems(read_rows(path), Path(name).stem, path)
@@ -272,6 +272,9 @@ def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
         seen[problem.question] = i + 1
         problems.append(problem)
     if not is_gpqa and all(problem.answer in LETTERS for problem in problems):
+        apart = next((columns[name] for name in OPTION_COLUMNS if name in columns), None)
+        if apart and not all(re.search(r"\bB\b", problem.question) for problem in problems):
+            raise ConfigError(f"{path}: the column {apart} is not asked; list the options in {question}, as in B) 42")
         return [Problem(p.id, p.question, p.answer, "choice", tuple(LETTERS)) for p in problems]
     return problems
 

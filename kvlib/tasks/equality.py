@@ -22,7 +22,7 @@ SPELLINGS = str.maketrans("−–＋－．，∕／⁄（）％０１２３４�
     {"°": "", "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "±": r"\pm ",
      "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
 )  # fmt: skip
-FRACTIONS, ABOVE, BELOW = "¼-¾⅐-⅞", "⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ", "₀-₉₊₋₍₎"
+RAISED = re.compile("([¼-¾⅐-⅞])|([⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+)|[₀-₉₊₋₍₎]+")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(?:\{([^{}]*)\}|(\d+(?:\.\d+)?|\([^()]*\)|\\?[a-zA-Z]+))")
 RECURRING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))", re.ASCII)
@@ -128,7 +128,8 @@ class Comparer:
         if not line:
             said = self.process.stderr.read().strip().splitlines()
             self._stop()
-            raise ConfigError(f"math-verify does not start ({said[-1] if said else 'killed'}); "
+            what = " of ".join([*self.generator[:1], "reasoning-gym" if self.generator else "math-verify"])
+            raise ConfigError(f"{what} does not start ({said[-1] if said else 'killed'}); "
                               "pip install 'math-verify>=0.9,<0.10', then run again")  # fmt: skip
         return json.loads(line)
 
@@ -141,9 +142,7 @@ class Comparer:
 
 def spelled(text: str) -> str:
     """An answer in the LaTeX that math-verify reads, less what stands around and between digits without a meaning."""
-    text = re.sub(f"[{FRACTIONS}]", lambda sign: rf"\frac{{{_plain(sign[0])}}}".replace("⁄", "}{"), text)
-    text = re.sub(f"[{ABOVE}]+", lambda signs: f"^{{{_plain(signs[0])}}}", text)
-    text = re.sub(f"[{BELOW}]+", lambda signs: f"_{{{_plain(signs[0])}}}", text)
+    text = RAISED.sub(_lowered, text)
     text = text.translate(SPELLINGS).removesuffix("\\\\").strip()
     text = re.sub(r"(?<!\\)[.,;]+$", "", text)
     text = ROOT.sub(lambda root: f"{ROOTS[root[1]]}{{{root[2] or root[3]}}}", text)
@@ -155,8 +154,10 @@ def spelled(text: str) -> str:
     return re.sub(r"^([+-])\s+(?=\d)", r"\1", text)
 
 
-def _plain(signs: str) -> str:
-    return unicodedata.normalize("NFKC", signs)
+def _lowered(signs: re.Match) -> str:
+    """½ as \\frac{1}{2}, x² as x^{2}, x₁ as x_{1}."""
+    plain = unicodedata.normalize("NFKC", signs[0])
+    return rf"\frac{{{plain}}}".replace("⁄", "}{") if signs[1] else f"^{{{plain}}}" if signs[2] else f"_{{{plain}}}"
 
 
 def _recurring(number: re.Match) -> str:

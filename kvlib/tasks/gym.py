@@ -5,7 +5,6 @@ The generator runs in the process that also scores (`kvlib.tasks.judge`): nothin
 
 import difflib
 import functools
-import importlib.metadata
 import json
 
 import yaml
@@ -58,7 +57,3 @@ def generated(name: str) -> tuple[Comparer, list, dict]:
     hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
     where = "reasoning-gym has no generator" if kind == "generators" else f"the generator {generator} has no setting"
     raise ConfigError(f"{where} {wrong!r}; {hint}")
-
-
-def version() -> str:
-    return f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"

@@ -178,11 +178,8 @@ def serve(*generator: str) -> None:
         "published": as_published,
         "scorer": lambda i, answer: scored[i][0].score_answer(answer, scored[i][1]) >= 1,
     }
-    if not generator:
-        for rules in ("strict", "published"):  # loads what sympy loads late
-            holds(lambda: compare[rules]("\\frac{1}{2}", "x^2+1"))  # noqa: B023 - called at once
-    for i, (_, entry) in enumerate(scored[:1]):
-        holds(lambda: compare["scorer"](i, str(entry["answer"])))  # noqa: B023 - called at once
+    for rules in ("scorer",) if generator else ("strict", "published"):  # loads what is loaded late
+        holds(lambda: compare[rules](0 if generator else "\\frac{1}{2}", "x^2+1"))  # noqa: B023 - called at once
     sys.addaudithook(guard)
     print(json.dumps(opening), file=replies)
     for line in sys.stdin:

@@ -57,13 +57,7 @@ def test_the_steady_state_is_the_sawtooths_mean(dry):
 
 def run_with(monkeypatch, tmp_path, **replaced) -> tuple[dict, list[str]]:
     """The script where some blocks are replaced and the others, for speed, find nothing."""
-    nothing = {
-        "check_machine": [],
-        "check_kernels": [],
-        "probe_captures": [],
-        "check_outputs": [],
-        "time_attention": [],
-    }
+    lists = ["check_machine", "check_kernels", "probe_captures", "check_outputs", "time_attention", "time_products"]
     nothing = {**{name: [] for name in [*lists, "time_rounds", "time_sampler"]}, "profile_step": {}}
     for name, found in nothing.items():
         monkeypatch.setattr(gpu, name, replaced.get(name, lambda *_, found=found: found))

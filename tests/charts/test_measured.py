@@ -18,6 +18,7 @@ from kvlib.charts.measured import (
     PASS,
     PUBLISHED_RULES,
     SPEED,
+    TIMED_COLUMNS,
     IncompleteError,
     measured_figure,
     measured_table,
@@ -61,6 +62,8 @@ def measured():
         throughput_definition=DEFINITION,
         batch_size=20,
         n_repeats=5,
+        too_busy=False,
+        throughput_interval="lowest to highest",
         max_new_tokens=640,
         device="a test CPU",
     )
@@ -343,7 +346,7 @@ def test_missing_cells_are_marked_when_allowed(measured):
 
 
 def test_without_timing_only_bars_are_drawn_and_the_note_says_so(measured):
-    bare = measured.drop(columns=[*SPEED, "throughput_definition", "batch_size", "n_repeats"])
+    bare = measured.drop(columns=TIMED_COLUMNS)
     fig = measured_figure(bare, EXPECTED)
     for left, right in panels(fig):
         assert len(bars(left)) == 6 and not right.lines and list(right.get_yticks()) == []
@@ -374,8 +377,10 @@ def test_an_interval_of_one_repeat_is_no_interval(measured):
 
 def test_a_line_whose_repeats_spread_further_than_it_falls_is_said_to_tell_nothing(measured):
     wide = measured.assign(throughput_high=measured["throughput_high"] + 400 * (measured["dataset"] == "Chain-C"))
-    assert "On Chain-C the repeats of one KV budget spread" in all_text(measured_figure(wide, EXPECTED))
-    assert "the repeats of one" not in all_text(measured_figure(measured, EXPECTED))
+    assert "On Chain-C the timing is too noisy" in all_text(measured_figure(wide, EXPECTED))
+    busy = measured.assign(too_busy=measured["dataset"] == "Chain-D")
+    assert "On Chain-D the timing is too noisy" in all_text(measured_figure(busy, EXPECTED))
+    assert "too noisy" not in all_text(measured_figure(measured, EXPECTED))
 
 
 def test_where_nothing_was_solved_a_sentence_stands_for_the_bars(measured):
@@ -542,6 +547,8 @@ def r1_cells(r1_verdicts):
         throughput_definition=DEFINITION,
         batch_size=20,
         n_repeats=5,
+        too_busy=False,
+        throughput_interval="lowest to highest",
         max_new_tokens=640,
         device="no machine",
         grader=PUBLISHED_RULES,

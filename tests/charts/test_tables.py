@@ -123,9 +123,8 @@ def test_verdicts_come_by_sample_and_by_grader(study):
 def test_a_missing_cell_is_refused_by_name_unless_allowed(study):
     grid, folder = study
     (folder / "chain-a/dynts/b3000/s0/record.json").unlink()
-    with pytest.raises(
-        IncompleteError, match="1 of 3 cells missing in .*: chain-a/dynts/b3000/s0. .*`make sweep PROFILE=tiny SEED=0`"
-    ):
+    said = r"1 of 3 cells missing in .*: chain-a/dynts/b3000/s0\. .*`make sweep PROFILE=tiny SEED=0`"
+    with pytest.raises(IncompleteError, match=said):
         measured_verdicts(grid, folder, 0)
     assert set(measured_verdicts(grid, folder, 0, allow_incomplete=True)["kv_budget"]) == {2500, math.inf}
 

@@ -69,7 +69,10 @@ def cut_by_hand(model, prompt: tuple[int, ...], evicted: dict[int, int]) -> torc
 def test_a_family_decodes_as_generate_and_evicted_as_a_cache_cut_by_hand(name):
     model = random_family(name)
     options = {"max_new_tokens": N_NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    alone = [model.generate(torch.tensor([prompt]), **options) for prompt in PROMPTS]
+    alone = [
+        model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
+        for prompt in PROMPTS
+    ]
     logits, step = together(model, None)
     for row, (prompt, own) in enumerate(zip(PROMPTS, alone, strict=True)):
         assert logits[row].argmax(-1).tolist() == own.sequences[0, len(prompt) :].tolist()

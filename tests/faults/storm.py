@@ -46,17 +46,17 @@ def journal(what, request):
     with open(os.path.join(folder, "journal"), "a") as file:
         file.write(f"{os.getpid()} {what} {request.id}\\n")
 
-def journaled(decoder, queues, generate=kvlib.cell.generate):
+def journaled(decoder, *given, completions=kvlib.cell.completions):
     admit = decoder.admit
     def admitted(row, request):
         journal("admitted", request)
         admit(row, request)
     decoder.admit = admitted
-    for completion in generate(decoder, queues):
+    for completion in completions(decoder, *given):
         journal("finished", completion.request)
         yield completion
 
-kvlib.cell.generate = journaled
+kvlib.cell.completions = journaled
 """
 KINDS = ["engine", "cell", "kernel"]
 

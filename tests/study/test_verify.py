@@ -1,5 +1,6 @@
 """Verification finds one changed byte, a lost cell, a sample too many, a record in the wrong place, and names each."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from test_status import SAMPLE
 
 from kvlib.config import RunConfig, load_grid
 from kvlib.record import SampleLog, publish
-from kvlib.study.verify import verdict_text, verify
+from kvlib.study.verify import owner, verdict_text, verify, verify_benches, verify_published
 
 ROOT = Path(__file__).parents[2]
 CELLS = {config.cell_path: config for config in (RunConfig(kv_budget=budget, n_problems=3) for budget in (8, 16))}
@@ -96,3 +97,44 @@ def test_the_committed_results_are_whole():
     cells = {cell.cell_path: cell for cell in grid.cells()}
     found = verify(ROOT / "results/tiny/records", cells, [f"{name}/timing/s0" for name in grid.datasets], {})
     assert found.whole and found.n_records == 32, found.bad
+
+
+def test_records_are_told_to_be_whose_they_are_and_another_grid_is_not_asked(tmp_path, runs):
+    grid, seeds, whose = owner(ROOT / "results/tiny/records", ROOT / "notebooks")
+    assert (grid.study, seeds, whose) == ("tiny", {0}, "of study tiny (tiny.yml)")
+    grid, seeds, whose = owner(ROOT / "results/smollm2/records", ROOT / "notebooks")
+    assert grid is None and whose.startswith("of full, rkv with smollm2 on ../data/amc23.jsonl, which no grid in")
+    assert owner(ROOT / "results/compare", ROOT / "notebooks")[2] == "of study compare (compare.yml)"
+    folder(runs).joinpath("record.json").write_text("{")  # a damaged one does not hide the others
+    assert owner(runs, tmp_path)[1] == {0}
+
+
+def test_a_published_comparison_is_whole_or_the_line_is_named(tmp_path):
+    grid = load_grid(ROOT / "notebooks" / "compare.yml")
+    cells = grid.folders()
+    found = verify_published(ROOT / "results" / "compare" / "cells.jsonl", cells)
+    assert found.whole and (found.n_records, found.n_samples) == (818, 163_600), found.bad[:3]
+    lines = (ROOT / "results" / "compare" / "cells.jsonl").read_text().splitlines(keepends=True)[:3]
+
+    def bad(*changed: str) -> str:
+        (tmp_path / "cells.jsonl").write_text("".join(changed))
+        return "\n".join(verify_published(tmp_path / "cells.jsonl", cells).bad)
+
+    assert bad(*lines) == ""
+    flipped = json.loads(lines[1])
+    flipped["correct"][7] ^= 1
+    assert "cells.jsonl:2 states counts that its verdicts do not add up to" in bad(lines[0], json.dumps(flipped))
+    hotter = json.loads(lines[1])
+    hotter["config"]["temperature"] = 0.7
+    assert "cells.jsonl:1 was made with other settings" in bad(json.dumps(hotter))
+    assert "cells.jsonl:2 repeats" in bad(lines[0], lines[0])
+    assert "cells.jsonl:2 is damaged" in bad(lines[0], lines[1][:-9] + "\n")
+    assert len(verify_published(tmp_path / "cells.jsonl", cells).missing) == 817
+
+
+def test_a_bench_is_whole_if_complete_and_behind_its_gate(tmp_path):
+    shipped = ROOT / "results" / "bench" / "smollm2.json"
+    assert verify_benches([shipped]).whole
+    for change in ({"complete": False}, {"gate": {"holds": False}}, {"rounds": 9}):
+        (tmp_path / "b.json").write_text(json.dumps({**json.loads(shipped.read_text()), **change}))
+        assert "no whole record of a bench" in verify_benches([tmp_path / "b.json"]).bad[0]

@@ -121,6 +121,8 @@ def test_a_benchmark_without_a_seen_revision_is_read_from_a_file_only(tmp_path):
 def test_letters_alone_are_choices(tmp_path):
     rows = [{"question": f"{i}?\nA) x\nB) y", "answer": letter} for i, letter in enumerate("ABBA")]
     assert {problem.kind for problem in load_problems(jsonl(tmp_path / "x.jsonl", rows))} == {"choice"}
+    both = [{**row, "options": ["x", "y"]} for row in rows]
+    assert {problem.kind for problem in load_problems(jsonl(tmp_path / "y.jsonl", both))} == {"choice"}
 
 
 def test_gpqas_own_csv_is_shuffled_by_a_seed_that_the_hash_knows(tmp_path, monkeypatch):
@@ -157,6 +159,11 @@ def test_gpqas_own_csv_is_shuffled_by_a_seed_that_the_hash_knows(tmp_path, monke
         ("x.jsonl", b'{"problem": "a", "answer": "1"}\n{"problem": "b"}\n', "row 2 has no text in the column answer"),
         ("x.jsonl", b'{"problem": "a", "answer": "1"}\n{"problem": "a ", "answer": "1"}\n', "the same as row 1"),
         ("x.jsonl", b'{"problem": "a", "solution": "it is 3"}\n', "boxes no answer"),
+        (
+            "x.csv",
+            b"question,options,answer\na?,[w; x],B\nb?,[y; z],A\n",
+            "the column options is not asked; list the options in question",
+        ),
         ("x.csv", b"problem,answer\na,1,2\n", "not as many fields"),
         ("x.csv", b"problem,answer\na\n", "not as many fields"),
         ("x.csv", b'problem,answer\n"a,1\n', "not valid CSV"),
