@@ -112,6 +112,14 @@ def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
     return found[:n_problems]
 
 
+def one_problem(name: str, index: int) -> Problem:
+    """The problem at this place of a dataset, from 0. Raises ConfigError."""
+    found = load_problems(name)
+    if not 0 <= index < len(found):
+        raise ConfigError(f"{name} has no problem {index}; use 0 to {len(found) - 1}")
+    return found[index]
+
+
 def dataset_title(name: str) -> str:
     """The name on a chart, e.g. "Chain-A" or "AIME24"; needs no data."""
     chain = name.removesuffix(TUNE_SUFFIX)
