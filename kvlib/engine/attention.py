@@ -64,20 +64,30 @@ def text_config(model: nn.Module):
 
 
 @contextmanager
-def through_kvlib(model: nn.Module, step: Cache) -> Iterator[None]:
-    """The model evaluates with this step's attention, whatever it was loaded with; afterwards it is as before."""
-    config, training = text_config(model), [module for module in model.modules() if module.training]
-    before, token = config._attn_implementation, STEP.set(step)
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
     try:
-        config._attn_implementation = IMPLEMENTATION
         for module in training:
             module.training = False
         yield
     finally:
-        STEP.reset(token)
-        config._attn_implementation = before
         for module in training:
             module.training = True
+
+
+@contextmanager
+def through_kvlib(model: nn.Module, step: Cache) -> Iterator[None]:
+    """The model evaluates with this step's attention, whatever it was loaded with; afterwards it is as before."""
+    config = text_config(model)
+    before, token = config._attn_implementation, STEP.set(step)
+    try:
+        config._attn_implementation = IMPLEMENTATION
+        with evaluating(model):
+            yield
+    finally:
+        STEP.reset(token)
+        config._attn_implementation = before
 
 
 def causal_mask(n: int, device: torch.device | str) -> Tensor:
