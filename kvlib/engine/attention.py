@@ -155,7 +155,15 @@ class ObservedStep(Cache):
 
 @torch.no_grad()
 def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> Tensor:
-    """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
+    """Run the model over a trace; its hidden states `[T, d]` (after the final norm).
+
+    Raises ConfigError for a model with layers that slide or keep a state, or with a soft cap or sinks.
+    """
+    config = text_config(model)
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ConfigError(
+            f"{config.model_type} has layers without full attention; observe traces of models that do not"
+        )
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     step = ObservedStep(observer)
     with through_kvlib(model, step):
