@@ -67,8 +67,15 @@ class Decoder:
         self.cache = self.model.cache
         self.device = self.cache.keys.device
         self.meter = meter or Meter(self.device)
-        self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.answer_id = answer_id
+        try:
+            self._allocate(n_rows, max_new_tokens, eos_ids)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, n_rows: int, max_new_tokens: int, eos_ids: Sequence[int]) -> None:
+        self.eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=self.device)
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(n_rows, dtype=dtype, device=self.device)
