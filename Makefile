@@ -16,7 +16,7 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts sweep plan status report verify compare test test-all test-ui test-faults test-slurm lint bench bench-count bench-gpu bench-kvpress-env tiny-model predictor clean
+.PHONY: help env charts sweep plan status report verify compare test test-all test-ui test-faults test-slurm lint bench bench-count bench-gpu bench-kvpress-env tiny-model predictor gallery clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -54,7 +54,7 @@ compare: env ## compare all policies under equal terms: says how long first, con
 bench: env ## measure speed, correctness first: MODEL=tiny, smollm2, r1-qwen, r1-llama; options: BENCH="--out x.json"
 	@"$(PY)" -m kvlib.bench --model "$(MODEL)" $(BENCH)
 
-bench-gpu: env ## on a CUDA GPU: all kernels and R1-Qwen shapes, one run of nine minutes, a record in results/bench
+bench-gpu: env ## on a CUDA GPU: all kernels, every policy's graphs and R1-Qwen's shapes in one run of ten minutes, a record in results/bench
 	@"$(PY)" -m kvlib.bench.gpu --folder results/bench
 
 # kvpress pins an older transformers, so it gets an environment of its own.
@@ -93,6 +93,9 @@ tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour
 
 predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen, r1-llama
 	@"$(PY)" -m kvlib.train predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
+
+gallery: env ## execute the notebooks that changed and render what they look like into docs/gallery
+	@"$(PY)" -m kvlib.charts.gallery
 
 clean: ## remove caches and build leftovers; keeps .venv and everything measured
 	@rm -rf build dist kvlib.egg-info .pytest_cache .ruff_cache .hypothesis

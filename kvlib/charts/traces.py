@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 import numpy as np
+import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
@@ -32,6 +33,27 @@ def paint_trace(words: Sequence[str], kept: Collection[int], caption: str) -> st
     spans = (f'<span style="{KEPT if i in kept else EVICTED}">{escape(word)}</span>' for i, word in enumerate(words))
     counts = f"{len(kept)} of {len(words)} tokens kept"
     return f'<p style="{CAPTION}">{escape(caption)}: {counts}</p><div style="{BOX}">{" ".join(spans)}</div>'
+
+
+def held_by_kind(traces: Mapping[str, tuple[Sequence[str], Collection[int]]], n_prompt: int) -> pd.DataFrame:
+    """How many tokens of a kind are still in the cache, by policy: the prompt's, both halves of what was written, and
+    in the older half the values that a chain states as found (`so k 0`).
+
+    traces: by policy, (words, positions kept) as `paint_trace` takes them.
+    """
+    rows = {}
+    for policy, (words, kept) in traces.items():
+        middle = (n_prompt + len(words)) // 2
+        kinds = {
+            "the question": range(n_prompt),
+            "the older half of what it wrote": range(n_prompt, middle),
+            "values found in that half": [
+                i for i in range(n_prompt, middle) if words[i].strip().isdigit() and words[i - 2].strip() == "so"
+            ],
+            "the newer half": range(middle, len(words)),
+        }
+        rows[policy] = {kind: f"{len(set(kept).intersection(of))} of {len(of)}" for kind, of in kinds.items()}
+    return pd.DataFrame(rows)
 
 
 def compare_traces(

@@ -8,15 +8,13 @@ something missing, 75 another engine at work, 130 interrupted, 141 nobody reads 
 """
 
 import argparse
-import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvlib.charts.answer import answer_text
-from kvlib.charts.measured import IncompleteError
+from kvlib.charts.report import answer_text
 from kvlib.config import load_grid
 from kvlib.cost import clock
 from kvlib.errors import ConfigError
@@ -64,7 +62,7 @@ def make_charts(study: Study, given: argparse.Namespace) -> None:
         draw(study)
     for path in drawn(study):
         print(path)
-    print(answer_text(study.grid, study.folder, study.seed))
+    print(answer_text(study.figures))
     print(f"{len(study.cells)} cells, {clock(time.monotonic() - start)} in all", flush=True)
 
 
@@ -117,8 +115,6 @@ def show_status(study: Study, given: argparse.Namespace) -> None:
 
 def show_report(study: Study, given: argparse.Namespace) -> None:
     print(make_report(study))
-    with contextlib.suppress(IncompleteError):  # the page says what is missing
-        print(answer_text(study.grid, study.folder, study.seed))
 
 
 def verify_records(study: Study, given: argparse.Namespace) -> int:

@@ -112,6 +112,14 @@ def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
     return found[:n_problems]
 
 
+def one_problem(name: str, index: int) -> Problem:
+    """The problem at this place of a dataset, from 0. Raises ConfigError."""
+    found = load_problems(name)
+    if not 0 <= index < len(found):
+        raise ConfigError(f"{name} has no problem {index}; use 0 to {len(found) - 1}")
+    return found[index]
+
+
 def dataset_title(name: str) -> str:
     """The name on a chart, e.g. "Chain-A" or "AIME24"; needs no data."""
     chain = name.removesuffix(TUNE_SUFFIX)
@@ -271,7 +279,7 @@ def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
             raise ConfigError(f"{where} asks the same as row {seen[problem.question]}; remove one")
         seen[problem.question] = i + 1
         problems.append(problem)
-    if not is_gpqa and all(problem.answer in LETTERS for problem in problems):
+    if not is_gpqa and all(problem.answer in tuple(LETTERS) for problem in problems):
         apart = next((columns[name] for name in OPTION_COLUMNS if name in columns), None)
         if apart and not all(re.search(r"\bB\b", problem.question) for problem in problems):
             raise ConfigError(f"{path}: the column {apart} is not asked; list the options in {question}, as in B) 42")
