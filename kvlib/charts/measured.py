@@ -12,6 +12,7 @@ import matplotlib.patheffects
 import pandas as pd
 
 from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, ORANGE_TEXT, banner, caveat_of, sheet, style
+from kvlib.errors import Spoken
 
 PASS = ["pass_at_1", "pass_low", "pass_high"]
 SPEED = ["throughput", "throughput_low", "throughput_high"]
@@ -29,7 +30,7 @@ BAR_WIDTH = 0.82  # in steps between budgets
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
-class IncompleteError(ValueError):
+class IncompleteError(Spoken, ValueError):
     """Cells that the grid asks for have no row; the message names them and the next step."""
 
 
