@@ -272,7 +272,7 @@ def parse_comparison(content: Mapping, path: Path) -> Grid:
 
     comparison = Comparison(stages, tuple(cells.values()))
     return Grid(
-        path, checked_study(content["study"]), used("datasets"), used("kv_budgets"), True, None,
+        path, checked_study(content["study"]), used("datasets"), sorted(used("kv_budgets")), True, None,
         dict(content["decoding"]), content.get("expected"), comparison,
     )  # fmt: skip
 
