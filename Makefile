@@ -16,7 +16,7 @@ PYTHON := $(shell for p in .venv/bin/python python3.12 python3.11 python3 python
 	$$p -I -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env charts sweep plan status report verify compare test test-all test-ui test-faults test-slurm lint bench bench-count bench-gpu bench-kvpress-env tiny-model predictor clean
+.PHONY: help env charts sweep plan status report verify compare test test-all test-ui test-faults test-slurm lint bench bench-count bench-gpu bench-kvpress-env tiny-model predictor gallery clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -93,6 +93,9 @@ tiny-model: env ## train the tiny reasoner from scratch into runs/, half an hour
 
 predictor: env ## train a model's importance predictor: PROFILE=tiny, smollm2, r1-qwen, r1-llama
 	@"$(PY)" -m kvlib.train predictor --profile "$(PROFILE)" $(if $(filter tiny,$(PROFILE)),--out kvlib/tiny/weights)
+
+gallery: env ## execute the notebooks that changed and render what they look like into docs/gallery
+	@"$(PY)" -m kvlib.charts.gallery
 
 clean: ## remove caches and build leftovers; keeps .venv and everything measured
 	@rm -rf build dist kvlib.egg-info .pytest_cache .ruff_cache .hypothesis

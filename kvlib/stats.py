@@ -74,21 +74,13 @@ class Difference:
     p: float
 
 
-def paired_difference(a: pd.DataFrame, b: pd.DataFrame, n_boot: int = N_BOOT, seed: int = 0) -> Difference:
-    """A minus B of one cell each: frames of verdicts with the columns problem, sample, correct (bool).
-
-    Samples are averaged within a problem; problems are resampled, and with both arms at once, since they share them.
-    Raises ConfigError unless both arms hold the same problems and samples, each once.
-    """
-    return pooled_difference(a.assign(dataset="", kv_budget=0), b.assign(dataset="", kv_budget=0), n_boot, seed)
-
-
 def pooled_difference(a: pd.DataFrame, b: pd.DataFrame, n_boot: int = N_BOOT, seed: int = 0) -> Difference:
     """A minus B over several cells: verdicts with the columns dataset, kv_budget, problem, sample, correct.
 
     Every cell (dataset, KV budget) weighs the same. Problems are resampled within their dataset with all their budgets
-    together, because the cells of one problem are correlated. Raises ConfigError as paired_difference does, and for a
-    problem that lacks a budget of its dataset.
+    together, because the cells of one problem are correlated. Samples are averaged within a problem; both arms meet the
+    same resamples, since they share the problems. Raises ConfigError unless both arms hold the same problems and
+    samples, each once, and for a problem that lacks a budget of its dataset.
     """
     by_problem = _differences(a, b)
     weights = {

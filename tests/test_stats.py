@@ -14,7 +14,6 @@ from kvlib.errors import ConfigError
 from kvlib.stats import (  # fmt: skip
     Ratio,
     differences_to,
-    paired_difference,
     paired_ratio,
     pass_at_1,
     pooled_difference,
@@ -30,6 +29,11 @@ def verdicts(correct, **columns):
     correct = np.asarray(correct, dtype=bool)
     problem, sample = np.indices(correct.shape)
     return pd.DataFrame({"problem": problem.ravel(), "sample": sample.ravel(), "correct": correct.ravel(), **columns})
+
+
+def paired_difference(a, b, *given):
+    """Of one cell each."""
+    return pooled_difference(a.assign(dataset="", kv_budget=0), b.assign(dataset="", kv_budget=0), *given)
 
 
 def arrays():

@@ -10,13 +10,10 @@ distribution of their shares. Never imports torch.
 
 import functools
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from kvlib.charts.tables import measured_cells, measured_verdicts
-from kvlib.config import Grid
 from kvlib.errors import ConfigError
 
 MARGIN = 5.0  # points
@@ -131,12 +128,6 @@ def answers(
     return pd.DataFrame(rows)
 
 
-def answer_text(grid: Grid, records: Path, seed: int, grader: str = "published", margin: float = MARGIN) -> str:
-    """The answer of a finished study in a sentence per dataset, for the terminal. Errors as measured_verdicts."""
-    found = answers(measured_verdicts(grid, records, seed, grader), measured_cells(grid, records, seed, grader), margin)
-    return "\n".join(found["sentence"])
-
-
 def answer_table(found: pd.DataFrame) -> pd.DataFrame:
     """What answers returns, as text, the sentence last."""
     names = {"dataset": "Dataset", "kv_budget": "KV budget", "sentence": "In words"}
@@ -209,6 +200,11 @@ def _solved(cell, fits: int) -> str:
     do not grow with the rows and tokens/s that grow as they do."""
     per_hour = 3600 * cell.throughput / cell.mean_tokens * cell.pass_at_1 / 100
     if fits == cell.batch_size:
-        return f"{per_hour:,.0f} (timed)"
+        return f"{_rounded(per_hour)} (timed)"
     low, high = sorted([per_hour, per_hour * fits / cell.batch_size])
-    return f"{low:,.0f} to {high:,.0f} (reckoned)" if fits else "0"
+    return f"{_rounded(low)} to {_rounded(high)} (reckoned)" if fits else "0"
+
+
+def _rounded(value: float) -> str:
+    """Three digits: more would be noise."""
+    return f"{float(f'{value:.3g}'):,.0f}"

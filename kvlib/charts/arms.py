@@ -211,7 +211,7 @@ def lines_figure(
     labels = [FULL] * (FULL in [*levels, *found]) + [label for label in dict.fromkeys(found) if label != FULL]
     limits = [name for name in levels if name != FULL]
     styles = looks(labels) | {name: {"color": GREY, "linestyle": ":", "linewidth": 1.6} for name in limits}
-    edge = 0.75 + 0.08 * max(map(len, styles))
+    edge = 0.75 + 0.08 * max(map(len, styles), default=0)
     with style():
         tall = max(2.6, 0.2 * (len(styles) + 1) if len(panels) < 3 else 0)
         fig, axes = sheet(heading, notes, len(panels), (3.9, tall), (0.75, 0.2, 0.45, below), edge=edge)

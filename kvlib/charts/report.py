@@ -69,6 +69,12 @@ def report_html(grid: Grid, seed: int, charts: list[Path], tables: list[Path], r
     )
 
 
+def answer_text(figures: Path) -> str:
+    """The answer that a study's charts hold, a sentence per dataset, for the terminal; empty where there is none."""
+    path = figures / "answer.csv"
+    return "\n".join(row[-1] for row in rows_of(path)[1:]) if path.exists() else ""
+
+
 def summary(grid: Grid, seed: int) -> str:
     one = grid.cells(seed)[0]
     samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} per problem"

@@ -42,7 +42,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 NULLS = {"random": "x", "recency": "+", "window": "+", "random-shared": "1"}
 """Policies that score nothing, what a scorer has to beat: grey and dashed, each with its marker."""
 POLICIES = [
-    "dynts", "triattention-per-layer", "triattention-union", "expected", "lagkv", "snapkv", "rkv", "golden",
+    "dynts", "triattention-per-layer", "triattention-union", "expected", "lagkv", "golden", "rkv", "snapkv",
     "knorm", "h2o", "tova", "keydiff", "gkv", "lazy", "raas", "rpc", "caote", "vase", "cur", "triattention",
     "trimkv", "sepllm", "streaming", "streaming-reindexed", "observed", "snapkv-paper", "snapkv-vase", "morphkv",
     "rkv-0.5", "caote-snapkv", "cur-resample", "expected-16", "expected-8", "dynts-published", "rpc-qwen2",

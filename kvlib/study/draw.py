@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import kvlib
-from kvlib.charts.report import report_html
+from kvlib.charts.report import answer_text, report_html
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.record import canonical, explained, load_samples, read_record, sha256
@@ -110,6 +110,8 @@ def make_report(study: Study) -> Path:
     with explained(study.figures):
         study.figures.mkdir(parents=True, exist_ok=True)
         write_atomically(study.figures / "report.html", page.encode())
+    if whole:
+        print(answer_text(study.figures))
     return study.figures / "report.html"
 
 

@@ -17,6 +17,7 @@ from kvlib.charts.answer import (
     needs_table,
     smallest_passing,
 )
+from kvlib.charts.report import answer_text
 from kvlib.errors import ConfigError
 
 SHARE = MARGIN / 100
@@ -133,13 +134,20 @@ def test_the_sentence_and_the_row_of_a_budget_that_is_named():
     assert row["sentence"].endswith("51 % of its mean length of 250 tokens, 128 KiB a sequence against 400.")
     assert row["Sequences in 0.0041 GB"] == "31 : 10"
     # 1000 tokens/s, 200 tokens each, 90 % solved; 31 rows where 10 were timed.
-    assert row["Solved per hour in it"] == "16,200 to 50,220 (reckoned) : 16,200 (timed)"
+    assert row["Solved per hour in it"] == "16,200 to 50,200 (reckoned) : 16,200 (timed)"
     given = answer({128: full}, full, memory_gb=0.001, throughput=1000.0, batch_size=10)
     assert given["Sequences in 0.001 GB"] == "7 : 2" and "timed" not in given["Solved per hour in it"]
     untimed = answer({128: full}, full)
     assert not any(name.startswith(("Solved", "Sequences")) for name in untimed.index)
     table = answer_table(answers(verdicts({128: full}, full), cells([128])))
     assert table.iloc[0]["KV budget"] == "128" and table.columns[-1] == "In words"
+
+
+def test_the_terminal_says_what_the_charts_hold(tmp_path):
+    assert answer_text(tmp_path) == ""
+    found = answers(verdicts({128: np.ones((100, 1))}, np.ones((100, 1))), cells([128]))
+    answer_table(found).to_csv(tmp_path / "answer.csv", index=False)
+    assert answer_text(tmp_path) == found["sentence"][0]
 
 
 @pytest.mark.parametrize(
