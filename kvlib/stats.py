@@ -242,7 +242,7 @@ BUSY = 0.03
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one arm is as another, with a 95 % interval; low and high are None of a single round."""
+    """How many times as fast one arm is as another, with a 95 % interval; low and high are None of too few rounds."""
 
     ratio: float
     low: float | None
@@ -254,12 +254,12 @@ def paired_ratio(seconds: np.ndarray, against: np.ndarray, n_boot: int = 4000, s
 
     Window j of every round is the same work for one arm, and window j of round i was timed moments apart for both. A
     run's time is the sum of its windows' medians over the rounds. Percentile bootstrap over rounds, window by window,
-    both arms drawn together.
+    both arms drawn together; of a single round, or two of one window, there is none.
     """
     seconds, against = np.asarray(seconds, dtype=float), np.asarray(against, dtype=float)
     ratio = float(np.median(against, 0).sum() / np.median(seconds, 0).sum())
     n, n_windows = seconds.shape
-    if n == 1:
+    if n == 1 or seconds.size < 3:
         return Ratio(ratio, None, None)
     draws, window = np.random.default_rng(seed).integers(n, size=(n_boot, n, n_windows)), np.arange(n_windows)
     sums = [np.median(arm[draws, window], 1).sum(1) for arm in (against, seconds)]

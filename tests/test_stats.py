@@ -220,6 +220,7 @@ def test_a_ratio_of_pairs_is_that_of_the_same_windows_and_its_interval_covers_it
 
 def test_one_round_has_a_ratio_and_no_interval():
     assert paired_ratio([[1.0, 2.0]], [[2.0, 4.0]]) == Ratio(2.0, None, None)
+    assert paired_ratio([[1.0], [1.0]], [[2.0], [2.0]]) == Ratio(2.0, None, None), "nor have two numbers"
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def report(record: dict) -> None:
 
 def interval(ratio: dict) -> str:
     if ratio["low"] is None:
-        return f"{ratio['ratio']:.3f}  (one round, no interval)"
+        return f"{ratio['ratio']:.3f}  (too few rounds for an interval)"
     return f"{ratio['ratio']:.3f}  ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 

@@ -271,7 +271,7 @@ def test_the_command_writes_the_record_and_refuses_in_a_sentence(tmp_path, monke
     run("--rounds", "1", "--arms", "hf-sdpa,full", "--out", str(out))
     record, said = json.loads(out.read_text()), capsys.readouterr().out
     assert said.endswith(f"the record: {out}\n") and "{" not in said, "no screens of JSON where a file was asked for"
-    assert "one round, no interval" in said and all(r["low"] is None for r in record["ratios"])
+    assert "too few rounds for an interval" in said and all(r["low"] is None for r in record["ratios"])
     assert [row["arm"] for row in record["arms"]] == ["hf-sdpa", "full"]
     with pytest.raises(SystemExit, match="--n-new 4 must be a multiple of --rounds 3"):
         run("--rounds", "3")
