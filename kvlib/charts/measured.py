@@ -11,18 +11,8 @@ import textwrap
 import matplotlib.patheffects
 import pandas as pd
 
-from kvlib.charts.sheet import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    ORANGE_TEXT,
-    banner,
-    budget_places,
-    caveat_of,
-    sheet,
-    style,
-)  # fmt: skip
+from kvlib.charts.published import BAR_WIDTH, PAPER, draw_beside, draw_line, print_value, two_axes
+from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, budget_places, caveat_of, sheet, style
 
 PASS = ["pass_at_1", "pass_low", "pass_high"]
 SPEED = ["throughput", "throughput_low", "throughput_high"]
@@ -36,8 +26,6 @@ BESIDE_NOTE = (
 )
 
 TOP = 116  # percent: leaves room above 100 for the legend
-BAR_WIDTH = 0.82  # in steps between budgets
-PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
 class IncompleteError(ValueError):
@@ -148,32 +136,6 @@ def measured_table(df):
     return pd.DataFrame(table)
 
 
-def two_axes(ax, title, left_label, right_label):
-    """The right axis of ax, for throughput; titles and colours of both."""
-    right = ax.twinx()
-    ax.set_title(title, color=INK)
-    ax.set_xlabel("KV Budget")
-    ax.set_ylabel(left_label, color=BLUE)
-    ax.tick_params(axis="y", labelcolor=BLUE)
-    right.set_ylabel(right_label, color=ORANGE_TEXT)
-    right.tick_params(axis="y", labelcolor=ORANGE_TEXT)
-    return right
-
-
-def draw_line(right, x, y, label):
-    (line,) = right.plot(
-        x, y, color=ORANGE, linewidth=2.2, marker="o", markersize=7, markeredgecolor="white", label=label, gid="line"
-    )
-    return line
-
-
-def print_value(ax, x, base, value, color, rotation=0):
-    """A value at the foot of its bar, where neither the line nor a whisker passes."""
-    text = "100" if value == 100 else f"{value:.1f}"
-    ax.annotate(text, (x, base), (0, 3), textcoords="offset points", ha="center", va="bottom", color=color, size=9,
-                rotation=rotation)  # fmt: skip
-
-
 def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
     """One dataset: bars and whiskers of the rows `here` {budget: row}, throughput over them; the legend's handles."""
     places, xlabel = budget_places(budgets)
@@ -211,7 +173,7 @@ def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
         if full and None in here:
             _draw_full_cache(ax, here[None], full[0], timed and here[None].throughput / right.get_ylim()[1] * TOP)
     if theirs:
-        hatched, dashed = _draw_published(ax, right, places, theirs, aside, step)
+        hatched, dashed = draw_beside(ax, right, places, theirs, aside, step)
         handles.append(hatched)
     for budget in wanted:
         if budget not in here:
@@ -242,21 +204,6 @@ def _draw_throughput(right, points, full, reference):
 def _draw_whisker(ax, x, row):
     below, above = max(0, row.pass_at_1 - row.pass_low), max(0, row.pass_high - row.pass_at_1)
     ax.errorbar(x, row.pass_at_1, [[below], [above]], color=INK, linewidth=1.3, capsize=2.5, clip_on=False)
-
-
-def _draw_published(ax, right, places, rows, aside, step):
-    """The published values of the places that have one: (hatched bars, dashed line)."""
-    there = [(x + aside, row.pass_at_1) for x, row in zip(places, rows, strict=True) if row]
-    hatched = ax.bar([x for x, _ in there], [value for _, value in there], 0.4 * step, facecolor="white",
-                     edgecolor=BLUE, hatch="////", label="published")  # fmt: skip
-    for x, value in there:
-        ax.text(
-            x + 0.02 * step, 3, f"{value:.1f}", rotation=90, ha="center", va="bottom", size=9, color=INK, bbox=PAPER
-        )
-    speeds = [row.throughput_tps if row else float("nan") for row in rows]
-    (dashed,) = right.plot(places, speeds, color=ORANGE, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", markersize=5,
-                           markerfacecolor="white", label="published")  # fmt: skip
-    return hatched, dashed
 
 
 def _draw_missing(ax, x, bar_width, text):
