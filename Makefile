@@ -54,7 +54,7 @@ compare: env ## compare all policies under equal terms: says how long first, con
 bench: env ## measure speed, correctness first: MODEL=tiny, smollm2, r1-qwen, r1-llama; options: BENCH="--out x.json"
 	@"$(PY)" -m kvlib.bench --model "$(MODEL)" $(BENCH)
 
-bench-gpu: env ## on a CUDA GPU: all kernels and R1-Qwen shapes, one run of nine minutes, a record in results/bench
+bench-gpu: env ## on a CUDA GPU: all kernels, every policy's graphs and R1-Qwen's shapes in one run of ten minutes, a record in results/bench
 	@"$(PY)" -m kvlib.bench.gpu --folder results/bench
 
 # kvpress pins an older transformers, so it gets an environment of its own.

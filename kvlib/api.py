@@ -24,6 +24,7 @@ from kvlib.fitted import fit as filled
 from kvlib.models import Reasoner, described, from_pretrained
 from kvlib.models import load_reasoner as load_model
 from kvlib.policies import Policy, make_policy
+from kvlib.prompts import encoded, needs_text
 
 KV_BUDGET = 512
 CALLED_HERE = {
@@ -63,7 +64,7 @@ HARMLESS |= {
 @dataclass(frozen=True)
 class Generation:
     """text: without special tokens, None where there is no tokenizer. tokens: generated ids. stop: "eos", "length", or
-    the string that ended it, which is the end of text. held: slots per KV head in use after each token; rounds:
+    the string that ended it, with which its tokens end. held: slots per KV head in use after each token; rounds:
     evictions; kept, with trace=True: after each round, the number of tokens seen and the positions that survived, by
     layer and KV head (one where they share).
     """
@@ -99,7 +100,7 @@ def generate(
     n_samples: int = 1,
     n_rows: int = 8,
     eos_ids: int | Sequence[int] | None = None,
-    stop_strings: str | Sequence[str] = (),
+    stop_strings: str | Sequence[str] | None = None,
     trace: bool = False,
     stream: Callable[[int, str], None] | None = None,
     progress: bool = True,
@@ -110,10 +111,10 @@ def generate(
     model: a causal LM of transformers, what `load_model` gives, or a name that it takes; afterwards it is as it was.
     prompts: a string (encoded as it is), chat messages (through the template), token ids, a list of these, or a
     tokenizer's batch with its attention mask. policy: a preset, with policy_options, or a Policy; "full" takes no
-    kv_budget. max_new_tokens, temperature (0 is greedy), top_p, top_k and eos_ids are by default those of the model's
-    generation_config. n_rows: prompts decoded side by side; more than these wait. A row's noise depends on seed, its
-    prompt and the sample only. trace: record Generation.kept. stream(i, piece): called with the new text of sample i
-    (prompt i // n_samples) every few tokens. progress: a bar, where it takes some seconds.
+    kv_budget. max_new_tokens, temperature (0 is greedy), top_p, top_k, eos_ids and stop_strings are by default those
+    of the model's generation_config. n_rows: prompts decoded side by side; more than these wait. A row's noise depends
+    on seed, its prompt and the sample only. trace: record Generation.kept. stream(i, piece): called with the new text
+    of sample i (prompt i // n_samples) every few tokens. progress: a bar, where it takes some seconds.
 
     Returns a Generation for one prompt, a list in order for a list, and a list for each where n_samples > 1.
     Raises ConfigError for what cannot run, FloatingPointError if numbers are not finite.
@@ -121,12 +122,13 @@ def generate(
     check_names(unknown)
     chosen = chosen_policy(policy, policy_options)
     kv_budget = budget_of(chosen, kv_budget)
-    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    stop_strings = None if stop_strings is None else texts_of(stop_strings)
     for name, value in (("n_samples", n_samples), ("n_rows", n_rows)):
         whole(name, value, 1)
     reasoner = entered(model, tokenizer, bool(stop_strings or stream) or needs_text(prompts))
     ids, single = encoded(prompts, reasoner)
     settings = reasoner.model.generation_config
+    stop_strings = texts_of(settings.stop_strings or ()) if stop_strings is None else stop_strings
     if max_new_tokens is None:
         max_new_tokens = settings.max_new_tokens
     if max_new_tokens is None:
@@ -136,12 +138,7 @@ def generate(
     if n_samples > 1 and sampling.temperature == 0:
         raise ConfigError(f"at temperature 0 the {n_samples} samples are all the same; pass temperature=0.6, say")
     warn_of_defaults(settings)
-    drawn, requests = Counter(), []
-    for i, prompt in enumerate(ids):
-        for sample in range(n_samples):
-            name = f"prompts[{i}]" + (f", sample {sample}" if n_samples > 1 else "")
-            requests.append(Request(name, prompt, noise.key(seed, prompt, drawn[prompt])))
-            drawn[prompt] += 1
+    requests = requests_of(ids, n_samples, whole("seed", seed, 0))
     decoder = decoder_for(
         reasoner.model,
         fitted_policy(chosen, policy, reasoner),
@@ -160,14 +157,31 @@ def generate(
     return results[0] if single else results
 
 
+def requests_of(prompts: list[tuple[int, ...]], n_samples: int, seed: int) -> list[Request]:
+    """n_samples of each prompt in turn; noise depends on the seed, the prompt, and how often it came before."""
+    drawn, requests = Counter(), []
+    for i, prompt in enumerate(prompts):
+        for sample in range(n_samples):
+            name = f"prompts[{i}]" + (f", sample {sample}" if n_samples > 1 else "")
+            requests.append(Request(name, prompt, noise.key(seed, prompt, drawn[prompt])))
+            drawn[prompt] += 1
+    return requests
+
+
 def fit(
-    policy: str, model: nn.Module | Reasoner | str, texts: Sequence[str], *, tokenizer=None, out: Path | None = None
+    policy: str,
+    model: nn.Module | Reasoner | str,
+    texts: Sequence[str],
+    *,
+    tokenizer=None,
+    out: Path | str | None = None,
+    policy_options: Mapping | None = None,
 ) -> Policy:
-    """The preset with what it needs fitted to this very model from texts; out: the file to write it to as well."""
+    """The preset with what it needs fitted to this very model from texts; see kvlib.train.fitting.fit."""
     from kvlib.train import fit as fit_to  # trainers, which nothing else here needs
 
     reasoner = entered(model, tokenizer, needs_tokenizer=True)
-    return fit_to(policy, reasoner.model, reasoner.tokenizer, texts, out)
+    return fit_to(policy, reasoner.model, reasoner.tokenizer, texts, out, **(policy_options or {}))
 
 
 def decoded(
@@ -208,7 +222,9 @@ def decoded(
         with tqdm(total=len(requests) * n_max, unit="token", delay=3, disable=not shown or stream is not None) as bar:
             for done in completions(decoder, requests, watch=watch if stop_strings or stream or shown else None):
                 name, text = done.request.id, text_of(done.tokens)
-                stop = next((s for s in stop_strings if s in text), "") if done.stop == "stopped" else done.stop
+                stop = done.stop
+                if stop == "stopped":
+                    stop = next(s for s in stop_strings if s in tokenizer.decode(done.tokens))
                 made[number[name]] = Generation(text, done.tokens, stop, done.held, done.rounds, done.kept)
                 if stream:
                     tell(name, text)
@@ -226,8 +242,7 @@ def stopped_after(tokens: list[int], n_before: int, tokenizer, stop_strings: lis
     start = max(0, n_before - max(len(stop.encode()) for stop in stop_strings))
 
     def holds(n: int) -> bool:
-        text = tokenizer.decode(tokens[start:n], skip_special_tokens=True)
-        return any(stop in text for stop in stop_strings)
+        return any(stop in tokenizer.decode(tokens[start:n]) for stop in stop_strings)
 
     return next((n for n in range(n_before + 1, len(tokens) + 1) if holds(n)), None) if holds(len(tokens)) else None
 
@@ -242,6 +257,8 @@ def check_names(unknown: Mapping) -> None:
 
 
 def chosen_policy(policy: str | Policy | type[Policy], options: Mapping | None) -> Policy:
+    if not isinstance(options, Mapping | None):
+        raise ConfigError(f"policy_options is {options!r}; use a dict such as {{'buffer': 64}}")
     if isinstance(policy, str):
         return make_policy(policy, **(options or {}))
     if isinstance(policy, type) and issubclass(policy, Policy):
@@ -268,17 +285,20 @@ def whole(name: str, value: object, least: int) -> int:
 
 def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool) -> Reasoner:
     """The model with its tokenizer, which is looked for where the model came from, if one is needed."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
+    if not (tokenizer is None or hasattr(tokenizer, "convert_tokens_to_ids")):
+        raise ConfigError(f"tokenizer is {tokenizer!r}; pass a tokenizer of transformers")
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(model, Reasoner):
-        return replace(model, tokenizer=tokenizer or model.tokenizer)
+        return model if tokenizer is None else replace(model, tokenizer=tokenizer)
     if not isinstance(model, nn.Module) or not hasattr(model, "generation_config"):
         raise ConfigError(
             f"model is a {type(model).__name__}; use a causal LM of transformers, what load_model gives, or a name"
         )
     if why_not_fast(model):
         probe(model)
-    if tokenizer is None and needs_tokenizer:
+    if tokenizer is None and (needs_tokenizer or model.generation_config.stop_strings):
         if not model.name_or_path:
             raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")
         tokenizer = from_pretrained(AutoTokenizer, model.name_or_path)
@@ -303,10 +323,17 @@ def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:
     return filled(policy, reasoner.model.name_or_path, reasoner) if missing or paths else policy
 
 
+def texts_of(stop_strings: object) -> list[str]:
+    texts = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(f"stop_strings is {stop_strings!r}; use a string that is not empty, or a list of these")
+    return list(texts)
+
+
 def ids_of(eos_ids: int | Sequence[int] | None, reasoner: Reasoner) -> tuple[int, ...]:
     if eos_ids is None:
         return reasoner.eos_ids
-    return (eos_ids,) if isinstance(eos_ids, int) else tuple(eos_ids)
+    return tuple(whole("an id of eos_ids", i, 0) for i in (eos_ids if isinstance(eos_ids, Iterable) else [eos_ids]))
 
 
 def sampling_of(settings, temperature: float | None, top_p: float | None, top_k: int | None) -> Sampling:
@@ -331,57 +358,3 @@ def warn_of_defaults(settings) -> None:
     if lacked:
         told = ", ".join(f"{name}={value}" for name, value in sorted(lacked.items()))
         warnings.warn(f"the model's generation_config asks for {told}, which kvlib does not apply", stacklevel=3)
-
-
-def needs_text(prompts) -> bool:
-    """Whether a tokenizer is needed for these prompts: a string or a message among them."""
-    if isinstance(prompts, str) or (isinstance(prompts, Mapping) and "role" in prompts):
-        return True
-    return isinstance(prompts, list | tuple) and any(needs_text(prompt) for prompt in prompts)
-
-
-def encoded(prompts, reasoner: Reasoner) -> tuple[list[tuple[int, ...]], bool]:
-    """Ids of every prompt, without padding, and whether there is one alone instead of a list."""
-    if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        ids, mask = (plain(prompts[name]) if name in prompts else None for name in ("input_ids", "attention_mask"))
-        single = bool(ids) and isinstance(ids[0], int)
-        if mask is not None:
-            of = zip([ids] if single else ids, [mask] if single else mask, strict=True)
-            ids = [[i for i, seen in zip(row, told, strict=True) if seen] for row, told in of]
-            prompts = ids[0] if single else ids
-        else:
-            prompts = ids
-    prompts = plain(prompts)
-    single = isinstance(prompts, str) or (bool(prompts) and all(type(p) is int for p in prompts)) or is_chat(prompts)
-    found = [prompts] if single else prompts
-    if not isinstance(found, list | tuple) or not found:
-        raise ConfigError(f"prompts is {prompts!r}; pass a string, chat messages, token ids, or a list of these")
-    return [one_encoded(plain(prompt), i, reasoner) for i, prompt in enumerate(found)], single
-
-
-def plain(x):
-    """Lists instead of tensors, arrays and columns."""
-    return x.tolist() if hasattr(x, "tolist") else x
-
-
-def is_chat(x) -> bool:
-    return isinstance(x, list | tuple) and bool(x) and all(isinstance(m, Mapping) and "role" in m for m in x)
-
-
-def one_encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        ids = reasoner.encode(prompt)
-    elif is_chat(prompt):
-        if reasoner.tokenizer.chat_template is None:
-            raise ConfigError(f"prompt {i} is a chat, and the tokenizer has no chat template; pass a string")
-        ids = reasoner.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    elif isinstance(prompt, list | tuple) and all(type(token) is int for token in prompt):
-        ids = prompt
-    else:
-        raise ConfigError(f"prompt {i} is {prompt!r}; use a string, chat messages (role, content), or token ids")
-    n = reasoner.model.get_input_embeddings().num_embeddings
-    if not ids:
-        raise ConfigError(f"prompt {i} is empty; it needs a token at least")
-    if not 0 <= min(ids) <= max(ids) < n:
-        raise ConfigError(f"prompt {i} has the token id {max(ids)}, and the model knows {n}; use its own tokenizer")
-    return tuple(ids)

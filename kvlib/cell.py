@@ -84,7 +84,9 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
         raise ConfigError("\n".join(faults))
     problems, prompts = prompts_of(config)
     requests = as_requests(config, problems, prompts)
-    check_lengths(chosen, config.kv_budget, requests)
+    if config.kv_budget is not None:
+        longest = max(requests, key=lambda request: len(request.prompt))
+        chosen.check(config.kv_budget, len(longest.prompt), longest.id)
     step = step_of(config.model, weights_sha256(config.model), max(map(len, prompts)) + config.max_new_tokens)
     return Prepared(chosen, problems, requests, step, run_fingerprints(config, policy))
 
@@ -203,13 +205,6 @@ def build_decoder(
     }
     policy = fit(policy, config.model, reasoner)
     return decoder_for(reasoner.model, policy, config.kv_budget, requests, **{**settings, **options})
-
-
-def check_lengths(policy: Policy, kv_budget: int | None, requests: list[Request]) -> None:
-    """Raise ConfigError naming the longest prompt if it does not fit into the budget."""
-    if kv_budget is not None:
-        for request in sorted(requests, key=lambda request: -len(request.prompt)):
-            policy.check(kv_budget, len(request.prompt), request.id)
 
 
 def sample_entry(completion: Completion, problem: Problem, reasoner: Reasoner) -> dict:

@@ -43,7 +43,7 @@ def damaged_file(folder: Path) -> str | None:
             return f"{path.name} is a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
         try:
             tensors(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"{path.name} is damaged ({error})"
     return None
 

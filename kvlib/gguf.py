@@ -26,7 +26,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from kvlib.checkpoint import is_pointer
+from kvlib.checkpoint import damaged_file, is_pointer
 from kvlib.errors import ConfigError
 
 CONVERSION = 1  # raised when what a folder holds changes, so that none of before is used
@@ -192,7 +192,7 @@ def config_of(file: File) -> PreTrainedConfig:
         bos_token_id=file.metadata.get(token.format("bos")),
         eos_token_id=file.metadata.get(token.format("eos")),
         pad_token_id=file.metadata.get(token.format("padding")),
-        rope_factors=rope_factors(file),
+        gguf_rope_factors=rope_factors(file),  # transformers has no name for them: see load_reasoner
     )
 
 
@@ -300,7 +300,10 @@ def convert(path: Path, folder: Path, dtype: torch.dtype | None) -> None:
     file = read(path)
     config = config_of(file)
     if dtype is not None:
-        write_weights(file, config, folder / "model.safetensors", dtype)
+        try:
+            write_weights(file, config, folder / "model.safetensors", dtype)
+        except NotImplementedError as error:  # of the package gguf, which knows fewer types than llama.cpp
+            raise file.refuse(f"cannot be read ({error}); use another quantisation of it") from error
     config.save_pretrained(folder)
     kind = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     try:
@@ -326,25 +329,36 @@ def as_folder(path: Path, sha256: str, dtype: torch.dtype | None) -> Iterator[Pa
     """
     name = f"{sha256}-{str(dtype).removeprefix('torch.') if dtype else 'tokenizer'}-{CONVERSION}"
     folder = cache_folder() / name
-    if not folder.exists():
+    if not is_whole(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with open(folder.parent / f"{name}.lock", "w") as lock:  # two cells convert once
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not folder.exists():
+                if not is_whole(folder):
                     print(f"converting {path} into {folder}", flush=True)
+                    for left in (folder, *folder.parent.glob(f".{name}-*")):  # damaged, or of a run that was killed
+                        shutil.rmtree(left, ignore_errors=True)
                     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as unfinished:
                         convert(path, Path(unfinished), dtype)
+                        os.chmod(unfinished, 0o755)
                         os.rename(unfinished, folder)
-                        os.mkdir(unfinished)
         except OSError as error:
             print(f"{folder.parent} cannot be written ({error}); {path.name} is converted in memory", flush=True)
-    if folder.exists():
+    if is_whole(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as passing:
-        convert(path, Path(passing), dtype)
+        try:
+            convert(path, Path(passing), dtype)
+        except OSError as error:
+            raise ConfigError(
+                f"there is no room to convert {path} ({error}); set KVLIB_CACHE to a disk that has"
+            ) from error
         yield Path(passing)
+
+
+def is_whole(folder: Path) -> bool:
+    return folder.is_dir() and damaged_file(folder) is None
 
 
 def main() -> None:

@@ -168,18 +168,25 @@ def check_model(name: str) -> None:
     place = local_place(name)
     if place is None:
         place_of(name).ask()
-    elif place.is_dir():
-        files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(place.iterdir()))
-        _check_folder(name, place, files)
-    else:
-        _check_gguf(place, place.stat().st_mtime_ns)
+        return
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    if fault := _fault(name, place, state):
+        raise ConfigError(fault)
 
 
 @functools.cache
-def _check_gguf(path: Path, changed: int) -> None:
-    with gguf_reader() as gguf:
-        file = gguf.read(path)
-        gguf.names_of(file, gguf.config_of(file))
+def _fault(name: str, place: Path, state: tuple) -> str | None:
+    """What is wrong with a model on this machine, looked for once per state of its files (size, time)."""
+    try:
+        if place.is_dir():
+            check_folder(name, place)
+            return None
+        with gguf_reader() as gguf:
+            file = gguf.read(place)
+            gguf.names_of(file, gguf.config_of(file))
+    except ConfigError as error:
+        return str(error)
 
 
 @contextlib.contextmanager
@@ -192,8 +199,8 @@ def gguf_reader() -> Iterator:
     yield gguf
 
 
-@functools.cache
-def _check_folder(name: str, folder: Path, files: tuple) -> None:
+def check_folder(name: str, folder: Path) -> None:
+    """Raise ConfigError unless a folder's files are whole and its tensors, by name and shape, those of its config."""
     lacks = missing_files(folder)
     if lacks:
         raise ConfigError(
@@ -324,7 +331,7 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
         tokenizer = from_pretrained(AutoTokenizer, name, folder)
         model, info = from_pretrained(AutoModelForCausalLM, name, folder, output_loading_info=True, **options)
         check_loaded(name, model, info, folder)
-    if factors := getattr(config, "rope_factors", None):  # of a GGUF file
+    if factors := getattr(config, "gguf_rope_factors", None):
         rotary = model.base_model.rotary_emb
         rotary.inv_freq /= torch.tensor(factors)
         rotary.original_inv_freq.copy_(rotary.inv_freq)
@@ -350,7 +357,7 @@ def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) ->
     for key, weight in model.named_parameters():
         if not weight.sum().isfinite():  # a NaN or infinity stays one in the sum
             raise ConfigError(f"the weights of model {name!r} are not all finite numbers ({key}); download them again")
-    if not model.config.tie_word_embeddings:
+    if not getattr(text_config(model), "tie_word_embeddings", False):
         return
     embedding = model.get_input_embeddings().weight
     for shard in [shard for shard in shards(folder) if "lm_head.weight" in tensors(folder / shard)]:

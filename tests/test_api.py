@@ -24,7 +24,8 @@ from transformers.generation import MinLengthLogitsProcessor
 import kvlib
 from kvlib.engine import fast
 from kvlib.errors import ConfigError
-from kvlib.invariants import FAMILIES, SHAPE, random_model
+from kvlib.invariants import SHAPE, random_model
+from kvlib.models import FAMILIES
 from kvlib.policies import PRESETS, Window
 
 EVICTING = [name for name, preset in PRESETS.items() if getattr(preset, "func", preset).evicts]
@@ -201,6 +202,18 @@ def test_stop_strings_end_a_sample_and_a_stream_tells_all_of_its_text(model, tok
         assert one.text == (before.text if cut < 0 else before.text[: cut + len(stop)])
         assert one.stop == ("length" if cut < 0 else stop) and one.tokens == before.tokens[: len(one.tokens)]
     assert made[2].stop == stop
+    special = free[2].tokens[12]
+    with_special = copy.deepcopy(tokenizer)
+    with_special.add_special_tokens({"additional_special_tokens": [f"w{special}"]})
+    settings["tokenizer"] = with_special
+    once = kvlib.generate(model, PROMPTS[2], stop_strings=f"w{special}", **settings)
+    first = free[2].tokens.index(special) + 1
+    assert (once.tokens, once.stop) == (free[2].tokens[:first], f"w{special}"), (
+        "a token that text leaves out ends it too"
+    )
+    by_default = ordinary()
+    by_default.generation_config.stop_strings = [f"w{special}"]
+    assert kvlib.generate(by_default, PROMPTS[2], **settings) == once
 
 
 def test_a_notebook_shows_the_text_and_what_the_cache_held(model, tokenizer):
@@ -349,11 +362,21 @@ WHY = {
 
 
 @pytest.mark.parametrize("change", WHY, ids=lambda change: change.__name__)
-def test_what_the_fast_step_would_read_wrongly_is_told(change):
+def test_what_the_fast_step_would_read_wrongly_takes_the_general_one_or_is_refused(change):
     model = ordinary()
     assert fast.why_not_fast(model) is None
     change(model)
     assert WHY[change] in fast.why_not_fast(model)
+    settings = {"policy": "window", "max_new_tokens": N}
+    if change in (mixed, pruned):
+        with pytest.raises(ConfigError, match="use another model"):
+            kvlib.generate(model, PROMPTS, **settings)
+        return
+    before = state_of(model)
+    assert [list(one.tokens) for one in kvlib.generate(model, PROMPTS, **settings)] == [
+        alone(model, p) for p in PROMPTS
+    ]
+    assert_same(before, state_of(model))
 
 
 WRONG = [
@@ -371,7 +394,7 @@ WRONG = [
     ({"kv_budget": None}, "needs a kv_budget"),
     ({"policy": Window(), "kv_budget": None}, "needs a kv_budget"),
     ({"policy": "full", "kv_budget": 64}, "takes no kv_budget"),
-    ({"policy": "window", "kv_budget": 4}, "does not fit into kv_budget 4"),
+    ({"policy": "window", "kv_budget": 4}, "the prompt does not fit; use 12 or more"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"max_new_tokens": None}, "pass e.g. 512"),
     ({"n_samples": 2}, "at temperature 0"),
@@ -380,8 +403,13 @@ WRONG = [
     ({"temperature": -1}, "temperature is -1"),
     ({"temperature": 1.0, "top_p": 0}, "top_p is 0"),
     ({"stop_strings": "x"}, "pass tokenizer"),
+    ({"eos_ids": "</s>"}, "an id of eos_ids is '<'"),
     ({"policy": "triattention"}, 'kvlib.fit("triattention", model, texts)'),
     ({"policy": "sepllm"}, "pass tokenizer"),
+    ({"tokenizer": "gpt2"}, "tokenizer is 'gpt2'"),
+    ({"policy_options": 3}, "policy_options is 3"),
+    ({"stop_strings": [""]}, "stop_strings is ['']"),
+    ({"seed": "a"}, "seed is 'a'"),
 ]
 
 
@@ -432,6 +460,25 @@ def test_a_policy_may_be_an_object_or_a_class_of_ones_own(model):
         {"policy": Mine(), "policy_options": {"n_sink": 2}},
     ):
         assert kvlib.generate(model, PROMPTS, kv_budget=20, max_new_tokens=N, **settings) == expected
+
+
+@pytest.mark.parametrize("name", ["triattention", "sepllm"])
+def test_what_a_policy_needs_is_made_by_the_call_that_its_sentence_names(tokenizer, name):
+    model = ordinary(dtype=torch.float32, implementation="eager").train()
+    before = state_of(model)
+    policy = kvlib.fit(name, model, [" ".join(f"w{i}" for i in prompt) for prompt in PROMPTS], tokenizer=tokenizer)
+    settings = {"kv_budget": 28, "max_new_tokens": N, "policy_options": {"n_recent": 4, "buffer": 4}}
+    made = kvlib.generate(model, PROMPTS, policy=policy, **settings)
+    assert max(max(one.held) for one in made) == 28 and made[0].rounds > 0
+    if name == "sepllm":
+        again = kvlib.generate(model, PROMPTS, policy=name, tokenizer=tokenizer, **settings)
+        assert [one.tokens for one in made] == [one.tokens for one in again]
+    assert_same(before, state_of(model))
+
+
+def test_a_short_call_shows_no_bar(model, capsys):
+    kvlib.generate(model, PROMPTS[0], policy="window", max_new_tokens=3)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_defaults_are_those_of_the_generation_config_and_what_kvlib_lacks_is_said():
@@ -485,7 +532,7 @@ def test_criteria_see_what_generate_shows_them_and_end_what_it_ends(model, eos):
 
 def test_a_streamer_gets_every_token_and_its_end(model, tokenizer):
     ids = torch.tensor([PROMPTS[0]])
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=9)
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=N, streamer=streamer,
         custom_generate=kvlib.custom_generate(policy="window"),

@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -191,7 +193,44 @@ def test_a_file_is_converted_once_per_dtype_and_by_its_content(tmp_path, cache, 
     assert weights_sha256(str(path)) == file_sha256(path)
 
 
-LOAD = "import sys; from kvlib.models import load_reasoner; load_reasoner(sys.argv[1])"
+def test_a_folder_of_the_cache_that_is_cut_is_converted_again(tmp_path, cache, capfd):
+    path = write_gguf(tmp_path / "model.gguf")
+    expected = logits(load_reasoner(str(path)).model)
+    (weights,) = cache.glob("*-float32-1/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4])
+    left = cache / f".{weights.parent.name}-killed"
+    left.mkdir()
+    capfd.readouterr()
+    assert torch.equal(logits(load_reasoner(str(path)).model), expected)
+    assert "converting" in capfd.readouterr().out and not left.exists()
+
+
+def test_cells_side_by_side_convert_a_file_once(tmp_path, cache, monkeypatch):
+    converted = []
+
+    def slowly(path, folder, dtype):
+        converted.append(folder)
+        time.sleep(0.3)
+        (folder / "config.json").write_text("{}")
+
+    def cell(_):
+        with gguf.as_folder(tmp_path / "model.gguf", "0" * 64, torch.float32) as folder:
+            return folder, (folder / "config.json").exists()
+
+    monkeypatch.setattr(gguf, "convert", slowly)
+    with ThreadPoolExecutor(4) as cells:
+        found = set(cells.map(cell, range(4)))
+    assert found == {(cache / f"{'0' * 64}-float32-1", True)} and len(converted) == 1
+
+
+def test_a_type_that_the_reader_cannot_dequantise_is_a_sentence(tmp_path, monkeypatch):
+    def unknown(data, kind):
+        raise NotImplementedError("Dequantization for Q9_9 is not yet implemented")
+
+    path = write_gguf(tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf, "dequantize", unknown)
+    with pytest.raises(ConfigError, match=r"Q9_9 is not yet implemented\); use another quantisation"):
+        load_reasoner(str(path))
 
 
 def test_a_file_of_the_hub_comes_from_the_cache_without_a_network(tmp_path, monkeypatch):
@@ -225,17 +264,6 @@ def test_the_hub_states_the_hash_of_a_file_before_it_is_downloaded(tmp_path, mon
     assert weights_sha256("owner/x-GGUF/b.gguf") == "hash of b.gguf"
     with pytest.raises(ConfigError, match=r"is no file of .*owner/x-GGUF; there are a\.gguf, b\.gguf"):
         check_model("owner/x-GGUF/c.gguf")
-
-
-def test_two_cells_convert_a_file_once(tmp_path, cache):
-    path = write_gguf(tmp_path / "model.gguf")
-    cells = [
-        subprocess.Popen([sys.executable, "-c", LOAD, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    said = [cell.communicate()[0] for cell in cells]
-    assert [cell.returncode for cell in cells] == [0, 0]
-    assert "".join(said).count("converting") == 1
-    assert [folder.name[-9:] for folder in cache.iterdir() if folder.is_dir()] == ["float32-1"]
 
 
 def test_a_cache_that_cannot_be_written_fails_no_run(tmp_path, monkeypatch, capfd):

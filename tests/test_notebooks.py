@@ -14,8 +14,8 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 QUICK = {
     "00_quickstart": {},
-    "10_train_reasoner": {"n_steps": 2},
-    "20_train_predictor": {"n_traces": 60, "n_held_out": 8},
+    "80_train_reasoner": {"n_steps": 2},
+    "90_train_predictor": {"n_traces": 60, "n_held_out": 8},
     "30_run": {"n_problems": 4, "batch_size": 4},
     "40_charts": {},
     "50_compare": {},
@@ -25,7 +25,7 @@ QUICK = {
 }
 PICTURES = {
     "00_quickstart": 1,
-    "20_train_predictor": 1,
+    "90_train_predictor": 1,
     "40_charts": 4,
     "50_compare": 7,
     "55_replay": 4,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from oracle_cases import (
 from oracle_keys import CHECKS as KEYS
 
 import kvlib.policies
-from kvlib.engine.attention import PrefillStep
+from kvlib.engine.attention import PrefillStep, Scoring
 from kvlib.errors import ConfigError
 from kvlib.kernels.append import append as append_token
 from kvlib.kernels.attention import decode_attention
@@ -95,7 +96,7 @@ def check_h2o(case: Case) -> None:
     def prefill() -> None:
         step, k = PrefillStep(cache, 0, L), keys[None, :, :L]
         k_all, v_all = step.update(k, k, 0)
-        step.attend(0, queries[None, :, :L], k_all, v_all, D**-0.5)
+        step.attend(SimpleNamespace(layer_idx=0), queries[None, :, :L], k_all, v_all, Scoring(D**-0.5))
 
     def decode(position: int) -> None:
         held, positions = (cache.keys[0], cache.values[0]), torch.tensor([position])

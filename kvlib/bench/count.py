@@ -15,14 +15,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvlib.bench.shapes import r1_llama_config, r1_qwen_config, random_model
 from kvlib.cost import minimum_bytes
 from kvlib.engine.decoder import Decoder, Request, decoder_for
-from kvlib.engine.evict import Round
 from kvlib.engine.sampling import Sampling
 from kvlib.policies import Policy, make_policy
 from kvlib.policies.dynts import ImportanceHead
@@ -148,35 +146,6 @@ def count_step(config, policy: Policy, batch: int, live: int) -> dict:
         "graph_breaks": breaks,
         "by_operation": dict(counting.bytes.most_common()),
     }
-
-
-class Memory(TorchDispatchMode):
-    """The most bytes that tensors made inside it hold at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.held: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        outputs = function(*args, **(kwargs or {}))
-        made = [x.untyped_storage() for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
-        self.held |= {StorageWeakRef(x): x.nbytes() for x in made if StorageWeakRef(x) not in given}
-        self.peak = max(self.peak, sum(self.held.values()))
-        return outputs
-
-
-def count_round(config, policy: Policy, n_rows: int, kv_budget: int) -> int:
-    """The most bytes that a round of n_rows, each one slot over the budget, holds beside the cache."""
-    decoder = meta_decoder(config, policy, n_rows, kv_budget)
-    row = torch.empty(n_rows, dtype=torch.int64, device="meta")
-    inv_freq = torch.empty(decoder.cache.shape.head_dim // 2, device="meta")
-    due = Round(kv_budget, row, kv_budget + 1, row, row, row, row, 1.0, inv_freq)
-    with torch.inference_mode(), Memory() as memory:
-        decoder.evict_rows(due)
-    return memory.peak
 
 
 def dynts(config) -> Policy:

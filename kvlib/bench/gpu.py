@@ -260,7 +260,7 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
     model = subject.model
     checks = block("outputs", lambda: [vars(check) for check in check_outputs(subject)])
     run.judge("outputs", checks and [{**check, "reason": check["detail"]} for check in checks])
-    copy = block("copy", lambda: copy_bandwidth(device, scale.copy_bytes)) or float("inf")
+    copy = block("copy", lambda: copy_bandwidth(device, scale.copy_bytes))
     record["ceilings"] = {
         "copy_bandwidth": copy,
         "weight_bytes": minimum_bytes(scale.config, 1, 0),
@@ -277,7 +277,7 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
         row = time_decode(subject, scale, batch, kv_budget, device)
         linears = Linears(replace(subject, prompts=torch.zeros(batch, 1)))
         row["linears"] = batch / seconds_of(lambda: linears.advance(1), device, 2)
-        row["bandwidth_share"] = row["bandwidth"] / copy
+        row["bandwidth_share"] = copy and row["bandwidth"] / copy
         record["arms"].append(row)
         return {"tokens/s": row["steps"]}
 

@@ -151,8 +151,11 @@ def time_products(model: nn.Module, batches: Sequence[int], device: str, repeats
 
 
 @torch.inference_mode()
-def time_attention(scale: Scale, copy: float, device: str, save: Callable[[list], None]) -> list[dict]:
-    """The attention kernel alone on as many layers as 2 GB of keys hold; with other settings in the first three."""
+def time_attention(scale: Scale, copy: float | None, device: str, save: Callable[[list], None]) -> list[dict]:
+    """The attention kernel alone on as many layers as 2 GB of keys hold; with other settings in the first three.
+
+    copy: a plain copy's bandwidth, if it was measured.
+    """
     rows, config = [], scale.config
     H, HQ = config.num_key_value_heads, config.num_attention_heads
     D, repeats = config.hidden_size // HQ, max(1, scale.windows[1] // 4)
@@ -178,7 +181,7 @@ def time_attention(scale: Scale, copy: float, device: str, save: Callable[[list]
                 attend(k, v)
 
         bandwidth = n_layers * one / seconds_of(captured("attention", all_layers, device), device, repeats)
-        row = {"batch": batch, "live_slots": live, "bandwidth": bandwidth, "share_of_copy": bandwidth / copy}
+        row = {"batch": batch, "live_slots": live, "bandwidth": bandwidth, "share_of_copy": copy and bandwidth / copy}
         rows.append(row if programs is None else {**row, "programs": programs, "stages": stages})
         save(rows)
     return rows

@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "10_train_reasoner": {"n_steps": 20},
-    "20_train_predictor": {"n_traces": 120, "n_held_out": 20},
+    "80_train_reasoner": {"n_steps": 20},
+    "90_train_predictor": {"n_traces": 120, "n_held_out": 20},
     "30_run": {"n_problems": 20, "batch_size": 20},
     "60_your_policy": {"n_problems": 40},
 }

@@ -64,20 +64,30 @@ def text_config(model: nn.Module):
 
 
 @contextmanager
-def through_kvlib(model: nn.Module, step: Cache) -> Iterator[None]:
-    """The model evaluates with this step's attention, whatever it was loaded with; afterwards it is as before."""
-    config, training = text_config(model), [module for module in model.modules() if module.training]
-    before, token = config._attn_implementation, STEP.set(step)
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
     try:
-        config._attn_implementation = IMPLEMENTATION
         for module in training:
             module.training = False
         yield
     finally:
-        STEP.reset(token)
-        config._attn_implementation = before
         for module in training:
             module.training = True
+
+
+@contextmanager
+def through_kvlib(model: nn.Module, step: Cache) -> Iterator[None]:
+    """The model evaluates with this step's attention, whatever it was loaded with; afterwards it is as before."""
+    config = text_config(model)
+    before, token = config._attn_implementation, STEP.set(step)
+    try:
+        config._attn_implementation = IMPLEMENTATION
+        with evaluating(model):
+            yield
+    finally:
+        STEP.reset(token)
+        config._attn_implementation = before
 
 
 def causal_mask(n: int, device: torch.device | str) -> Tensor:
@@ -145,7 +155,15 @@ class ObservedStep(Cache):
 
 @torch.no_grad()
 def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> Tensor:
-    """Run the model over a trace; its hidden states `[T, d]` (after the final norm)."""
+    """Run the model over a trace; its hidden states `[T, d]` (after the final norm).
+
+    Raises ConfigError for a model with layers that slide or keep a state, or with a soft cap or sinks.
+    """
+    config = text_config(model)
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ConfigError(
+            f"{config.model_type} has layers without full attention; observe traces of models that do not"
+        )
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     step = ObservedStep(observer)
     with through_kvlib(model, step):

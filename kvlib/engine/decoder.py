@@ -67,8 +67,16 @@ class Decoder:
         self.cache = self.model.cache
         self.device = self.cache.keys.device
         self.meter = meter or Meter(self.device)
-        self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.answer_id = answer_id
+        try:
+            self._allocate(n_rows, max_new_tokens, eos_ids)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, n_rows: int, max_new_tokens: int, eos_ids: Sequence[int]) -> None:
+        self.eos_ids = frozenset(eos_ids)
+        self.eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=self.device)
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(n_rows, dtype=dtype, device=self.device)
@@ -155,7 +163,7 @@ class Decoder:
             raise FloatingPointError(
                 "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
             )
-        rows, eos = self.rows, set(self.eos.tolist())
+        rows, eos = self.rows, self.eos_ids
         ended = self.done.cpu().numpy() | (rows.n_made >= rows.max_new_tokens)
         seen = [row for row, request in enumerate(rows.requests) if request is not None and (watch or ended[row])]
         made = {}
@@ -269,13 +277,12 @@ def decoder_for(
     Greedy, and to the last token, unless settings say otherwise. Raises ConfigError naming the first prompt, longest
     first, that does not fit into the budget.
     """
-    longest_first = sorted(requests, key=lambda request: -len(request.prompt))
+    by_length = {len(request.prompt): request.id for request in reversed(requests)}
     if kv_budget is not None:
-        for request in longest_first:
-            policy.check(kv_budget, len(request.prompt), request.id)
+        for n in sorted(by_length, reverse=True):
+            policy.check(kv_budget, n, by_length[n])
     settings = {"sampling": Sampling(0.0), "eos_ids": (), **settings}
-    n_prompt_max = len(longest_first[0].prompt)
-    return Decoder(model, policy, kv_budget, n_rows=n_rows or len(requests), n_prompt_max=n_prompt_max, **settings)
+    return Decoder(model, policy, kv_budget, n_rows=n_rows or len(requests), n_prompt_max=max(by_length), **settings)
 
 
 def completions(

@@ -23,17 +23,8 @@ from kvlib.errors import ConfigError
 from kvlib.kernels.rope import rotate
 from kvlib.policies.base import MASS, Policy
 
-LAYER_TYPES = {
-    "full_attention",
-    "sliding_attention",
-    "linear_attention",
-    "conv",
-    "hybrid",
-    "moe",
-    "mlp",
-    "sparse",
-    "dense",
-}
+LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid"}
+LAYER_TYPES |= {"moe", "mlp", "sparse", "dense"}
 QUERIES_AT_ONCE = 256
 """Of a prompt: bounds the memory of attention probabilities."""
 SHIFT = 61
@@ -197,8 +188,9 @@ class GeneralModel:
     """A causal LM beside the cache of a policy: n_rows rows of n_slots slots, for positions below n_positions.
 
     cache: SlotCache of the full-attention layers. scaling: of q.k. inv_freq `[D / 2]`: RoPE's, radians per position, by
-    which their keys turn; None where they turn in another way or not at all. Raises ConfigError, with the reason, for
-    a model that decodes in a way of its own, and for a policy that cannot score it.
+    which their keys turn; None where they turn in another way or not at all. Policies that ask queries again score
+    scaling * q.k, without a model's soft cap and sinks; the attention mass is what was paid. Raises ConfigError, with
+    the reason, for a model that decodes in a way of its own, and for a policy that cannot score it.
     """
 
     name: ClassVar = "general"

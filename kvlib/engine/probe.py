@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from kvlib.engine.attention import text_config
+from kvlib.engine.attention import evaluating, text_config
 from kvlib.engine.general import GeneralModel, in_a_sentence
 from kvlib.errors import ConfigError
 from kvlib.policies import Full
@@ -25,7 +25,7 @@ def probe(model: nn.Module) -> None:
     device = step.cache.keys.device
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(step.vocab_size // 2, (n,), generator=draw).to(device) for n in LENGTHS]
-    with in_a_sentence(step.family):
+    with in_a_sentence(step.family), evaluating(model):
         alone = torch.stack([_alone(model, prompt) for prompt in prompts], 1)
         together = _together(step, prompts, alone.argmax(-1))
     allowed = max(0.01, 42 * torch.finfo(alone.dtype).eps)

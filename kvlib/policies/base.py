@@ -1,9 +1,9 @@
 """What every policy shares, and what a policy sees in a round."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import SimpleNamespace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Policy:
     """Fields that are made from the model, and filled in by `kvlib.fitted`."""
     reads_heads: ClassVar[bool] = True
     """`score` reads keys, values or queries."""
+    shares: ClassVar[tuple[str, ...]] = get_args(Share)
+    """What may share one keep set."""
     reads_rope: ClassVar[bool] = False
     """`score` reads inv_freq."""
 
@@ -54,7 +56,10 @@ class Policy:
             self.buffer is None or (type(self.buffer) is int and self.buffer >= 0),
             f"buffer is {self.buffer!r}; use a whole number of tokens, 0 or more",
         )
-        self.require(self.share in get_args(Share), f"share is {self.share!r}; use one of {', '.join(get_args(Share))}")
+        choices = {field.name: get_args(field.type) for field in fields(self) if get_origin(field.type) is Literal}
+        for name, known in {**choices, "share": self.shares}.items():
+            value = getattr(self, name)
+            self.require(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise ConfigError with this policy's name unless `holds`."""
@@ -106,9 +111,7 @@ class Policy:
         while self._trouble(works, n_prompt) and works < MOST_SLOTS:
             fails, works = works, 2 * works
         if self._trouble(works, n_prompt):
-            step = (
-                f"no kv_budget will do: lower n_recent={self.n_recent} or buffer={self.buffer}, or the share it keeps"
-            )
+            step = "no kv_budget will do: lower n_recent, buffer or the share that is kept"
         else:
             while works - fails > 1:
                 middle = (fails + works) // 2

@@ -1,7 +1,7 @@
 """CUR: leverage scores of keys and values (arXiv 2509.15038)."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,10 +55,6 @@ class CUR(Policy):
     def __post_init__(self):
         super().__post_init__()
         self.require(self.local_window >= 0, f"local_window is {self.local_window}; use 0 or more slots")
-        self.require(
-            self.leverage in get_args(Leverage),
-            f"leverage is {self.leverage!r}; use one of {', '.join(get_args(Leverage))}",
-        )
 
     def projection(self, view: View) -> Tensor:
         return gaussian_projection(view)

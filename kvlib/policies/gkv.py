@@ -1,7 +1,7 @@
 """G-KV: attention of the last queries remembered across rounds, minus redundancy (arXiv 2512.00504)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,16 +40,13 @@ class GKV(Policy):
     n_recent: int = 16
     buffer: int | None = 128
     state_names: ClassVar[tuple[str, ...]] = (SCORE, SCORED)
+    shares: ClassVar[tuple[str, ...]] = ("head",)
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.share == "head", f"share is {self.share!r}; scores are remembered per head, use 'head'")
         self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
         self.require(0 <= self.mix_lambda <= 1, f"mix_lambda is {self.mix_lambda}; use 0 to 1")
         self.require(0 <= self.decay <= 1, f"decay is {self.decay}; use 0 to 1")
-        self.require(
-            self.smooth in get_args(Smooth), f"smooth is {self.smooth!r}; use one of {', '.join(get_args(Smooth))}"
-        )
         self.require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
 
     @property

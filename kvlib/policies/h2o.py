@@ -21,10 +21,7 @@ class H2O(Policy):
     per_query: bool = False
     state_names: ClassVar[tuple[str, ...]] = (MASS,)
     reads_heads: ClassVar[bool] = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.share == "head", f"share is {self.share!r}; attention mass is kept per head, use 'head'")
+    shares: ClassVar[tuple[str, ...]] = ("head",)
 
     def recent(self, kv_budget: int) -> int:
         return max(self.n_recent, int(self.recent_ratio * self.keep(kv_budget, 0, 0)))

@@ -1,6 +1,7 @@
 """Hits: decoded queries that pay a slot alpha or more, and the rounds of a policy that remembers all of them."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,10 +23,10 @@ class Hits(Policy):
     """
 
     alpha: float = 1e-4
+    shares: ClassVar[tuple[str, ...]] = ("head",)
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.share == "head", f"share is {self.share!r}; hits are remembered per head, use 'head'")
         self.require(0 < self.alpha <= 1, f"alpha is {self.alpha}; use a share of attention above 0, at most 1")
 
     @property

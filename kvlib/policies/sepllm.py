@@ -36,10 +36,7 @@ class SepLLM(Policy):
     state_names: ClassVar[tuple[str, ...]] = (SEPARATOR,)
     needs: ClassVar[tuple[str, ...]] = ("separators",)
     reads_heads: ClassVar[bool] = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.share == "model", f"share is {self.share!r}; separators are the same everywhere, use 'model'")
+    shares: ClassVar[tuple[str, ...]] = ("model",)
 
     def creation_score(self, hidden, token_ids, answering):
         # torch.isin sorts larger sets, and then waits for the device.

@@ -1,7 +1,7 @@
 """SnapKV at decode time: attention of the last queries (arXiv 2404.14469)."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,9 +41,6 @@ class SnapKV(Policy):
         super().__post_init__()
         self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
         self.require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
-        for name, choices in (("pooling", Pooling), ("group", Group), ("domain", Domain)):
-            value = getattr(self, name)
-            self.require(value in get_args(choices), f"{name} is {value!r}; use one of {', '.join(get_args(choices))}")
 
     @property
     def n_queries(self) -> int:

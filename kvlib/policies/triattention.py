@@ -84,16 +84,12 @@ class TriAttention(Policy):
     offset_reduce: Literal["mean", "max"] = "mean"
     calibration: QueryStatistics | str | None = None
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
+    shares: ClassVar[tuple[str, ...]] = ("head", "head_across_layers", "model")
     reads_rope: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
-        shares = ("head", "head_across_layers", "model")
-        self.require(self.share in shares, f"share is {self.share!r}; use one of {', '.join(shares)}")
         self.require(self.max_offset >= 1, f"max_offset is {self.max_offset}; use 1 or more positions")
-        for name in ("group_reduce", "offset_reduce"):
-            value = getattr(self, name)
-            self.require(value in ("max", "mean"), f"{name} is {value!r}; use 'max' or 'mean'")
 
     def score(self, view, state):
         scores = query_scores(view, self.calibration, self.max_offset, self.offset_reduce)

@@ -61,10 +61,7 @@ class TrimKV(Policy):
     gate: Callable[[Tensor], Tensor] | str | None = None
     state_names: ClassVar[tuple[str, ...]] = (LOG_BETA,)
     needs: ClassVar[tuple[str, ...]] = ("gate",)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.share == "head", f"share is {self.share!r}; retention is kept per head, use 'head'")
+    shares: ClassVar[tuple[str, ...]] = ("head",)
 
     def creation_score(self, hidden, token_ids, answering):
         return {LOG_BETA: self.gate(hidden).float()}

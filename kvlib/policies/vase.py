@@ -1,7 +1,7 @@
 """VaSE: keep the large value ranges, draw the rest by attention (arXiv 2606.03928)."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,15 +41,11 @@ class VaSE(SnapKV):
     large: float = 0.25
     magnitude: Magnitude = "range"
     draw: bool = True
+    shares: ClassVar[tuple[str, ...]] = ("head",)
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.share == "head", f"share is {self.share!r}; draws are made per head, use 'head'")
         self.require(0 <= self.large <= 1, f"large is {self.large}; use a share from 0 to 1")
-        self.require(
-            self.magnitude in get_args(Magnitude),
-            f"magnitude is {self.magnitude!r}; use one of {', '.join(get_args(Magnitude))}",
-        )
 
     def score(self, view, state):
         scores, older = self.importance(view), slice(0, -self.n_obs)

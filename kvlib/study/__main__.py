@@ -18,7 +18,7 @@ from kvlib.charts.report import answer_text
 from kvlib.config import load_grid
 from kvlib.cost import clock
 from kvlib.errors import ConfigError
-from kvlib.study.decode import all_faults, decode, measure_throughput, relative_to, work
+from kvlib.study.decode import all_faults, decode, measure_throughput, work
 from kvlib.study.draw import draw, drawn, make_report, publish
 from kvlib.study.layout import Study, known_fingerprints, present, timing_fingerprints
 from kvlib.study.plan import estimate, known_problems, plan_text, planned_seconds
@@ -83,7 +83,7 @@ def make_plan(study: Study, given: argparse.Namespace) -> None:
 
         for model, config in {config.model: config for config in study.cells.values()}.items():
             print(f"decoding    {model} by the {prepare(config).step}")
-    print("\n  - ".join(["\nmissing", *faults, *relative_to(study)]) if faults else "\nnothing is missing")
+    print("\n  - ".join(["\nmissing", *faults]) if faults else "\nnothing is missing")
 
 
 def cell_states(study: Study, prints: dict[Path, tuple[str, ...]] | None) -> list[CellState]:
@@ -129,12 +129,11 @@ def verify_records(study: Study, given: argparse.Namespace) -> int:
                          f"{study.command('run')}")  # fmt: skip
     benches = sorted(root.glob("*.json")) if given.folder else []
     if benches and not (root / "cells.jsonl").exists() and not any(root.rglob("record.json")):
-        verdict, whose = verify_benches(benches), ", of a bench"
+        verdict, whose = verify_benches(benches), "of a bench"
     else:
         grid, seeds, whose = study.grid, {given.seed}, ""
         if given.folder:
             grid, seeds, whose = owner(root, study.grid.path.parent)
-            whose = f", {whose}"
         studies = [Study(grid, seed, study.runs, study.figures) for seed in seeds] if grid else []
         cells = {own.name(path): config for own in studies for path, config in own.cells.items()}
         if grid and grid.comparison and (root / "cells.jsonl").exists():

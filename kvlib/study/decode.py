@@ -53,7 +53,7 @@ def decode(study: Study, jobs: int | None, charts: bool = False) -> None:
     if prints is None or unfinished(prints):
         faults = all_faults(study, jobs, charts)
         if faults:
-            raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults, *relative_to(study)]))
+            raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults]))
         prints = cell_fingerprints(study)
     left = unfinished(prints)
     text = f"{len(prints) - len(left)} of {len(prints)} cells done"
@@ -76,11 +76,6 @@ def decode(study: Study, jobs: int | None, charts: bool = False) -> None:
         raise StudyError(summary(study, left, log))
 
 
-def relative_to(study: Study) -> list[str]:
-    """Said below faults: what a relative path in them is relative to."""
-    return [f"(relative paths are from {study.grid.path.parent}, the grid's folder)"]
-
-
 def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
     """What stands in the way of running the study's cells, and of drawing its charts, a sentence each."""
     from kvlib.cell import prepare  # torch
@@ -97,11 +92,17 @@ def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
         if "/" in model:
             from kvlib.models import download_folder  # torch
 
-            folder, gb = download_folder(model), model_gb(next(iter(study.cells.values())))
+            folder, gb = (
+                download_folder(model),
+                model_gb(next(cell for cell in study.cells.values() if cell.model == model)),
+            )
             if folder and gb:
                 checks.append(functools.partial(check_disk, folder, gb))
     checks.append(functools.partial(check_locks, study.folder))
-    return find_faults(checks)
+    faults = find_faults(checks)
+    if any("../" in fault for fault in faults):
+        faults.append(f"(paths with ../ are seen from {study.grid.path.parent}, where the grid is)")
+    return faults
 
 
 def check_compared(study: Study) -> None:

@@ -16,7 +16,6 @@ from kvlib.study.gpus import named_gpus, nvidia_smi
 
 RIVAL = """
 import sys
-import sysconfig
 from pathlib import Path
 from kvlib.record import LockedError, locked
 try:

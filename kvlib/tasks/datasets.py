@@ -279,7 +279,7 @@ def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
             raise ConfigError(f"{where} asks the same as row {seen[problem.question]}; remove one")
         seen[problem.question] = i + 1
         problems.append(problem)
-    if not is_gpqa and all(problem.answer in LETTERS for problem in problems):
+    if not is_gpqa and all(problem.answer in tuple(LETTERS) for problem in problems):
         apart = next((columns[name] for name in OPTION_COLUMNS if name in columns), None)
         if apart and not all(re.search(r"\bB\b", problem.question) for problem in problems):
             raise ConfigError(f"{path}: the column {apart} is not asked; list the options in {question}, as in B) 42")

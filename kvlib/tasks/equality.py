@@ -22,6 +22,8 @@ SPELLINGS = str.maketrans("−–＋－．，∕／⁄（）％０１２３４�
     {"°": "", "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "±": r"\pm ",
      "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
 )  # fmt: skip
+TEXT = re.compile(r"\\(?:text|math)(?:rm|bf|it|tt)?\{([^{}]*)\}")
+NUMBER_AS_TEXT = re.compile(TEXT.pattern.replace("[^{}]*", r"[^{}\\A-Za-z]*"))
 RAISED = re.compile("([¼-¾⅐-⅞])|([⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+)|[₀-₉₊₋₍₎]+")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(?:\{([^{}]*)\}|(\d+(?:\.\d+)?|\([^()]*\)|\\?[a-zA-Z]+))")
@@ -48,7 +50,7 @@ class Comparer:
     def strictly(self, gold: str, answer: str) -> bool | None:
         """Whether an answer equals the right one as a number, expression, tuple or set; None if its time ran out."""
         gold, answer = spelled(gold), spelled(answer)
-        if answer == gold:
+        if untexted(answer) == untexted(gold):
             return True
         # Nearly every answer: exact, and without waking the process.
         if PLAIN_NUMBER.fullmatch(gold) and PLAIN_NUMBER.fullmatch(answer):
@@ -140,9 +142,14 @@ class Comparer:
             self.process = None
 
 
+def untexted(text: str) -> str:
+    """Words as they are, less LaTeX's \\text{} around them."""
+    return TEXT.sub(r"\1", text)
+
+
 def spelled(text: str) -> str:
     """An answer in the LaTeX that math-verify reads, less what stands around and between digits without a meaning."""
-    text = RAISED.sub(_lowered, text)
+    text = RAISED.sub(_lowered, NUMBER_AS_TEXT.sub(r"\1", text))
     text = text.translate(SPELLINGS).removesuffix("\\\\").strip()
     text = re.sub(r"(?<!\\)[.,;]+$", "", text)
     text = ROOT.sub(lambda root: f"{ROOTS[root[1]]}{{{root[2] or root[3]}}}", text)

@@ -1,15 +1,13 @@
 """From outputs to verdicts. Never imports torch."""
 
 import functools
-import re
 
 from kvlib.tasks.answers import published_answer, strict_answer, tidy
 from kvlib.tasks.chains import extract_answer
 from kvlib.tasks.datasets import LETTERS, Problem
-from kvlib.tasks.equality import Comparer
+from kvlib.tasks.equality import Comparer, untexted
 
 AFTER_THINKING, WHOLE_OUTPUT = "after </think>", "whole output"  # where the strict rules look
-PLAIN_TEXT = re.compile(r"\\(?:text|math)(?:rm|bf|it|tt)?\{([^{}]*)\}")
 
 
 def grade(problem: Problem, output: str) -> tuple[str | None, bool]:
@@ -39,7 +37,7 @@ def verdicts(problem: Problem, output: str, truncated: bool = False, thinks: boo
     right = {}
     if problem.scorer:
         boxed = None if truncated else strict_answer(output, thinks=thinks, longest=None)
-        right["scorer_correct"] = boxed is not None and problem.scorer(PLAIN_TEXT.sub(r"\1", boxed))
+        right["scorer_correct"] = boxed is not None and problem.scorer(untexted(boxed))
     if problem.scorer and not problem.answer:  # one of many answers, known to the scorer alone
         right |= {"correct": right["scorer_correct"], "strict_correct": right["scorer_correct"]}
     elif is_choice:

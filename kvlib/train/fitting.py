@@ -23,9 +23,9 @@ def fit(
     """The preset `policy` with these options, and what it needs to know of the model fitted to this very object.
 
     texts: what the model reads while it is watched, best outputs of its own on the task at hand, prompt included.
-    triattention's query statistics settle within some ten thousand tokens; trimkv's gate and dynts' predictor are
-    trained, on some hundred texts (dynts: with `<think>` where the prompt ends, if the model has it, and `</think>`
-    where the answer begins). All of it happens in memory, one text at a time, a gate with `[HQ, T, T]` a layer.
+    triattention takes means over their tokens (those of the tiny model: 23,057); trimkv's gate and dynts' predictor
+    are trained on them (the tiny model's: some hundred texts), dynts' on texts with `<think>` where the prompt ends,
+    if the model has it, and `</think>` where the answer begins. All in memory, a gate with `[L, HQ, T, T]` of a text.
     model: of transformers, on any device and with any attention implementation; afterwards it is as it was.
     out: a folder, or a path that ends in .safetensors, to write the fitted module into. The file names the weights of
     `model.name_or_path`, so for weights changed since they were loaded it is not to be used.
@@ -40,9 +40,12 @@ def fit(
     traces = [tokenizer(text)["input_ids"] for text in ([texts] if isinstance(texts, str) else texts)]
     if not traces or min(map(len, traces)) < 2:
         raise ConfigError(f"{policy!r} cannot be fitted to an empty text; give longer ones")
+    if out is not None and not model.name_or_path:
+        raise ConfigError("the model's name_or_path is empty, so a file could not say whose it is; leave out `out`")
+    sha256 = None if out is None else weights_sha256(model.name_or_path)
     module = FITTERS[need](model, tokenizer, traces)
     if out is not None:
-        save_fitted(need, module, Path(out), weights_sha256(model.name_or_path), n_traces=len(traces))
+        save_fitted(need, module, Path(out), sha256, n_traces=len(traces))
     return dataclasses.replace(preset, **{need: module.to(next(model.parameters()).device)})
 
 

@@ -47,6 +47,7 @@ class Profile:
     max_new_tokens: int = 768
     temperature: float = 0.6
     top_p: float = 1.0
+    top_k: int = 0
     label_tokens: int | None = None
     label_power: float = 0.3
     n_epochs: int = 12
@@ -70,7 +71,8 @@ class Profile:
             "dtype",
             "device",
         )
-        return {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "top_k": self.top_k} if self.top_k else settings  # traces from before it was a setting
 
     def of_head(self) -> dict:
         """How the head is trained on its labels."""

@@ -57,7 +57,7 @@ def decode_traces(
         requests,
         n_rows=min(profile.n_rows, len(requests)),
         max_new_tokens=profile.max_new_tokens,
-        sampling=Sampling(profile.temperature, profile.top_p),
+        sampling=Sampling(profile.temperature, profile.top_p, profile.top_k),
         eos_ids=reasoner.eos_ids,
         answer_id=reasoner.answer_id,
     )

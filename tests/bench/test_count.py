@@ -7,15 +7,51 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kvlib
-from kvlib.bench.count import Counting, Memory, count_round, count_step, dynts, minimum_bytes
+from kvlib.bench.count import Counting, count_step, dynts, meta_decoder, minimum_bytes
 from kvlib.bench.shapes import r1_llama_config, r1_qwen_config
 from kvlib.config import load_grid
+from kvlib.engine.evict import Round
 from kvlib.policies import make_policy
 from kvlib.study.plan import WORKSPACE_GB
 
 triton = pytest.importorskip("triton")
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors made inside it hold at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        outputs = function(*args, **(kwargs or {}))
+        made = [x.untyped_storage() for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
+        self.held |= {StorageWeakRef(x): x.nbytes() for x in made if StorageWeakRef(x) not in given}
+        self.peak = max(self.peak, sum(self.held.values()))
+        return outputs
+
+
+def count_round(config, policy, n_rows: int, kv_budget: int) -> int:
+    """The most bytes that a round of n_rows, each one slot over the budget, holds beside the cache."""
+    decoder = meta_decoder(config, policy, n_rows, kv_budget)
+    row = torch.empty(n_rows, dtype=torch.int64, device="meta")
+    inv_freq = torch.empty(decoder.cache.shape.head_dim // 2, device="meta")
+    due = Round(kv_budget, row, kv_budget + 1, row, row, row, row, 1.0, inv_freq)
+    with torch.inference_mode(), Memory() as memory:
+        decoder.evict_rows(due)
+    return memory.peak
+
+
 META = {"device": "meta", "dtype": torch.bfloat16}
 
 

@@ -248,6 +248,13 @@ def test_the_plan_and_the_record_say_which_step_decodes(tmp_path):
         prepare(dataclasses.replace(tiny, model=str(tmp_path / "mistral")))
 
 
+@pytest.mark.parametrize("name", ["lfm2", "gemma2", "gpt_oss"])
+def test_no_trace_is_observed_of_what_an_observer_would_not_see(name):
+    with pytest.raises(ConfigError, match="observe traces of models that do not"):
+        attention.observe_trace(random_family(name), [1, 2, 3], lambda *_: None)
+    attention.observe_trace(random_family("olmo2"), [1, 2, 3], lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("family", "policy", "reason"),
     [

@@ -146,4 +146,4 @@ def test_a_cell_on_cuda_sees_its_leased_gpu_alone(tmp_path, gpus):
     words = command(tmp_path / "cell", device="cuda")
     done = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert record.read_record(tmp_path / "cell")["provenance"]["cuda_visible_devices"] in gpus
+    assert record.read_record(tmp_path / "cell")["provenance"]["finished"]["cuda_visible_devices"] in gpus

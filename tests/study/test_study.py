@@ -5,15 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 from test_cell_command import HERE, alive, environment, lines, wait_until
 
+import kvlib
 from kvlib import record
 from kvlib.config import load_grid
 from kvlib.cost import clock
 from kvlib.study import processes
+from kvlib.study.draw import DRAWN_BY, code_of
 from kvlib.study.layout import SNAKEFILE
 
 GRID = """
@@ -29,7 +31,7 @@ timing: {batch_size: 4, n_steps: 8, repeats: 3}
 @pytest.fixture
 def home(tmp_path):
     """A folder with a grid and stub notebooks, at a path that needs quoting."""
-    home = tmp_path / "sp ace {x} ü"
+    home = tmp_path / 'sp ace {x} ü #1: a\\"b'
     shutil.copytree(HERE / "notebooks", home / "notebooks")
     (home / "notebooks" / "tiny.yml").write_text(GRID)
     return home
@@ -44,7 +46,7 @@ def start(home, do="charts", **environ):
     return subprocess.Popen(
         [sys.executable, "-m", "kvlib.study", do],
         cwd=home,
-        env=environment(**environ),
+        env=environment(HOME="/proc/nohome", **environ),  # as in a container without a home
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -78,10 +80,9 @@ def test_from_grid_to_charts_then_nothing_then_what_changed(home):
     assert not list(home.glob(".snakemake")) and not list((home / "notebooks").glob(".snakemake"))
 
     before = (home / "runs/small/snakemake.log").stat().st_mtime_ns
-    begun = time.monotonic()
     code, output = run(home)
     assert code == 0 and "2 of 2 cells done" in output and "the charts are up to date" in output
-    assert (home / "runs/small/snakemake.log").stat().st_mtime_ns == before and time.monotonic() - begun < 5
+    assert (home / "runs/small/snakemake.log").stat().st_mtime_ns == before
 
     code, output = run(home, "status")
     assert code == 0 and "2 done, 0 running" in output and "timing   1 of 1 done" in output
@@ -122,9 +123,8 @@ def test_one_engine_at_a_time_and_any_end_is_resumable(home):
     cell = home / "runs/small/chain-a/dynts/b8/s0"
     first = start(home, STUB_SLEEP="0.1")
     wait_until(lambda: len(samples(home)) > 4)
-    begun = time.monotonic()
     code, output = run(home)
-    assert code == 75 and time.monotonic() - begun < 5
+    assert code == 75
     assert re.search(rf"small is in use by process {first.pid} on \S+ since \d{{4}}-", output)
 
     first.send_signal(signal.SIGINT)
@@ -142,6 +142,28 @@ def test_one_engine_at_a_time_and_any_end_is_resumable(home):
     found = [sample["id"] for sample in record.load_samples(cell / "samples.jsonl")[1].values()]
     assert found == [f"chain-a/{number}/0" for number in range(25)]
     assert len(samples(home)) == 75 and lines(cell) == 26
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback(home):
+    words = [sys.executable, "-u", "-m", "kvlib.study", "plan"]
+    seen = subprocess.Popen(words, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"study small" in seen.stdout.readline()
+    seen.stdout.close()
+    assert seen.wait(timeout=60) in (0, 141) and b"Error" not in seen.stderr.read()
+
+
+def test_charts_are_drawn_again_for_the_code_that_draws_and_for_no_other():
+    """What notebook 40 imports of kvlib, and what that imports, is hashed: all but names, paths and files."""
+    home = Path(kvlib.__file__).parent
+    hashed = {path for pattern in DRAWN_BY for path in home.glob(pattern)}
+    found, waiting = set(), re.findall(r"from kvlib\.(\S+) import", code_of(home.parent / "notebooks/40_charts.ipynb"))
+    while waiting:
+        path = home / f"{waiting.pop().replace('.', '/')}.py"
+        if path.exists() and path not in found:
+            found.add(path)
+            waiting += re.findall(r"^from kvlib\.(\S+) import", path.read_text(), re.MULTILINE)
+    assert found <= hashed | {home / name for name in ("errors.py", "files.py", "hub.py", "checkpoint.py")}
+    assert not [path for path in hashed if {"study", "bench", "engine", "train"} & set(path.relative_to(home).parts)]
 
 
 def test_bad_input_is_a_sentence_within_seconds(home):
@@ -165,7 +187,9 @@ def test_bad_input_is_a_sentence_within_seconds(home):
 
 
 def test_the_snakefile_works_without_the_study_command(home):
-    paths = [f"grid={home}/notebooks/tiny.yml", f"runs={home}/runs", "seed=3"]
+    plain = home.with_name("plain")  # Snakemake's own --config takes no # : or "
+    plain.symlink_to(home)
+    paths = [f"grid={plain}/notebooks/tiny.yml", f"runs={plain}/runs", "seed=3"]
     process = subprocess.run(
         [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "-n", "--config", *paths],
         cwd=home,

@@ -75,14 +75,16 @@ def test_answers_are_text_whatever_the_column_holds(tmp_path):
     assert load_problems(jsonl(tmp_path / "y.jsonl", boxed))[0].answer == "4"
 
 
-@pytest.mark.parametrize("sign", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\n", "\r\n"])
+@pytest.mark.parametrize(
+    "sign", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\n", "\r", "\r\n"]
+)
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_signs_that_python_takes_for_line_ends_stay_in_their_cell(tmp_path, sign, kind):
     rows = [{"problem": f"Find {sign}rac12 of {n}", "answer": str(n)} for n in (54, 56)]
     path = tmp_path / f"ff.{kind}"
     if kind == "csv":
         with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, ["problem", "answer"], quoting=csv.QUOTE_ALL)
+            table = csv.DictWriter(file, ["problem", "answer"])
             table.writeheader()
             table.writerows(rows)
     else:

@@ -47,6 +47,9 @@ x^2 | x² | x³ ; 2x ; x_2
 (2,1.5) | 2, 1.5 ; (2,\frac32) | 1.5, 2
 \{1,2\} | \left\{2, 1.0\right\} ; 1, 2 | \{1,3\} ; 1
 \pm 2 | ±2 ; 2, -2 | 2 ; -2
+\text{even} | even ; \textbf{even} | \text{odd}
+Yes, no | \text{Yes, no} | \text{no, Yes}
+-3.5 | \text{-3.5} ; \mathrm{-3.5} ; \text{-7/2} | \text{3.5}
 90^{\circ} | 90° ; 90 degrees ; 90 | \frac{\pi}{2} ; 91°
 3+4i | 4i+3 | 3-4i
 (x-1)^2 | x²−2x+1 | x²+2x+1

@@ -82,6 +82,15 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence(plain, policy, texts, me
         fit(policy, *plain, texts)
 
 
+def test_a_model_without_a_name_is_fitted_and_not_written(plain, tmp_path):
+    _, tokenizer = plain
+    nameless = AutoModelForCausalLM.from_config(plain[0].config)
+    nameless.config._name_or_path = nameless.name_or_path = ""
+    assert fit("triattention", nameless, tokenizer, TEXTS).calibration
+    with pytest.raises(ConfigError, match="name_or_path is empty"):
+        fit("triattention", nameless, tokenizer, TEXTS, tmp_path)
+
+
 def test_a_missing_fit_names_the_call_that_makes_it(tmp_path):
     with pytest.raises(ConfigError, match=r'kvlib.fit\("trimkv", model, texts, out="trimkv-gate.safete'):
         check_fitted(make_policy("trimkv"), "someone/model")

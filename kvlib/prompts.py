@@ -1,0 +1,63 @@
+"""What a person may pass as prompts, as the token ids of each."""
+
+from collections.abc import Mapping
+
+from kvlib.errors import ConfigError
+from kvlib.models import Reasoner
+
+
+def needs_text(prompts) -> bool:
+    """Whether a tokenizer is needed for these prompts: a string or a message among them."""
+    if isinstance(prompts, str) or (isinstance(prompts, Mapping) and "role" in prompts):
+        return True
+    return isinstance(prompts, list | tuple) and any(needs_text(prompt) for prompt in prompts)
+
+
+def encoded(prompts, reasoner: Reasoner) -> tuple[list[tuple[int, ...]], bool]:
+    """Ids of every prompt, without padding, and whether there is one alone instead of a list."""
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        prompts = unpadded(prompts)
+    prompts = plain(prompts)
+    single = isinstance(prompts, str) or (bool(prompts) and all(type(p) is int for p in prompts)) or is_chat(prompts)
+    found = [prompts] if single else prompts
+    if not isinstance(found, list | tuple) or not found:
+        raise ConfigError(f"prompts is {prompts!r}; pass a string, chat messages, token ids, or a list of these")
+    return [one_encoded(plain(prompt), i, reasoner) for i, prompt in enumerate(found)], single
+
+
+def unpadded(batch: Mapping) -> list:
+    """The ids that the attention mask of a tokenizer's batch does not leave out: of a prompt, or of each."""
+    ids, mask = plain(batch["input_ids"]), plain(batch.get("attention_mask"))
+    if mask is None or not ids:
+        return ids
+    if isinstance(ids[0], int):
+        return [i for i, seen in zip(ids, mask, strict=True) if seen]
+    return [[i for i, seen in zip(*row, strict=True) if seen] for row in zip(ids, mask, strict=True)]
+
+
+def plain(x):
+    """Lists instead of tensors, arrays and columns."""
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
+def is_chat(x) -> bool:
+    return isinstance(x, list | tuple) and bool(x) and all(isinstance(m, Mapping) and "role" in m for m in x)
+
+
+def one_encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        ids = reasoner.encode(prompt)
+    elif is_chat(prompt):
+        if reasoner.tokenizer.chat_template is None:
+            raise ConfigError(f"prompt {i} is a chat, and the tokenizer has no chat template; pass a string")
+        ids = reasoner.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    elif isinstance(prompt, list | tuple) and all(type(token) is int for token in prompt):
+        ids = prompt
+    else:
+        raise ConfigError(f"prompt {i} is {prompt!r}; use a string, chat messages (role, content), or token ids")
+    n = len(reasoner.model.get_input_embeddings().weight)
+    if not ids:
+        raise ConfigError(f"prompt {i} is empty; it needs a token at least")
+    if not 0 <= min(ids) <= max(ids) < n:
+        raise ConfigError(f"prompt {i} has the token id {max(ids)}, and the model knows {n}; use its own tokenizer")
+    return tuple(ids)
