@@ -245,6 +245,7 @@ def results_of(samples: list[dict]) -> dict:
         "n_correct": sum(s["correct"] for s in samples),
         "n_unanswered": sum(s["answer"] is None for s in samples),
         "n_truncated": sum(s["stop"] == "length" for s in samples),
+        "n_prompt_tokens": sum(s["n_prompt"] for s in samples),
         "n_tokens": n_tokens,
         "n_rounds": sum(s["rounds"] for s in samples),
         "mean_live_slots": sum(s["mean_live"] * s["n_tokens"] for s in samples) / n_tokens,

@@ -28,6 +28,7 @@ LEVELS = [
 TORCH_FREE = ["hub", "config", "record", "stats", "tasks.chains", "tasks.datasets", "tasks.grade", "tasks.rows"]
 TORCH_FREE += ["tasks.answers", "tasks.equality", "charts.measured", "charts.tables", "charts.traces", "charts.arms"]
 TORCH_FREE += ["charts.throughput", "charts.report", "study.plan", "study.preflight", "study.status", "study.verify"]
+TORCH_FREE += ["charts.sheet", "charts.answer", "charts.published", "charts.pairs", "charts.replays", "charts.gallery"]
 TORCH_FREE += ["study.__main__", "study.gpus", "study.cell_command"]
 
 

@@ -71,7 +71,10 @@ def test_the_published_comparison_is_whole():
     """Every cell of the file that asks for them is there, but those of models that are not shipped may be anyone's."""
     comparison = load_comparison(ROOT / "notebooks" / "compare.yml")
     cells = load_cells(ROOT / "results" / "compare", seeds=range(99))
-    asked = {(c.model, dataset_title(c.dataset), c.arm, c.protected, c.config.kv_budget) for c in comparison.cells}
+    asked = {
+        (c.config.model, dataset_title(c.config.dataset), c.arm, c.protected, c.config.kv_budget)
+        for c in comparison.cells
+    }
     there = {
         (row.model, row.dataset, row.arm, row.protected, None if isnan(row.kv_budget) else int(row.kv_budget))
         for row in cells.itertuples()

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.measured import budget_places
-from kvlib.charts.sheet import FULL, GREY, INK, PROMPT, banner, caveat_of, looks, sheet, style
+from kvlib.charts.sheet import FULL, GREY, INK, PROMPT, banner, budget_places, caveat_of, looks, sheet, style
 from kvlib.errors import ConfigError
 
 CELL_COLUMNS = [

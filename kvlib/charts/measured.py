@@ -11,7 +11,8 @@ import textwrap
 import matplotlib.patheffects
 import pandas as pd
 
-from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, ORANGE_TEXT, banner, caveat_of, sheet, style
+from kvlib.charts.published import BAR_WIDTH, PAPER, draw_beside, draw_line, print_value, two_axes
+from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, budget_places, caveat_of, sheet, style
 from kvlib.errors import Spoken
 
 PASS = ["pass_at_1", "pass_low", "pass_high"]
@@ -26,8 +27,6 @@ BESIDE_NOTE = (
 )
 
 TOP = 116  # percent: leaves room above 100 for the legend
-BAR_WIDTH = 0.82  # in steps between budgets
-PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
 class IncompleteError(Spoken, ValueError):
@@ -35,7 +34,7 @@ class IncompleteError(Spoken, ValueError):
 
 
 def measured_figure(df, expected, *, allow_incomplete=False, published=None):
-    """The same form as the published panel, for values measured here; both axes start at 0.
+    """The form of the published panel for values measured here; both axes start at 0.
 
     df: one row per (dataset, kv_budget), of one model and policy, with the columns
         model, dataset, policy, device            str
@@ -47,18 +46,14 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
         throughput_definition, _interval          str, the right axis label; what the interval is
         n_repeats, too_busy                       int; bool, whether the timing's control failed
         batch_size                                rows decoded together in the timing run
-    expected: list of (dataset, kv_budget) that the chart promises; None as budget = full cache.
-        Its order is the order of the panels.
-        With a column grader, other than "exact checker", the note names it; with max_new_tokens, the limit; with a
-        column batch_halved (bool), the note and the table name the cells that ran out of memory and were decoded with
-        half the rows.
+        Named in the note if there: grader, max_new_tokens, and the cells whose batch_halved (bool) is set.
+    expected: list of (dataset, kv_budget) that the chart promises, in the order of the panels; None = full cache.
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
     published: rows of load_published of the same model, drawn hatched beside the measured bars and as a dashed line.
 
-    Raises IncompleteError naming the missing cells; ValueError for a missing column, a NaN or
-    impossible value (naming its cell), a cell that is there twice or not expected, rows of
-    different models, policies, devices, definitions or sample counts, or published values of another model or
-    beside verdicts that are not by the published rules.
+    Raises IncompleteError naming the missing cells; ValueError for a missing column, a NaN or impossible value (naming
+    its cell), a cell that is there twice or not expected, rows of different models, policies, devices, definitions or
+    sample counts, or published values of another model or beside verdicts that are not by the published rules.
     """
     expected = list(dict.fromkeys((dataset, _budget(budget)) for dataset, budget in expected))
     if all(budget is None for _, budget in expected):
@@ -79,7 +74,7 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
     speeds = [row.throughput_high for row in rows.values() if timed and row.throughput_high > 0]
     speeds += [row.throughput_tps for row in beside.values() if row.throughput_tps > 0]
     tick = _round_up(max(speeds, default=1) / 5)
-    label = textwrap.wrap(one.throughput_definition, 30, break_on_hyphens=False) if timed else []
+    label = textwrap.wrap(_definition(rows), 30, break_on_hyphens=False) if timed else []
     what = "Pass@1 and throughput" if timed else "Pass@1"
     heading = banner(what + (", beside the published values" if beside else ""), one.model, datasets, one.policy)
     with style():
@@ -93,9 +88,8 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
             wanted = [budget for name, budget in expected if name == dataset]
             theirs = [beside.get((dataset, budget)) for budget in budgets] if beside else []
             n = f"n = {next(iter(here.values())).n_problems}" if here else "missing"
-            right = two_axes(
-                ax, f"{one.model} | {dataset} ({n})", "Pass@1 (%)", "\n".join(label) if ax is axes[-1] else ""
-            )
+            last = "\n".join(label * (ax is axes[-1]))
+            right = two_axes(ax, f"{one.model} | {dataset} ({n})", "Pass@1 (%)", last)
             right.set_ylim(0, 5 * tick * TOP / 100)
             right.set_yticks([tick * i for i in range(6)] if timed else [])
             right.spines["right"].set_visible(timed)
@@ -128,7 +122,7 @@ def measured_table(df):
         }
         if "throughput" in df:
             interval = f" ({row.throughput_low:,.0f} to {row.throughput_high:,.0f})" if row.n_repeats > 1 else ""
-            line[row.throughput_definition] = f"{row.throughput:,.0f}{interval}" if _is_timed(row) else "not timed"
+            line[_definition(rows)] = f"{row.throughput:,.0f}{interval}" if _is_timed(row) else "not timed"
         if hasattr(row, "mean_tokens"):
             line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
         if hasattr(row, "truncated_share"):
@@ -141,38 +135,6 @@ def measured_table(df):
             line["Without an answer (%)"] = f"{100 * row.unanswered_share:.1f}" if graded else ""
         table.append(line)
     return pd.DataFrame(table)
-
-
-def budget_places(budgets):
-    """(x of each budget, axis label). Uneven budgets become equal steps: to scale, their bars would overlap."""
-    even = len({b - a for a, b in itertools.pairwise(budgets)}) <= 1
-    return (budgets, "KV Budget") if even else (list(range(len(budgets))), "KV Budget (not to scale)")
-
-
-def two_axes(ax, title, left_label, right_label):
-    """The right axis of ax, for throughput; titles and colours of both."""
-    right = ax.twinx()
-    ax.set_title(title, color=INK)
-    ax.set_xlabel("KV Budget")
-    ax.set_ylabel(left_label, color=BLUE)
-    ax.tick_params(axis="y", labelcolor=BLUE)
-    right.set_ylabel(right_label, color=ORANGE_TEXT)
-    right.tick_params(axis="y", labelcolor=ORANGE_TEXT)
-    return right
-
-
-def draw_line(right, x, y, label):
-    (line,) = right.plot(
-        x, y, color=ORANGE, linewidth=2.2, marker="o", markersize=7, markeredgecolor="white", label=label, gid="line"
-    )
-    return line
-
-
-def print_value(ax, x, base, value, color, rotation=0):
-    """A value at the foot of its bar, where neither the line nor a whisker passes."""
-    text = "100" if value == 100 else f"{value:.1f}"
-    ax.annotate(text, (x, base), (0, 3), textcoords="offset points", ha="center", va="bottom", color=color, size=9,
-                rotation=rotation)  # fmt: skip
 
 
 def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
@@ -212,7 +174,7 @@ def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
         if full and None in here:
             _draw_full_cache(ax, here[None], full[0], timed and here[None].throughput / right.get_ylim()[1] * TOP)
     if theirs:
-        hatched, dashed = _draw_published(ax, right, places, theirs, aside, step)
+        hatched, dashed = draw_beside(ax, right, places, theirs, aside, step)
         handles.append(hatched)
     for budget in wanted:
         if budget not in here:
@@ -245,21 +207,6 @@ def _draw_whisker(ax, x, row):
     ax.errorbar(x, row.pass_at_1, [[below], [above]], color=INK, linewidth=1.3, capsize=2.5, clip_on=False)
 
 
-def _draw_published(ax, right, places, rows, aside, step):
-    """The published values of the places that have one: (hatched bars, dashed line)."""
-    there = [(x + aside, row.pass_at_1) for x, row in zip(places, rows, strict=True) if row]
-    hatched = ax.bar([x for x, _ in there], [value for _, value in there], 0.4 * step, facecolor="white",
-                     edgecolor=BLUE, hatch="////", label="published")  # fmt: skip
-    for x, value in there:
-        ax.text(
-            x + 0.02 * step, 3, f"{value:.1f}", rotation=90, ha="center", va="bottom", size=9, color=INK, bbox=PAPER
-        )
-    speeds = [row.throughput_tps if row else float("nan") for row in rows]
-    (dashed,) = right.plot(places, speeds, color=ORANGE, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", markersize=5,
-                           markerfacecolor="white", label="published")  # fmt: skip
-    return hatched, dashed
-
-
 def _draw_missing(ax, x, bar_width, text):
     half = bar_width / 2
     ax.axvspan(x - half, x + half, facecolor="#F6F6F6", edgecolor=GREY, hatch="////", linewidth=0, gid="missing")
@@ -281,12 +228,14 @@ def _notes(rows, one, timed, beside):
     samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} per problem"
     limit = f", at most {one.max_new_tokens} new tokens" if hasattr(one, "max_new_tokens") else ""
     speed = "Throughput was not measured: the study asks for no timing."
-    if timed:
-        here = next((row for row in rows.values() if _is_timed(row)), one)
+    here = next((row for row in rows.values() if timed and _is_timed(row)), None)
+    if here:
         repeats = f"median of {here.n_repeats:.0f} repeats; orange whiskers: {here.throughput_interval}"
         repeats = repeats if here.n_repeats > 1 else "one repeat, so without an interval"
         speed = f"Throughput at batch size {here.batch_size:.0f}: {repeats}"
         speed += "; hollow: the full cache." if any(budget is None for _, budget in rows) else "."
+    elif timed:
+        speed = "Throughput is not measured yet."
     halved, noisy = _halved(rows), _noisy(rows) if timed else []
     grader = getattr(one, "grader", EXACT)
     return [
@@ -323,6 +272,10 @@ def _incomplete(rows, expected, timed):
     said = {f"{len(missing)} of {len(expected)} cells missing": missing,
             f"throughput of {len(untimed)} of {len(expected)} cells missing": untimed}  # fmt: skip
     return {count: cells for count, cells in said.items() if cells}
+
+
+def _definition(rows):
+    return next((row.throughput_definition for row in rows.values() if _is_timed(row)), "Throughput (tokens/s)")
 
 
 def _is_timed(row):

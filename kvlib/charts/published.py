@@ -1,17 +1,18 @@
-"""The published KV-budget figures, redrawn from their numbers and marked as not measured here."""
+"""The published KV-budget figures, redrawn from their numbers and marked as not measured here; their bars and line."""
 
 from pathlib import Path
 
 import pandas as pd
 
-from kvlib.charts.measured import BAR_WIDTH, draw_line, print_value, two_axes
-from kvlib.charts.sheet import BLUE, PALE, sheet, style
+from kvlib.charts.sheet import BLUE, INK, ORANGE, ORANGE_TEXT, PALE, sheet, style
 
 COLUMNS = ["model", "dataset", "kv_budget", "pass_at_1", "throughput_tps"]
 PASS_RANGE = {"AIME24": (20, 60), "AIME25": (10, 50), "AMC23": (60, 100), "GPQA-D": (30, 70), "Mean": (30, 70)}
 THROUGHPUT_RANGE = {"R1-Qwen": (600, 800), "R1-Llama": (400, 600)}
 MEAN = "Mean"
 """The dataset that is the mean of the others; it has no panel, and its line is drawn where the others have none."""
+BAR_WIDTH = 0.82  # in steps between budgets
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
 def load_published(path):
@@ -127,3 +128,44 @@ def published_table(df):
             "Throughput (tokens/s, read off the line, about ±30)": read,
         }
     ).reset_index(drop=True)
+
+
+def two_axes(ax, title, left_label, right_label):
+    """The right axis of ax, for throughput; titles and colours of both."""
+    right = ax.twinx()
+    ax.set_title(title, color=INK)
+    ax.set_xlabel("KV Budget")
+    ax.set_ylabel(left_label, color=BLUE)
+    ax.tick_params(axis="y", labelcolor=BLUE)
+    right.set_ylabel(right_label, color=ORANGE_TEXT)
+    right.tick_params(axis="y", labelcolor=ORANGE_TEXT)
+    return right
+
+
+def draw_line(right, x, y, label):
+    (line,) = right.plot(
+        x, y, color=ORANGE, linewidth=2.2, marker="o", markersize=7, markeredgecolor="white", label=label, gid="line"
+    )
+    return line
+
+
+def print_value(ax, x, base, value, color, rotation=0):
+    """A value at the foot of its bar, where neither the line nor a whisker passes."""
+    text = "100" if value == 100 else f"{value:.1f}"
+    ax.annotate(text, (x, base), (0, 3), textcoords="offset points", ha="center", va="bottom", color=color, size=9,
+                rotation=rotation)  # fmt: skip
+
+
+def draw_beside(ax, right, places, rows, aside, step):
+    """The published values of the places that have one: (hatched bars, dashed line)."""
+    there = [(x + aside, row.pass_at_1) for x, row in zip(places, rows, strict=True) if row]
+    hatched = ax.bar([x for x, _ in there], [value for _, value in there], 0.4 * step, facecolor="white",
+                     edgecolor=BLUE, hatch="////", label="published")  # fmt: skip
+    for x, value in there:
+        ax.text(
+            x + 0.02 * step, 3, f"{value:.1f}", rotation=90, ha="center", va="bottom", size=9, color=INK, bbox=PAPER
+        )
+    speeds = [row.throughput_tps if row else float("nan") for row in rows]
+    (dashed,) = right.plot(places, speeds, color=ORANGE, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", markersize=5,
+                           markerfacecolor="white", label="published")  # fmt: skip
+    return hatched, dashed

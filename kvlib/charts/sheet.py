@@ -4,6 +4,7 @@ Never imports torch or pyplot.
 """
 
 import io
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,12 @@ def sheet(
         x, y = column * (left + wide + right) + left, top - (row + 1) * (above + tall + below) + below
         axes.append(fig.add_axes((x / width, y / height, wide / width, tall / height)))
     return fig, axes
+
+
+def budget_places(budgets):
+    """(x of each budget, axis label). Uneven budgets become equal steps: to scale, their bars would overlap."""
+    even = len({b - a for a, b in itertools.pairwise(budgets)}) <= 1
+    return (budgets, "KV Budget") if even else (list(range(len(budgets))), "KV Budget (not to scale)")
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict]:

@@ -357,14 +357,19 @@ def test_without_timing_only_bars_are_drawn_and_the_note_says_so(measured):
 
 
 def test_a_dataset_that_is_not_timed_yet_is_refused_by_name_or_marked(measured):
-    untimed = measured.assign(**{name: measured[name].where(measured["dataset"] != "Chain-B") for name in SPEED})
-    with pytest.raises(IncompleteError, match="throughput of 7 of 28 cells missing: Chain-B at KV budget 48"):
+    there = measured["dataset"] != "Chain-A"
+    untimed = measured.assign(**{name: measured[name].where(there) for name in TIMED_COLUMNS})
+    with pytest.raises(IncompleteError, match="throughput of 7 of 28 cells missing: Chain-A at KV budget 48"):
         measured_figure(untimed, EXPECTED)
     fig = measured_figure(untimed, EXPECTED, allow_incomplete=True)
     assert "INCOMPLETE: throughput of 7 of 28 cells missing" in all_text(fig)
-    left, right = panels(fig)[1]
+    left, right = panels(fig)[0]
+    assert "median of 5 repeats" in all_text(fig)
     assert len(bars(left)) == 6 and np.isnan(line_of(right).get_ydata()).all()
-    assert measured_table(untimed)[DEFINITION].tolist().count("not timed") == 7
+    shown, whole = (measured_table(df)[DEFINITION].tolist() for df in (untimed, measured))
+    assert shown == ["not timed"] * 7 + whole[7:]
+    none = measured.assign(**dict.fromkeys(TIMED_COLUMNS, float("nan")))
+    assert "Throughput is not measured yet." in all_text(measured_figure(none, EXPECTED, allow_incomplete=True))
 
 
 def test_an_interval_of_one_repeat_is_no_interval(measured):
