@@ -37,7 +37,7 @@ from kvlib.bench.gpu_timing import (  # fmt: skip
     time_rounds,
     time_sampler,
 )
-from kvlib.bench.measure import ceilings, copy_bandwidth, driver, write_record
+from kvlib.bench.measure import ceilings, check_writable, copy_bandwidth, driver, write_record
 from kvlib.bench.shapes import Sizes, Subject, bench_policy, random_model, random_subject
 from kvlib.errors import ConfigError
 from kvlib.kernels.pointwise import rms_norm
@@ -177,6 +177,7 @@ class Run:
 
     def __init__(self, scale: Scale, device: str, seconds: float, path: Path, say: Callable[[str], None]):
         self.scale, self.device, self.path, self.say = scale, device, path, say
+        check_writable(path)
         self.ends = time.monotonic() + seconds
         self.record = {
             "schema": SCHEMA,

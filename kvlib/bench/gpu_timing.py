@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 
 from kvlib.bench.arms import Linears, Ours, products_of
 from kvlib.bench.measure import traffic
-from kvlib.bench.shapes import Subject, r1_qwen_config
+from kvlib.bench.shapes import Subject, r1_config
 from kvlib.engine.decoder import Decoder
 from kvlib.engine.graph import Graph
 from kvlib.engine.paired import fill, synchronise, timed
@@ -46,7 +46,7 @@ class Scale:
 def scales(name: str) -> Scale:
     if name == "full":
         return Scale(
-            config=r1_qwen_config(),
+            config=r1_config("r1-qwen"),
             n_recent=2000,
             settings=((20, 2500), (20, 5000), (128, 2500), (128, 5000), (64, 2500), (64, 5000), (1, 5000)),
             step=(20, 2350),

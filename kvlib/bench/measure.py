@@ -54,7 +54,7 @@ def traffic(model, n_rows: int, live: float, n_steps: int, seconds: float, copy_
 
 
 def check_writable(path: Path) -> None:
-    """Before anything is measured for it. Raises RecordError."""
+    """Make the folder of a record before anything is measured for it. Raises RecordError."""
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -63,9 +63,8 @@ def check_writable(path: Path) -> None:
 
 
 def write_record(path: Path, record: dict) -> None:
-    """Raises RecordError where the folder cannot be written to."""
+    """Raises RecordError where it cannot be written after all."""
     with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
