@@ -51,12 +51,10 @@ def _sha256(state: tuple) -> str:
 def checked_file(folder: Path, name: str) -> Path:
     """A shipped file that exists and has the hash its manifest states; ConfigError otherwise."""
     repair = "restore it with `git checkout -- kvlib/tiny/weights`, or install kvlib again"
-    if not (folder / MANIFEST).exists():
-        raise ConfigError(f"{folder / MANIFEST} is missing; {repair}")
-    expected = json.loads((folder / MANIFEST).read_text())
-    if name not in expected or not (folder / name).exists():
-        raise ConfigError(f"{folder / name} is missing; {repair}")
-    if file_sha256(folder / name) != expected[name]:
+    for path in (folder / MANIFEST, folder / name):
+        if not path.exists():
+            raise ConfigError(f"{path} is missing; {repair}")
+    if file_sha256(folder / name) != json.loads((folder / MANIFEST).read_text()).get(name):
         raise ConfigError(f"{folder / name} is damaged (its sha256 is not the one in {MANIFEST}); {repair}")
     return folder / name
 

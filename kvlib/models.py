@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from safetensors import safe_open
-from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
@@ -63,18 +62,15 @@ class Reasoner:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids. Raises ConfigError if the tokenizer has none for a part of the text."""
-        if strange := self.cannot_write(text):
-            shown = f"{', '.join(map(repr, strange[:3]))}{' …' if len(strange) > 3 else ''}"
-            raise ConfigError(f"the model's tokenizer has no token for {shown}; choose a dataset in its language")
-        return tuple(self.tokenizer.encode(text))
-
-    def cannot_write(self, text: str) -> list[str]:
-        """The words of a text for which a tokenizer of whole words, without one for unknown words, has no token."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if not isinstance(getattr(backend, "model", None), WordLevel) or self.tokenizer.unk_token_id is not None:
-            return []
-        words, known = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)], self.tokenizer.get_vocab()
-        return sorted({word for word in words if word not in known})
+        try:
+            return tuple(self.tokenizer.encode(text))
+        except Exception as error:  # tokenizers raises no narrower kind, of words without a token and without another
+            known = self.tokenizer.get_vocab()
+            strange = sorted({word for word in text.split() if word not in known})
+            shown = f"{', '.join(map(repr, strange[:3]))}{' …' if len(strange) > 3 else ''}" if strange else error
+            raise ConfigError(
+                f"the model's tokenizer has no token for {shown}; choose a dataset in its language"
+            ) from error
 
     def encode_problem(self, text: str, instruction: str = "") -> tuple[int, ...]:
         """The prompt that asks for a solution: through the chat template where the tokenizer has one."""
