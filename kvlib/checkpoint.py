@@ -27,10 +27,13 @@ def shards(folder: Path) -> list[str]:
         return [f"a readable {INDEX}"]
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether Git LFS left a pointer where the file should be."""
+def stand_in(path: Path) -> str | None:
+    """What lies where a file that was not downloaded should be, in a clause; None if it is neither empty nor LFS's."""
     with path.open("rb") as file:
-        return file.read(len(LFS)) == LFS
+        begins = file.read(len(LFS))
+    if begins == LFS:
+        return "is a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
+    return None if begins else "is empty"
 
 
 def damaged_file(folder: Path) -> str | None:
@@ -39,10 +42,8 @@ def damaged_file(folder: Path) -> str | None:
     for path in files:
         if not path.exists():
             continue
-        if path.stat().st_size == 0:
-            return f"{path.name} is empty"
-        if is_pointer(path):
-            return f"{path.name} is a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
+        if fault := stand_in(path):
+            return f"{path.name} {fault}"
         try:
             tensors(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

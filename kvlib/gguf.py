@@ -26,7 +26,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from kvlib.checkpoint import damaged_file, is_pointer
+from kvlib.checkpoint import damaged_file, stand_in
 from kvlib.errors import ConfigError
 
 CONVERSION = 1  # raised when what a folder holds changes, so that none of before is used
@@ -102,18 +102,18 @@ class File:
 
 def read(path: Path) -> File:
     """What a file holds, without its weights. Raises ConfigError unless it is whole."""
-    said = "the model file {} is {}; download it again".format
-    if path.stat().st_size == 0 or is_pointer(path):
-        raise ConfigError(said(path, "a Git LFS pointer" if path.stat().st_size else "empty"))
+    said = "the model file {} {}; download it again".format
+    if fault := stand_in(path):
+        raise ConfigError(said(path, fault))
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             file = _parse(path, data)
             end = max((tensor.start + tensor.n_bytes for tensor in file.tensors.values()), default=0)
             size = len(data)
     except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise ConfigError(said(path, f"no GGUF file, or cut short ({error})")) from error
+        raise ConfigError(said(path, f"is no GGUF file, or cut short ({error})")) from error
     if end > size:
-        raise ConfigError(said(path, f"cut short: it has {size} bytes and needs {end}"))
+        raise ConfigError(said(path, f"is cut short: it has {size} bytes and needs {end}"))
     return file
 
 

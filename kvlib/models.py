@@ -93,11 +93,12 @@ def place_of(name: str) -> Path | Source:
     if name == "smollm2":
         return smollm2_file()
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and is_gguf(path)):
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_dir() or (path.is_file() and is_gguf):
         return path
     if source := model_source(name):
         return source
-    if is_gguf(path):
+    if is_gguf:
         raise ConfigError(f"there is no model file {name}; check the path")
     raise ConfigError(
         f"unknown model {name!r}; use 'tiny', 'smollm2', a hub id such as owner/name or owner/name@revision, a "
@@ -113,10 +114,6 @@ def smollm2_file() -> Path:
     if not found:
         raise ConfigError(f"model 'smollm2' is not installed; {INSTALL_SMOLLM2}")
     return found[0]
-
-
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
 
 
 def local_place(name: str) -> Path | None:
