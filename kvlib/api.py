@@ -21,7 +21,7 @@ from kvlib.engine.rows import Kept
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
 from kvlib.fitted import fit as filled
-from kvlib.models import Reasoner, described, from_pretrained
+from kvlib.models import Reasoner, from_pretrained
 from kvlib.models import load_reasoner as load_model
 from kvlib.policies import Policy, make_policy
 from kvlib.prompts import encoded, needs_text
@@ -304,7 +304,7 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
         tokenizer = from_pretrained(AutoTokenizer, model.name_or_path)
     eos = model.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, Iterable) else () if eos is None else (eos,)
-    return Reasoner(model, None, eos_ids, None, "") if tokenizer is None else described(model, tokenizer, eos_ids, "")
+    return Reasoner(model, tokenizer, eos_ids)
 
 
 def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:

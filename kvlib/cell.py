@@ -18,9 +18,11 @@ from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
 from kvlib.engine.step import planned_step
 from kvlib.errors import ConfigError, GpuMemoryError
+from kvlib.files import file_state
 from kvlib.fitted import check_fitted, fit
 from kvlib.models import (
     Reasoner,
+    check_length,
     check_model,
     checked_config,
     folder_of,
@@ -32,7 +34,7 @@ from kvlib.models import (
 from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.stats import pass_at_1
-from kvlib.tasks.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
+from kvlib.tasks.datasets import Problem, content_sha256, dataset_source, load_problems
 from kvlib.tasks.grade import AFTER_THINKING, verdicts
 from kvlib.tasks.metrics import agreement_of
 
@@ -72,7 +74,7 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
             faults.append(str(error))
 
     attempt(check_model, config.model)
-    attempt(check_dataset, config.dataset)
+    attempt(load_problems, config.dataset, config.n_problems)
     chosen = policy or attempt(make_policy, config.policy, **config.policy_options)
     if chosen:
         attempt(check_fitted, chosen, config.model)
@@ -84,20 +86,25 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
         raise ConfigError("\n".join(faults))
     problems, prompts = prompts_of(config)
     requests = as_requests(config, problems, prompts)
+    longest = max(requests, key=lambda request: len(request.prompt))
     if config.kv_budget is not None:
-        longest = max(requests, key=lambda request: len(request.prompt))
         chosen.check(config.kv_budget, len(longest.prompt), longest.id)
-    step = step_of(config.model, weights_sha256(config.model), max(map(len, prompts)) + config.max_new_tokens)
+    step = step_of(config.model, weights_sha256(config.model), longest.id, len(longest.prompt), config.max_new_tokens)
     return Prepared(chosen, problems, requests, step, run_fingerprints(config, policy))
 
 
 @functools.cache
-def step_of(model: str, weights: str, n_positions: int) -> str:
-    """Which step will decode a model, as far as its config tells. Raises ConfigError if none does."""
+def step_of(model: str, weights: str, longest: str, n_prompt: int, max_new_tokens: int) -> str:
+    """Which step will decode a model, as far as its config tells. Raises ConfigError if none does.
+
+    longest: the id of the longest prompt, of n_prompt tokens.
+    """
     if local_place(model) is None:
         return "step that fits, once it is downloaded"
     with folder_of(model, None) as folder:
-        return planned_step(checked_config(model, folder), n_positions)
+        config = checked_config(model, folder)
+    check_length(config, n_prompt, f"the prompt of {longest}")
+    return planned_step(config, n_prompt + max_new_tokens)
 
 
 def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[s
     policy = policy or make_policy(config.policy, **config.policy_options)
     parts = {
         "config": config.parameters(),
-        "dataset": dataset_sha256(config.dataset, file_state(config.dataset), config.n_problems),
+        "dataset": dataset_sha256(config.dataset, state_of(config.dataset), config.n_problems),
         "model": weights_sha256(config.model),
         "predictor": None,
         **check_fitted(policy, config.model),
@@ -118,10 +125,9 @@ def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[s
     return tuple(fingerprint({**parts, "notebook": notebook}) for notebook in ("", NOTEBOOK_OF_OLD))
 
 
-def file_state(name: str) -> tuple | None:
-    """Tells a file from the same file changed; None for what is no file. Keys what is kept of it in memory."""
-    path = Path(name).absolute()
-    return (path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+def state_of(dataset: str) -> tuple | None:
+    """file_state of a dataset's file, None of any other dataset."""
+    return file_state(Path(dataset)) if Path(dataset).is_file() else None
 
 
 # A grid asks for hundreds of cells of one dataset.
@@ -132,7 +138,7 @@ def dataset_sha256(name: str, state: tuple | None, n_problems: int | None) -> st
 
 def prompts_of(config: RunConfig) -> tuple[tuple[Problem, ...], tuple[tuple[int, ...], ...]]:
     """A cell's problems and the prompt of each. Raises ConfigError for a prompt that a problem's kind has not."""
-    dataset = (config.dataset, file_state(config.dataset), config.n_problems)
+    dataset = (config.dataset, state_of(config.dataset), config.n_problems)
     return _prompts(config.model, weights_sha256(config.model), *dataset, config.prompt)
 
 

@@ -18,8 +18,7 @@ from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
-from kvlib.models import update_manifest
+from kvlib.files import update_manifest, write_atomically
 from kvlib.tasks.chains import DIGITS, VOCABULARY, definition_drill, make_chain, solution_words, value_drill
 
 ID = {word: i for i, word in enumerate(VOCABULARY)}
