@@ -239,13 +239,12 @@ def regraded(sample: dict, by_id: dict[str, Problem], reasoner: Reasoner) -> dic
 
 
 def results_of(samples: list[dict]) -> dict:
-    """Counts of a finished cell, and Pass@1 with its 95 % interval (in [0, 1]).
+    """Counts of a finished cell, and Pass@1 in [0, 1]; its interval is computed where it is drawn, from the verdicts.
 
-    Of a benchmark, n_correct, n_unanswered and pass_* are by the published rules and strict_* by the strict ones.
+    Of a benchmark, n_correct, n_unanswered and pass_at_1 are by the published rules and strict_* by the strict ones.
     """
-    rate, low, high = pass_at_1((s["problem"], s["correct"]) for s in samples)
-    n_tokens = sum(s["n_tokens"] for s in samples)
-    return {
+    first, n_tokens = samples[0], sum(s["n_tokens"] for s in samples)
+    results = {
         "n_problems": len({s["problem"] for s in samples}),
         "n_samples": len(samples),
         "n_correct": sum(s["correct"] for s in samples),
@@ -256,26 +255,19 @@ def results_of(samples: list[dict]) -> dict:
         "n_rounds": sum(s["rounds"] for s in samples),
         "mean_live_slots": sum(s["mean_live"] * s["n_tokens"] for s in samples) / n_tokens,
         "peak_slots": max(s["peak_slots"] for s in samples),
-        "pass_at_1": rate,
-        "pass_low": low,
-        "pass_high": high,
-        **(strict_results_of(samples) if "strict_correct" in samples[0] else {}),
+        "pass_at_1": pass_at_1((s["problem"], s["correct"]) for s in samples)[0],
     }
-
-
-def strict_results_of(samples: list[dict]) -> dict:
-    rate, low, high = pass_at_1((s["problem"], s["strict_correct"]) for s in samples)
-    own = {"scorer_n_correct": sum(s["scorer_correct"] for s in samples)} if "scorer_correct" in samples[0] else {}
-    return {
-        **own,
-        "strict_rule": samples[0].get("strict_rule", AFTER_THINKING),
-        "strict_n_correct": sum(s["strict_correct"] for s in samples),
-        "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
-        "strict_pass_at_1": rate,
-        "strict_pass_low": low,
-        "strict_pass_high": high,
-        "n_undecided": sum(bool(s["undecided"]) for s in samples),
-    }
+    if "strict_correct" in first:
+        results |= {
+            "strict_rule": first.get("strict_rule", AFTER_THINKING),
+            "strict_n_correct": sum(s["strict_correct"] for s in samples),
+            "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
+            "strict_pass_at_1": pass_at_1((s["problem"], s["strict_correct"]) for s in samples)[0],
+            "n_undecided": sum(bool(s["undecided"]) for s in samples),
+        }
+    if "scorer_correct" in first:
+        results["scorer_n_correct"] = sum(s["scorer_correct"] for s in samples)
+    return results
 
 
 def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
