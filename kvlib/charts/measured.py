@@ -4,7 +4,6 @@ Knows columns and colours. It does not know where records lie, how an answer is 
 or how an interval is computed, and it never imports torch or pyplot.
 """
 
-import itertools
 import math
 import textwrap
 
@@ -12,8 +11,9 @@ import matplotlib.patheffects
 import pandas as pd
 
 from kvlib.charts.published import BAR_WIDTH, PAPER, draw_beside, draw_line, print_value, two_axes
+from kvlib.charts.rows import budget_text, interval, once, place, refuse, required
 from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, budget_places, caveat_of, sheet, style
-from kvlib.errors import Spoken
+from kvlib.errors import ConfigError, Spoken
 
 PASS = ["pass_at_1", "pass_low", "pass_high"]
 SPEED = ["throughput", "throughput_low", "throughput_high"]
@@ -51,17 +51,17 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
     published: rows of load_published of the same model, drawn hatched beside the measured bars and as a dashed line.
 
-    Raises IncompleteError naming the missing cells; ValueError for a missing column, a NaN or impossible value (naming
+    Raises IncompleteError naming the missing cells; ConfigError for a missing column, a NaN or impossible value (naming
     its cell), a cell that is there twice or not expected, rows of different models, policies, devices, definitions or
     sample counts, or published values of another model or beside verdicts that are not by the published rules.
     """
     expected = list(dict.fromkeys((dataset, _budget(budget)) for dataset, budget in expected))
     if all(budget is None for _, budget in expected):
-        raise ValueError("expected names no KV budget, so there is nothing to put on the x axis")
+        raise ConfigError("expected names no KV budget, so there is nothing to put on the x axis")
     rows = _measured_rows(df)
     unexpected = [cell for cell in rows if cell not in expected]
     if unexpected:
-        raise ValueError(f"not part of this grid: {_name_cells(unexpected)}; pass only the rows to be drawn")
+        raise ConfigError(f"not part of this grid: {_name_cells(unexpected)}; pass only the rows to be drawn")
     timed = "throughput" in df
     marks = _incomplete(rows, expected, timed)
     if marks and not (allow_incomplete and rows):
@@ -106,7 +106,7 @@ def measured_table(df):
     df: the columns of measured_figure; if present also mean_tokens (tokens per answer),
     truncated_share (fraction from 0 to 1 of answers cut at the length limit), strict_pass_at_1 (percent) and
     unanswered_share (fraction without an answer), NaN where they do not apply.
-    Raises ValueError as measured_figure does.
+    Raises ConfigError as measured_figure does.
     """
     rows = _measured_rows(df)
     datasets = list(dict.fromkeys(dataset for dataset, _ in rows))
@@ -116,13 +116,14 @@ def measured_table(df):
         row = rows[dataset, budget]
         line = {
             "Dataset": dataset,
-            "KV budget": "full cache" if budget is None else str(budget),
+            "KV budget": budget_text(budget),
             "n": str(row.n_problems),
-            "Pass@1 (%) with 95 % interval": (f"{row.pass_at_1:.1f} ({row.pass_low:.1f} to {row.pass_high:.1f})"),
+            "Pass@1 (%) with 95 % interval": interval(row.pass_at_1, row.pass_low, row.pass_high),
         }
         if "throughput" in df:
-            interval = f" ({row.throughput_low:,.0f} to {row.throughput_high:,.0f})" if row.n_repeats > 1 else ""
-            line[_definition(rows)] = f"{row.throughput:,.0f}{interval}" if _is_timed(row) else "not timed"
+            low = row.throughput_low if row.n_repeats > 1 else math.nan
+            speed = interval(row.throughput, low, row.throughput_high, "{:,.0f}")
+            line[_definition(rows)] = speed if _is_timed(row) else "not timed"
         if hasattr(row, "mean_tokens"):
             line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
         if hasattr(row, "truncated_share"):
@@ -286,12 +287,8 @@ def _budget(value):
     return None if pd.isna(value) else int(value)
 
 
-def _name_cell(dataset, budget):
-    return f"{dataset} at {'full cache' if budget is None else f'KV budget {budget}'}"
-
-
 def _name_cells(cells, most=8):
-    names = [_name_cell(*cell) for cell in cells]
+    names = [place({"dataset": dataset, "kv_budget": budget}) for dataset, budget in cells]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -300,36 +297,30 @@ def _measured_rows(df):
     if df.empty:
         return {}
     timed = "throughput" in df
-    absent = [name for name in [*MEASURED_COLUMNS, *(TIMED_COLUMNS if timed else [])] if name not in df]
-    if absent:
-        raise ValueError(f"measured records lack column {', '.join(absent)}")
-    known = df.dropna(subset=SPEED, how="all") if timed else df
+    known = df.dropna(subset=SPEED, how="all") if timed and {*SPEED} <= {*df} else df
+    numbers = [*PASS, *(name for name in ("mean_tokens", "truncated_share") if name in df)]
+    required(df, [*MEASURED_COLUMNS, *(TIMED_COLUMNS if timed else [])], "the measured rows", numbers)
     for name in ["model", "policy", "n_samples", "device", "max_new_tokens", *TIMED_COLUMNS[3:-1]]:
         own = known if name in ["device", *TIMED_COLUMNS] else df
         if name in own and own[name].nunique(dropna=False) > 1:
             values = ", ".join(map(str, own[name].unique()))
-            raise ValueError(f"one {name} per chart, got {values}; pass only the rows to be drawn")
+            raise ConfigError(f"one {name} per chart, got {values}; pass only the rows to be drawn")
     for dataset, group in df.groupby("dataset"):
         if group["n_problems"].nunique(dropna=False) > 1:
-            raise ValueError(f"{dataset} has cells of different n_problems; its bars cannot be compared")
-    rows = {}
-    for index, row in zip(df.index, df.itertuples(index=False), strict=True):
-        cell = (row.dataset, _budget(row.kv_budget))
-        if cell in rows:
-            raise ValueError(f"{_name_cell(*cell)} is there twice; pass one row per cell")
-        triples = [PASS, SPEED] if timed and index in known.index else [PASS]
-        for name in [*itertools.chain(*triples), *({"mean_tokens", "truncated_share"} & {*df})]:
-            value = getattr(row, name)
-            if pd.isna(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} of {_name_cell(*cell)} is {value}; every value drawn must be measured")
-        for name, low, high in triples:
-            # A rounding error of the interval's formula is not a fault.
-            if not getattr(row, low) - 1e-6 <= getattr(row, name) <= getattr(row, high) + 1e-6:
-                raise ValueError(f"{name} of {_name_cell(*cell)} lies outside its interval {low} to {high}")
-        if row.pass_high > 100 + 1e-6 or getattr(row, "truncated_share", 0) > 1:
-            raise ValueError(f"{_name_cell(*cell)}: pass_high is above 100 percent or truncated_share above 1")
-        rows[cell] = row
-    return rows
+            raise ConfigError(f"{dataset} has cells of different n_problems; its bars cannot be compared")
+    once(df, ["dataset", "kv_budget"])
+    for rows, (name, low, high) in [(df, PASS), *([(known, SPEED)] if timed and len(known) else [])]:
+        required(rows, [name], "the measured rows", [name, low, high])
+        # A rounding error of the interval's formula is not a fault.
+        within = (rows[low] - 1e-6 <= rows[name]) & (rows[name] <= rows[high] + 1e-6)
+        refuse(rows[~within], name, f"lies outside its interval {low} to {high}")
+        numbers += [name, low, high]
+    for name in numbers:
+        refuse(df[df[name] < 0], name, "is below 0")
+    for name, most in [("pass_high", 100 + 1e-6), ("truncated_share", 1)]:
+        if name in df:
+            refuse(df[df[name] > most], name, f"is above {most:.0f}")
+    return {(row.dataset, _budget(row.kv_budget)): row for row in df.itertuples(index=False)}
 
 
 def _halved(rows):
@@ -340,9 +331,11 @@ def _halved(rows):
 def _published_rows(published, model, grader):
     """{(dataset, budget): row} of published values that may stand beside what was measured."""
     if list(published["model"].unique()) != [model]:
-        raise ValueError(f"published values of {', '.join(published['model'].unique())} do not belong beside {model}")
+        raise ConfigError(f"published values of {', '.join(published['model'].unique())} do not belong beside {model}")
     if grader != PUBLISHED_RULES:
-        raise ValueError(f"graded by the {grader}: only verdicts by the {PUBLISHED_RULES} belong beside published bars")
+        raise ConfigError(
+            f"graded by the {grader}: only verdicts by the {PUBLISHED_RULES} belong beside published bars"
+        )
     return {(row.dataset, row.kv_budget): row for row in published.itertuples(index=False)}
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.sheet import GREY, INK, banner, looks, sheet, style
+from kvlib.charts.rows import intervals, texts
+from kvlib.charts.sheet import GREY, INK, banner, legend, looks, sheet, style
 from kvlib.charts.tables import model_title
 from kvlib.errors import ConfigError
 from kvlib.stats import BUSY
@@ -165,10 +166,7 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
             _draw(ax, df[df["batch"] == batch], budgets)
             ax.set_title(f"batch {batch}", color=INK)
         axes[0].set_ylabel("Throughput (tokens/s, log scale)")
-        handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        place = (1 - 2.9 / fig.get_size_inches()[0], axes[0].get_position().y1)
-        fig.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=place, frameon=False,
-                   borderaxespad=0)  # fmt: skip
+        legend(fig, axes, 3.0)
     return fig
 
 
@@ -215,24 +213,23 @@ def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
 def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
     """The numbers of throughput_figure as text, one row per arm, by batch and KV budget; those that keep all last."""
     df = df.sort_values(["batch", "kv_budget", "tokens_per_s"], ascending=[True, True, False], kind="stable")
+    rounds = zip(
+        intervals(df, ["tokens_per_s", "low", "high"], "{:,.1f}"), df["tokens_per_s"], df["rounds"], strict=True
+    )
     return pd.DataFrame(
         {
-            "Batch": df["batch"].map(str),
+            "Batch": texts(df["batch"]),
             "KV budget": [_budget(row) for row in df.itertuples()],
-            "Arm": df["policy"].map(arm_title),
+            "Arm": df["policy"].map(arm_title).tolist(),
             "Tokens/s (slowest to fastest round)": [
-                f"{row.tokens_per_s:,.1f} ("
-                + (f"{row.low:,.1f} to {row.high:,.1f})" if row.rounds > 1 else "one round)")
-                for row in df.itertuples()
+                spread if n > 1 else f"{speed:,.1f} (one round)" for spread, speed, n in rounds
             ],
-            "Mean live slots": df["live_slots"].map("{:.0f}".format),
-            "Roofline (tokens/s)": df["roof"].map("{:,.1f}".format),
-            "Of the roofline": (df["tokens_per_s"] / df["roof"]).map("{:.0%}".format),
-            "Of the linear layers": (df["tokens_per_s"] / df["linears"]).map(
-                lambda value: "not measured" if pd.isna(value) else f"{value:.0%}"
-            ),
+            "Mean live slots": texts(df["live_slots"]),
+            "Roofline (tokens/s)": texts(df["roof"], "{:,.1f}"),
+            "Of the roofline": texts(df["tokens_per_s"] / df["roof"], "{:.0%}"),
+            "Of the linear layers": texts(df["tokens_per_s"] / df["linears"], "{:.0%}", "not measured"),
         }
-    ).reset_index(drop=True)
+    )
 
 
 def _budget(row) -> str:
