@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.rows import budget_text, intervals, once, required, signed_interval, texts
+from kvlib.charts.rows import alike, budget_text, intervals, once, required, samples_text, signed_interval, texts
 from kvlib.charts.sheet import FULL, GREY, INK, PROMPT, banner, budget_places, caveat_of, legend, looks, sheet, style
 from kvlib.errors import ConfigError
 
@@ -242,8 +242,7 @@ def _checked_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells with their labels, checked so that whatever is drawn can be trusted."""
     numbers = ["n_problems", "n_samples", "pass_at_1", "pass_low", "pass_high", "mean_tokens", "truncated_share"]
     cells = required(cells, CELL_COLUMNS, "the cells", numbers)
-    if cells["model"].nunique() > 1:
-        raise ConfigError(f"one model per chart, got {', '.join(cells['model'].unique())}; pass the rows of one")
+    alike(cells, ["model"])
     labels = [FULL if pd.isna(row.kv_budget) else arm_label(row.arm, bool(row.protected)) for row in cells.itertuples()]
     # An arm on fewer problems than the rest is not compared like with like: its name says so.
     fewer = cells["kv_budget"].notna() & (cells["n_problems"] < cells.groupby("dataset")["n_problems"].transform("max"))
@@ -267,6 +266,4 @@ def _heading(what: str, cells: pd.DataFrame) -> str:
 
 
 def _samples(cells: pd.DataFrame) -> str:
-    low, high = cells["n_samples"].min(), cells["n_samples"].max()
-    samples = f"{low} sample{'s' if low > 1 else ''}" if low == high else f"{low} to {high} samples"
-    return f"{samples} per problem, at most {cells['max_new_tokens'].max()} new tokens"
+    return f"{samples_text(cells['n_samples'])}, at most {cells['max_new_tokens'].max()} new tokens"

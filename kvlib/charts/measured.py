@@ -11,7 +11,7 @@ import matplotlib.patheffects
 import pandas as pd
 
 from kvlib.charts.published import BAR_WIDTH, PAPER, draw_beside, draw_line, print_value, two_axes
-from kvlib.charts.rows import budget_text, interval, once, place, refuse, required
+from kvlib.charts.rows import alike, budget_text, interval, once, place, refuse, required, samples_text
 from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, budget_places, caveat_of, sheet, style
 from kvlib.errors import ConfigError, Spoken
 
@@ -33,7 +33,7 @@ class IncompleteError(Spoken, ValueError):
     """Cells that the grid asks for have no row; the message names them and the next step."""
 
 
-def measured_figure(df, expected, *, allow_incomplete=False, published=None):
+def measured_figure(df, expected, *, allow_incomplete=False, published=()):
     """The form of the published panel for values measured here; both axes start at 0.
 
     df: one row per (dataset, kv_budget), of one model and policy, with the columns
@@ -49,11 +49,12 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
         Named in the note if there: grader, max_new_tokens, and the cells whose batch_halved (bool) is set.
     expected: list of (dataset, kv_budget) that the chart promises, in the order of the panels; None = full cache.
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
-    published: rows of load_published of the same model, drawn hatched beside the measured bars and as a dashed line.
+    published: what load_published returned, any model's. Where model and datasets are the same and the grading by the
+        published rules, its values are drawn hatched beside the measured bars and as a dashed line.
 
     Raises IncompleteError naming the missing cells; ConfigError for a missing column, a NaN or impossible value (naming
     its cell), a cell that is there twice or not expected, rows of different models, policies, devices, definitions or
-    sample counts, or published values of another model or beside verdicts that are not by the published rules.
+    sample counts.
     """
     expected = list(dict.fromkeys((dataset, _budget(budget)) for dataset, budget in expected))
     if all(budget is None for _, budget in expected):
@@ -68,7 +69,7 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
         raise IncompleteError("; ".join([*(f"{count}: {_name_cells(cells)}" for count, cells in marks.items()),
                                          "run `make charts` again"]))  # fmt: skip
     one = next(iter(rows.values()))
-    beside = {} if published is None else _published_rows(published, one.model, getattr(one, "grader", EXACT))
+    beside = _beside(published, rows, expected)
     datasets = list(dict.fromkeys(dataset for dataset, _ in expected))
     budgets = sorted({budget for _, budget in expected if budget is not None})
     speeds = [row.throughput_high for row in rows.values() if timed and row.throughput_high > 0]
@@ -226,7 +227,7 @@ def _draw_full_cache(ax, row, x, marker):
 def _notes(rows, one, timed, beside):
     """What the figure cannot say, as sentences under it."""
     interval = "Wilson" if one.n_samples == 1 else "bootstrap over problems"
-    samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} per problem"
+    samples = samples_text([one.n_samples])
     limit = f", at most {one.max_new_tokens} new tokens" if hasattr(one, "max_new_tokens") else ""
     speed = "Throughput was not measured: the study asks for no timing."
     here = next((row for row in rows.values() if timed and _is_timed(row)), None)
@@ -238,11 +239,11 @@ def _notes(rows, one, timed, beside):
     elif timed:
         speed = "Throughput is not measured yet."
     halved, noisy = _halved(rows), _noisy(rows) if timed else []
-    grader = getattr(one, "grader", EXACT)
+    graders = dict.fromkeys(getattr(row, "grader", EXACT) for row in rows.values())
     return [
         f"Measured on {one.device}. Policy {one.policy}, {samples}{limit}, n = problems; black whiskers: 95 % interval "
         f"({interval}); dashed: the full cache. {speed}",
-        *([] if grader == EXACT else [f"Graded by the {grader}."]),
+        *([] if [*graders] == [EXACT] else [f"Graded by the {' and the '.join(graders)}."]),
         *([BESIDE_NOTE] if beside else []),
         *([f"Ran out of GPU memory and were decoded with half the rows, whose sums round differently: "
            f"{_name_cells(halved)}."] if halved else []),
@@ -298,28 +299,25 @@ def _measured_rows(df):
         return {}
     timed = "throughput" in df
     known = df.dropna(subset=SPEED, how="all") if timed and {*SPEED} <= {*df} else df
-    numbers = [*PASS, *(name for name in ("mean_tokens", "truncated_share") if name in df)]
+    numbers = [name for name in ("mean_tokens", "truncated_share") if name in df]
     required(df, [*MEASURED_COLUMNS, *(TIMED_COLUMNS if timed else [])], "the measured rows", numbers)
-    for name in ["model", "policy", "n_samples", "device", "max_new_tokens", *TIMED_COLUMNS[3:-1]]:
-        own = known if name in ["device", *TIMED_COLUMNS] else df
-        if name in own and own[name].nunique(dropna=False) > 1:
-            values = ", ".join(map(str, own[name].unique()))
-            raise ConfigError(f"one {name} per chart, got {values}; pass only the rows to be drawn")
+    alike(df, [name for name in ("model", "policy", "n_samples", "max_new_tokens") if name in df])
+    alike(known, [name for name in ("device", *TIMED_COLUMNS[3:-1]) if name in known])
     for dataset, group in df.groupby("dataset"):
         if group["n_problems"].nunique(dropna=False) > 1:
             raise ConfigError(f"{dataset} has cells of different n_problems; its bars cannot be compared")
     once(df, ["dataset", "kv_budget"])
-    for rows, (name, low, high) in [(df, PASS), *([(known, SPEED)] if timed and len(known) else [])]:
-        required(rows, [name], "the measured rows", [name, low, high])
+    for rows, (name, low, high) in [(df, PASS), (known, SPEED)][: 1 + (timed and len(known) > 0)]:
+        required(rows, [], "the measured rows", [name, low, high])
         # A rounding error of the interval's formula is not a fault.
         within = (rows[low] - 1e-6 <= rows[name]) & (rows[name] <= rows[high] + 1e-6)
-        refuse(rows[~within], name, f"lies outside its interval {low} to {high}")
+        refuse(rows[~within], name, f"outside its interval {low} to {high}")
         numbers += [name, low, high]
     for name in numbers:
-        refuse(df[df[name] < 0], name, "is below 0")
+        refuse(df[df[name] < 0], name, "it cannot be below 0")
     for name, most in [("pass_high", 100 + 1e-6), ("truncated_share", 1)]:
         if name in df:
-            refuse(df[df[name] > most], name, f"is above {most:.0f}")
+            refuse(df[df[name] > most], name, f"it cannot be above {most:.0f}")
     return {(row.dataset, _budget(row.kv_budget)): row for row in df.itertuples(index=False)}
 
 
@@ -328,15 +326,12 @@ def _halved(rows):
     return [cell for cell, row in rows.items() if getattr(row, "batch_halved", False)]
 
 
-def _published_rows(published, model, grader):
-    """{(dataset, budget): row} of published values that may stand beside what was measured."""
-    if list(published["model"].unique()) != [model]:
-        raise ConfigError(f"published values of {', '.join(published['model'].unique())} do not belong beside {model}")
-    if grader != PUBLISHED_RULES:
-        raise ConfigError(
-            f"graded by the {grader}: only verdicts by the {PUBLISHED_RULES} belong beside published bars"
-        )
-    return {(row.dataset, row.kv_budget): row for row in published.itertuples(index=False)}
+def _beside(references, rows, expected):
+    """{(dataset, budget): row} of the published values of the same model, where all is graded by the published rules"""
+    ours = {(row.model, getattr(row, "grader", EXACT)) for row in rows.values()}
+    theirs = [row for reference in references for row in reference.itertuples(index=False)]
+    return {(row.dataset, row.kv_budget): row for row in theirs
+            if ours == {(row.model, PUBLISHED_RULES)} and (row.dataset, row.kv_budget) in expected}  # fmt: skip
 
 
 def _round_up(value):

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from kvlib.charts.rows import texts
+from kvlib.charts.rows import alike, texts
 from kvlib.charts.sheet import BLUE, INK, ORANGE, ORANGE_TEXT, PALE, sheet, style
 from kvlib.errors import ConfigError
 
@@ -49,8 +49,7 @@ def published_figure(df):
     Raises ConfigError for a model or dataset without a published axis range, a missing value beside ones that are
     there, or a value outside its axis (it would be cut off).
     """
-    if df["model"].nunique() != 1:
-        raise ConfigError(f"one model per chart, got {', '.join(df['model'].unique()) or 'none'}")
+    alike(df, ["model"])
     model = df["model"].iloc[0]
     if model not in THROUGHPUT_RANGE:
         raise ConfigError(f"no published axis range for {model}; known: {', '.join(THROUGHPUT_RANGE)}")

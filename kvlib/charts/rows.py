@@ -15,21 +15,30 @@ def required(df: pd.DataFrame, columns: list[str], what: str, numbers: Iterable[
     """df itself. Raises ConfigError for a missing column, no rows, or a value of `numbers` that is not finite."""
     require(df, columns, what)
     for name in numbers:
-        bad = df[~np.isfinite(pd.to_numeric(df[name], errors="coerce"))]
-        refuse(bad, name, f"is {bad[name].iloc[0] if len(bad) else ''}; leave out what was not measured, every point "
-                          "is drawn")  # fmt: skip
+        finite = np.isfinite(pd.to_numeric(df[name], errors="coerce"))
+        refuse(df[~finite], name, "leave out what was not measured, every point is drawn")
     return df
 
 
 def refuse(rows: pd.DataFrame, name: str, why: str) -> None:
-    """Raises ConfigError naming the first of the rows, if any, whose value of `name` is wrong."""
-    for _, row in rows.head(1).iterrows():
-        raise ConfigError(f"{name} of {place(row)} {why}")
+    """Raises ConfigError with the value of `name` in the first of these rows, if there is one."""
+    if len(rows):
+        raise ConfigError(f"{name} of {place(rows.iloc[0])} is {rows[name].iloc[0]}: {why}")
 
 
 def once(rows: pd.DataFrame, key: Sequence[str]) -> None:
-    for _, row in rows[rows.duplicated(key)].head(1).iterrows():
-        raise ConfigError(f"{place(row, key)} is there twice; pass it once")
+    """Raises ConfigError where two rows have the same key."""
+    twice = rows[rows.duplicated(key)]
+    if len(twice):
+        raise ConfigError(f"{place(twice.iloc[0], key)} is there twice; pass it once")
+
+
+def alike(df: pd.DataFrame, names: Iterable[str]) -> None:
+    """Raises ConfigError where the rows of one chart differ in one of these columns."""
+    for name in names:
+        if df[name].nunique(dropna=False) > 1:
+            got = ", ".join(map(str, df[name].unique()))
+            raise ConfigError(f"one {name} per chart, got {got}; pass the rows of one")
 
 
 def place(row: Mapping, names: Sequence[str] = ("dataset", "arm")) -> str:
@@ -67,3 +76,10 @@ def signed(value: float) -> str:
 
 def signed_interval(row) -> str:
     return f"{signed(row.difference)} ({signed(row.low)} to {signed(row.high)})"
+
+
+def samples_text(counts: Iterable[int]) -> str:
+    """ "1 sample per problem", "2 to 4 samples per problem" """
+    low, high = min(counts), max(counts)
+    number = low if low == high else f"{low} to {high}"
+    return f"{number} sample{'s' if high > 1 else ''} per problem"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.rows import intervals, texts
+from kvlib.charts.rows import alike, intervals, texts
 from kvlib.charts.sheet import GREY, INK, banner, legend, looks, sheet, style
 from kvlib.charts.tables import model_title
 from kvlib.errors import ConfigError
@@ -85,7 +85,8 @@ def _arms(record: dict) -> list[dict]:
         if row["arm"] in CEILINGS:
             continue
         batch, live = row.get("batch", record.get("batch")), row["live_slots"]
-        rounds = [batch * _steps(record, row) / seconds for seconds in row["seconds"]]
+        n_steps = row.get("steps_per_round") or record["steps_per_round"]
+        rounds = [batch * n_steps / seconds for seconds in row["seconds"]]
         budget, policy = row["kv_budget"], row["arm"].partition("@")[0]
         moved = ceilings["weight_bytes"] + ceilings["kv_bytes_per_token"] * batch * live
         found.append(
@@ -110,10 +111,6 @@ def _arms(record: dict) -> list[dict]:
     return found
 
 
-def _steps(record: dict, row: dict) -> int:
-    return row.get("steps_per_round") or record["steps_per_round"]
-
-
 def _policy(name: str) -> str:
     """The policy of an arm, by the name that gives it its look."""
     return name.removeprefix(PEER).removesuffix("-kvpress")
@@ -133,9 +130,7 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
     not be overlooked stands in yellow: a run cut short, and policies that never evicted at their KV budget. Raises
     ConfigError for several models or machines, or where no arm has a KV budget.
     """
-    for name in ONE_PER_CHART:
-        if df[name].nunique() != 1:
-            raise ConfigError(f"one {name} per chart, got {', '.join(map(str, df[name].unique()))}; pass one at a time")
+    alike(df, ONE_PER_CHART)
     evicting = df[df["kv_budget"].notna()]
     if evicting.empty:
         raise ConfigError("no arm has a KV budget, so there is nothing to put on the x axis; measure one, e.g. knorm")
@@ -151,8 +146,10 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
     marks += [f"NOTHING WAS EVICTED at KV budget {budget:.0f}: {', '.join(map(arm_title, here['policy'].unique()))}"
               for budget, here in idle.groupby("kv_budget")]  # fmt: skip
     weights = "" if one["weights"] == "real" else f", {one['weights']}"
+    n = df["rounds"].min()
+    rounds = f"{n} rounds, whiskers: slowest to fastest" if n > 1 else "one round, so without an interval"
     notes = [
-        f"{one['device']}, {one['dtype']}{weights}; {_rounds(df)}. "
+        f"{one['device']}, {one['dtype']}{weights}; {rounds}. "
         "All-inclusive steps. Policies stand side by side at their KV budget; hollow: by kvpress. HF's linear layers: "
         "alone, as the model has them. Roofline: the least bytes of a step (weights, live keys and values once) at the "
         "copy bandwidth measured in the same call."
@@ -168,11 +165,6 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
         axes[0].set_ylabel("Throughput (tokens/s, log scale)")
         legend(fig, axes, 3.0)
     return fig
-
-
-def _rounds(df: pd.DataFrame) -> str:
-    n = df["rounds"].min()
-    return f"{n} rounds, whiskers: slowest to fastest" if n > 1 else "one round, so without an interval"
 
 
 def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
