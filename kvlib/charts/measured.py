@@ -17,7 +17,10 @@ from kvlib.errors import ConfigError, Spoken
 
 PASS = ["pass_at_1", "pass_low", "pass_high"]
 SPEED = ["throughput", "throughput_low", "throughput_high"]
-MEASURED_COLUMNS = ["model", "dataset", "policy", "kv_budget", *PASS, "n_problems", "n_samples", "device"]
+MEASURED_COLUMNS = [
+    "model", "dataset", "policy", "device", "grader", "kv_budget", *PASS, "n_problems", "n_samples", "max_new_tokens",
+    "mean_tokens", "truncated_share", "batch_halved",
+]  # fmt: skip
 TIMED_COLUMNS = [*SPEED, "throughput_definition", "throughput_interval", "batch_size", "n_repeats", "too_busy"]
 
 EXACT, PUBLISHED_RULES = "exact checker", "published rules"
@@ -37,16 +40,18 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=()):
     """The form of the published panel for values measured here; both axes start at 0.
 
     df: one row per (dataset, kv_budget), of one model and policy, with the columns
-        model, dataset, policy, device            str
+        model, dataset, policy, device, grader    str
         kv_budget                                 slots; NaN or None = full cache
         pass_at_1, pass_low, pass_high            percent; the 95 % interval
         n_problems, n_samples                     problems; samples per problem
+        max_new_tokens, mean_tokens               tokens per answer, at most and on average
+        truncated_share                           of the answers, cut at the length limit, from 0 to 1
+        batch_halved                              bool, whether the GPU's memory held half the rows only
       and, unless the study asks for no timing, when only bars are drawn,
         throughput, throughput_low, _high         tokens/s; median and interval; all NaN: not yet timed
         throughput_definition, _interval          str, the right axis label; what the interval is
         n_repeats, too_busy                       int; bool, whether the timing's control failed
         batch_size                                rows decoded together in the timing run
-        Named in the note if there: grader, max_new_tokens, and the cells whose batch_halved (bool) is set.
     expected: list of (dataset, kv_budget) that the chart promises, in the order of the panels; None = full cache.
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
     published: what load_published returned, any model's. Where model and datasets are the same and the grading by the
@@ -104,9 +109,8 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=()):
 def measured_table(df):
     """The numbers of measured_figure as text, one row per cell, full cache last in each dataset.
 
-    df: the columns of measured_figure; if present also mean_tokens (tokens per answer),
-    truncated_share (fraction from 0 to 1 of answers cut at the length limit), strict_pass_at_1 (percent) and
-    unanswered_share (fraction without an answer), NaN where they do not apply.
+    df: the columns of measured_figure; of a benchmark also strict_pass_at_1 (percent) and unanswered_share (fraction
+    without an answer), NaN where they do not apply.
     Raises ConfigError as measured_figure does.
     """
     rows = _measured_rows(df)
@@ -125,10 +129,8 @@ def measured_table(df):
             low = row.throughput_low if row.n_repeats > 1 else math.nan
             speed = interval(row.throughput, low, row.throughput_high, "{:,.0f}")
             line[_definition(rows)] = speed if _is_timed(row) else "not timed"
-        if hasattr(row, "mean_tokens"):
-            line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
-        if hasattr(row, "truncated_share"):
-            line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
+        line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
+        line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
         if halved:
             line["Batch halved"] = "yes" if (dataset, budget) in halved else ""
         if hasattr(row, "strict_pass_at_1"):  # of a benchmark; a chain has an exact checker
@@ -228,7 +230,6 @@ def _notes(rows, one, timed, beside):
     """What the figure cannot say, as sentences under it."""
     interval = "Wilson" if one.n_samples == 1 else "bootstrap over problems"
     samples = samples_text([one.n_samples])
-    limit = f", at most {one.max_new_tokens} new tokens" if hasattr(one, "max_new_tokens") else ""
     speed = "Throughput was not measured: the study asks for no timing."
     here = next((row for row in rows.values() if timed and _is_timed(row)), None)
     if here:
@@ -239,10 +240,10 @@ def _notes(rows, one, timed, beside):
     elif timed:
         speed = "Throughput is not measured yet."
     halved, noisy = _halved(rows), _noisy(rows) if timed else []
-    graders = dict.fromkeys(getattr(row, "grader", EXACT) for row in rows.values())
+    graders = dict.fromkeys(row.grader for row in rows.values())
     return [
-        f"Measured on {one.device}. Policy {one.policy}, {samples}{limit}, n = problems; black whiskers: 95 % interval "
-        f"({interval}); dashed: the full cache. {speed}",
+        f"Measured on {one.device}. Policy {one.policy}, {samples}, at most {one.max_new_tokens} new tokens, n = "
+        f"problems; black whiskers: 95 % interval ({interval}); dashed: the full cache. {speed}",
         *([] if [*graders] == [EXACT] else [f"Graded by the {' and the '.join(graders)}."]),
         *([BESIDE_NOTE] if beside else []),
         *([f"Ran out of GPU memory and were decoded with half the rows, whose sums round differently: "
@@ -298,11 +299,11 @@ def _measured_rows(df):
     if df.empty:
         return {}
     timed = "throughput" in df
-    known = df.dropna(subset=SPEED, how="all") if timed and {*SPEED} <= {*df} else df
-    numbers = [name for name in ("mean_tokens", "truncated_share") if name in df]
+    numbers = ["mean_tokens", "truncated_share"]
     required(df, [*MEASURED_COLUMNS, *(TIMED_COLUMNS if timed else [])], "the measured rows", numbers)
-    alike(df, [name for name in ("model", "policy", "n_samples", "max_new_tokens") if name in df])
-    alike(known, [name for name in ("device", *TIMED_COLUMNS[3:-1]) if name in known])
+    known = df.dropna(subset=SPEED, how="all") if timed else df
+    alike(df, ["model", "policy", "n_samples", "max_new_tokens"])
+    alike(known, ["device", *(TIMED_COLUMNS[3:-1] if timed else [])])
     for dataset, group in df.groupby("dataset"):
         if group["n_problems"].nunique(dropna=False) > 1:
             raise ConfigError(f"{dataset} has cells of different n_problems; its bars cannot be compared")
@@ -316,19 +317,18 @@ def _measured_rows(df):
     for name in numbers:
         refuse(df[df[name] < 0], name, "it cannot be below 0")
     for name, most in [("pass_high", 100 + 1e-6), ("truncated_share", 1)]:
-        if name in df:
-            refuse(df[df[name] > most], name, f"it cannot be above {most:.0f}")
+        refuse(df[df[name] > most], name, f"it cannot be above {most:.0f}")
     return {(row.dataset, _budget(row.kv_budget)): row for row in df.itertuples(index=False)}
 
 
 def _halved(rows):
     """The cells whose batch was halved."""
-    return [cell for cell, row in rows.items() if getattr(row, "batch_halved", False)]
+    return [cell for cell, row in rows.items() if row.batch_halved]
 
 
 def _beside(references, rows, expected):
     """{(dataset, budget): row} of the published values of the same model, where all is graded by the published rules"""
-    ours = {(row.model, getattr(row, "grader", EXACT)) for row in rows.values()}
+    ours = {(row.model, row.grader) for row in rows.values()}
     theirs = [row for reference in references for row in reference.itertuples(index=False)]
     return {(row.dataset, row.kv_budget): row for row in theirs
             if ours == {(row.model, PUBLISHED_RULES)} and (row.dataset, row.kv_budget) in expected}  # fmt: skip
