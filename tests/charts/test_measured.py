@@ -485,7 +485,6 @@ def test_tables_hold_the_numbers_of_the_charts(published, measured):
         "Mean output (tokens)": "182",
         "Truncated (%)": "3.5",
     }
-    assert "Truncated (%)" not in measured_table(measured)
 
 
 def test_save_gives_the_same_bytes_twice_and_leaves_only_the_two_files(measured, tmp_path):
