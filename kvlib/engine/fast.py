@@ -9,6 +9,7 @@ ones, at twice the memory of the weights: there speed runs out first. `FastModel
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import ACT2FN
 
-from kvlib.engine.attention import PrefillStep, through_kvlib
+from kvlib.engine.attention import observe_trace
 from kvlib.engine.cache import SlotCache, cache_shape
 from kvlib.errors import ConfigError
 from kvlib.kernels.append import append
@@ -206,12 +207,8 @@ class FastModel:
 
     def prefill(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Read one unpadded prompt `[P]` into `row`: hidden states `[P, d]`, as in `step`, and last logits `[V]`."""
-        step = PrefillStep(self.cache, row, len(ids))
-        positions = torch.arange(len(ids), device=ids.device)[None]
-        with through_kvlib(self.model, step):
-            hidden = self.base(
-                input_ids=ids[None], position_ids=positions, past_key_values=step, use_cache=True
-            ).last_hidden_state[0]
+        self.cache.begin(row, len(ids))
+        hidden = observe_trace(self.model, ids, partial(self.cache.read, row))
         return hidden, self.head(hidden[-1:])[0]
 
     def step(self, tokens: Tensor, positions: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
