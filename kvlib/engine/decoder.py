@@ -159,10 +159,7 @@ class Decoder:
 
     def finished(self, watch: "Watch | None" = None) -> list[tuple[int, Completion]]:
         """Rows that ended, as (row, Completion), now idle. Waits for the device."""
-        if not self.finite.item():
-            raise FloatingPointError(
-                "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
-            )
+        self.check_finite()
         rows, eos = self.rows, self.eos_ids
         ended = self.done.cpu().numpy() | (rows.n_made >= rows.max_new_tokens)
         seen = [row for row, request in enumerate(rows.requests) if request is not None and (watch or ended[row])]
@@ -181,6 +178,13 @@ class Decoder:
         for row, _ in completions:
             rows.requests[row] = None
         return completions
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if logits or scores were not finite. Waits for the device."""
+        if not self.finite.item():
+            raise FloatingPointError(
+                "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
+            )
 
     def close(self) -> None:
         """Leave the model as it was before; no step may follow."""

@@ -7,9 +7,8 @@ from torch import nn
 
 from kvlib.engine import fast
 from kvlib.engine.decoder import Decoder
-from kvlib.engine.fast import fuse, why_not_fast
+from kvlib.engine.fast import fuse
 from kvlib.engine.sampling import Sampling
-from kvlib.errors import ConfigError
 from kvlib.invariants import random_model
 from kvlib.models import FAMILIES
 from kvlib.policies import Full
@@ -84,18 +83,6 @@ def test_a_step_over_packed_weights_is_the_same_step(monkeypatch):
         plain.step()
         packed.step()
         torch.testing.assert_close(packed.logits, plain.logits, rtol=1e-4, atol=1e-4)
-
-
-def test_linears_of_which_some_have_a_bias_are_refused():
-    with pytest.raises(ConfigError, match="bias"):
-        fuse(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
-
-
-def test_another_activation_is_not_for_the_fast_step():
-    model = random_model("llama")
-    assert why_not_fast(model) is None
-    model.config.hidden_act = "gelu"
-    assert "gelu" in why_not_fast(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
