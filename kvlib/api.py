@@ -23,7 +23,7 @@ from kvlib.errors import ConfigError
 from kvlib.fitted import fit as filled
 from kvlib.models import Reasoner, described, from_pretrained
 from kvlib.models import load_reasoner as load_model
-from kvlib.policies import Policy, make_policy
+from kvlib.policies import Policy, check_options, make_policy
 from kvlib.prompts import encoded, listed, needs_tokenizer
 
 KV_BUDGET = 512
@@ -114,8 +114,7 @@ def generate(
     reasoner = entered(model, tokenizer, bool(stop_strings or stream) or any(map(needs_tokenizer, asked)))
     settings = reasoner.model.generation_config
     stop_strings = texts_of(settings.stop_strings or ()) if stop_strings is None else stop_strings
-    if max_new_tokens is None:
-        max_new_tokens = settings.max_new_tokens
+    max_new_tokens = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if max_new_tokens is None:
         raise ConfigError("max_new_tokens is not given, nor does the model's generation_config say it; pass e.g. 512")
     checked("max_new_tokens", max_new_tokens)
@@ -197,8 +196,7 @@ def decoded(
     def watch(seen: list[tuple[Request, list[int]]]) -> dict[str, int]:
         stops = {}
         for request, tokens in seen:
-            n = stopped_after(tokens, counted[request.id], tokenizer, stop_strings)
-            if n:
+            if n := stopped_after(tokens, counted[request.id], tokenizer, stop_strings):
                 stops[request.id] = n
             tell(request.id, tokens[:n], ended=False)
         return stops
@@ -241,15 +239,16 @@ def check_names(unknown: Mapping) -> None:
 
 
 def chosen_policy(policy: str | Policy | type[Policy], options: Mapping | None) -> Policy:
-    if not isinstance(options, Mapping | None):
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
         raise ConfigError(f"policy_options is {options!r}; use a dict such as {{'buffer': 64}}")
     if isinstance(policy, str):
-        return make_policy(policy, **(options or {}))
-    if isinstance(policy, type) and issubclass(policy, Policy):
-        return policy(**(options or {}))
-    if not isinstance(policy, Policy):
+        return make_policy(policy, **options)
+    kind = policy if isinstance(policy, type) else type(policy)
+    if not issubclass(kind, Policy):
         raise ConfigError(f"policy is {policy!r}; use the name of a preset, such as 'rkv', or a kvlib.Policy")
-    return replace(policy, **options) if options else policy
+    check_options(kind, options, kind.__name__)
+    return policy(**options) if policy is kind else replace(policy, **options)
 
 
 def budget_of(policy: Policy, kv_budget: int | None) -> int | None:

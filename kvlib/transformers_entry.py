@@ -92,7 +92,7 @@ class Batch:
         self.names = [request.id for request in requests]
         eos, pad = config._eos_token_tensor, config._pad_token_tensor
         self.eos_ids = () if eos is None else tuple(eos.flatten().tolist())
-        self.pad = self.eos_ids[0] if pad is None and self.eos_ids else 0 if pad is None else int(pad)
+        self.pad = 0 if pad is None else int(pad)  # transformers takes an end id where there is one
         self.sequences = torch.cat([input_ids, input_ids.new_full((B, n_new), self.pad)], 1)
         self.criteria = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
         self.streamer, self.n_prompt, self.n_told = streamer, P, 0

@@ -27,7 +27,7 @@ from kvlib import api
 from kvlib.engine import fast
 from kvlib.errors import ConfigError
 from kvlib.invariants import SHAPE, random_model
-from kvlib.models import FAMILIES, Reasoner
+from kvlib.models import FAMILIES
 from kvlib.policies import PRESETS, Window
 
 EVICTING = [name for name, preset in PRESETS.items() if getattr(preset, "func", preset).evicts]
@@ -403,6 +403,9 @@ WRONG = [
     ({"policy": "rkvv"}, "did you mean 'rkv'"),
     ({"policy": 3}, "name of a preset"),
     ({"policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
+    ({"policy": Window, "policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
+    ({"policy": Window(), "policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
+    ({"policy": Window(), "policy_options": {"buffer": "3"}}, "must be of type int"),
     ({"kv_budgt": 3}, "use kv_budget"),
     ({"do_sample": True}, "use temperature"),
     ({"num_return_sequences": 2}, "use n_samples"),
@@ -414,6 +417,7 @@ WRONG = [
     ({"kv_budget": None}, "needs a kv_budget"),
     ({"policy": Window(), "kv_budget": None}, "needs a kv_budget"),
     ({"policy": "full", "kv_budget": 64}, "takes no kv_budget"),
+    ({"policy": "full", "kv_budget": 0}, "takes no kv_budget"),
     ({"policy": "window", "kv_budget": 4}, "the prompt does not fit; use 12 or more"),
     ({"max_new_tokens": 0}, "max_new_tokens=0 ("),
     ({"max_new_tokens": None}, "pass e.g. 512"),
@@ -482,13 +486,11 @@ def test_a_policy_may_be_an_object_or_a_class_of_ones_own(model):
         assert kvlib.generate(model, PROMPTS, kv_budget=20, max_new_tokens=N, **settings) == expected
 
 
-def test_a_tokenizer_of_ones_own_decides_which_token_ends_thinking(model, tokenizer):
-    loaded = Reasoner(model, tokenizer, (), None, "sha256")
-    own = copy.deepcopy(tokenizer)
-    own.add_special_tokens({"additional_special_tokens": ["</think>"]})
-    entered = api.entered(loaded, own, needs_tokenizer=False)
-    assert (entered.answer_id, entered.sha256) == (own.convert_tokens_to_ids("</think>"), "sha256")
-    assert api.entered(loaded, None, needs_tokenizer=False) is loaded
+def test_a_tokenizer_of_ones_own_decides_which_token_ends_thinking(tokenizer):
+    loaded = kvlib.load_model("tiny")
+    assert loaded.answer_id is not None and api.entered(loaded, None, needs_tokenizer=False) is loaded
+    entered = api.entered(loaded, tokenizer, needs_tokenizer=False)
+    assert (entered.tokenizer, entered.answer_id, entered.sha256) == (tokenizer, None, loaded.sha256)
 
 
 @pytest.mark.parametrize("name", ["triattention", "sepllm"])
