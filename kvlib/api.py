@@ -248,7 +248,9 @@ def chosen_policy(policy: str | Policy | type[Policy], options: Mapping | None) 
     if not issubclass(kind, Policy):
         raise ConfigError(f"policy is {policy!r}; use the name of a preset, such as 'rkv', or a kvlib.Policy")
     check_options(kind, options, kind.__name__)
-    return policy(**options) if policy is kind else replace(policy, **options)
+    if policy is kind:
+        return policy(**options)
+    return replace(policy, **options) if options else policy
 
 
 def budget_of(policy: Policy, kv_budget: int | None) -> int | None:

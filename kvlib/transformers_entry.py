@@ -160,7 +160,7 @@ def sampling_of(processors, do_sample: bool | None) -> Sampling:
     names = [kinds.get(type(p)) for p in processors]
     if names != [name for name in kinds.values() if name in names]:
         raise ConfigError(
-            f"kvlib applies temperature, top-k and top-p, once each and in this order, and was given "
+            "kvlib applies temperature, top-k and top-p, once each and in this order, and was given "
             f"{', '.join(type(p).__name__ for p in processors)}; switch others off, for example with "
             "repetition_penalty=1.0"
         )

@@ -475,11 +475,17 @@ def test_a_policy_may_be_an_object_or_a_class_of_ones_own(model):
     class Mine(Window):
         pass
 
+    class Fixed(Window):
+        def __init__(self):
+            super().__init__(n_sink=2)
+
     expected = kvlib.generate(
         model, PROMPTS, policy="window", kv_budget=20, max_new_tokens=N, policy_options={"n_sink": 2}
     )
     for settings in (
         {"policy": Mine(n_sink=2)},
+        {"policy": Fixed()},
+        {"policy": Fixed},
         {"policy": Mine, "policy_options": {"n_sink": 2}},
         {"policy": Mine(), "policy_options": {"n_sink": 2}},
     ):

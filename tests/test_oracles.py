@@ -93,7 +93,7 @@ def check_h2o(case: Case) -> None:
 
     def prefill() -> None:
         cache.begin(0, L)
-        cache.read(0, 0, queries[:, :L], keys[:, :L], keys[:, :L], D**-0.5)
+        cache.store_prompt(0, 0, queries[:, :L], keys[:, :L], keys[:, :L], D**-0.5)
 
     def decode(position: int) -> None:
         held, positions = (cache.keys[0], cache.values[0]), torch.tensor([position])

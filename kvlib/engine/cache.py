@@ -89,8 +89,8 @@ class SlotCache:
             state[:, row] = 0
         self.lengths[row] = n_prompt
 
-    def read(self, row: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
-        """Take what a layer made of a whole prompt, queries `[HQ, P, D]`, keys and values `[H, P, D]`, into a row."""
+    def store_prompt(self, row: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
+        """Store a layer of the prompt that a row began with: queries `[HQ, P, D]`, keys and values `[H, P, D]`."""
         P, W = keys.shape[1], self.shape.n_queries
         self.keys[layer, row, :, :P], self.values[layer, row, :, :P] = keys, values
         if W:

@@ -206,7 +206,7 @@ class FastModel:
     def prefill(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Read one unpadded prompt `[P]` into `row`: hidden states `[P, d]`, as in `step`, and last logits `[V]`."""
         self.cache.begin(row, len(ids))
-        hidden = observe_trace(self.model, ids, partial(self.cache.read, row))
+        hidden = observe_trace(self.model, ids, partial(self.cache.store_prompt, row))
         return hidden, self.head(hidden[-1:])[0]
 
     def step(self, tokens: Tensor, positions: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
