@@ -2,9 +2,8 @@
 
 import difflib
 import html
-import inspect
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from kvlib.config import checked
 from kvlib.engine import noise
 from kvlib.engine.decoder import Decoder, Request, completions, decoder_for
 from kvlib.engine.fast import why_not_fast
@@ -23,8 +23,8 @@ from kvlib.errors import ConfigError
 from kvlib.fitted import fit as filled
 from kvlib.models import Reasoner, from_pretrained
 from kvlib.models import load_reasoner as load_model
-from kvlib.policies import Policy, make_policy
-from kvlib.prompts import encoded, needs_text
+from kvlib.policies import Policy, check_options, make_policy
+from kvlib.prompts import encoded, listed, needs_tokenizer
 
 KV_BUDGET = 512
 CALLED_HERE = {
@@ -40,24 +40,9 @@ CALLED_HERE = {
     "device": "model.to(device)",
 }
 """What some settings of transformers and other libraries are called here."""
-HARMLESS = {
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_length",
-    "max_new_tokens",
-    "eos_token_id",
-    "stop_strings",
-}
-HARMLESS |= {
-    "bos_token_id",
-    "pad_token_id",
-    "transformers_version",
-    "use_cache",
-    "cache_implementation",
-    "_from_model_config",
-}
+HARMLESS = {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "eos_token_id"}
+HARMLESS |= {"stop_strings", "bos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+HARMLESS |= {"cache_implementation", "_from_model_config"}
 """Settings of a generation_config that kvlib has too, or that change no token."""
 
 
@@ -123,22 +108,22 @@ def generate(
     chosen = chosen_policy(policy, policy_options)
     kv_budget = budget_of(chosen, kv_budget)
     stop_strings = None if stop_strings is None else texts_of(stop_strings)
-    for name, value in (("n_samples", n_samples), ("n_rows", n_rows)):
-        whole(name, value, 1)
-    reasoner = entered(model, tokenizer, bool(stop_strings or stream) or needs_text(prompts))
-    ids, single = encoded(prompts, reasoner)
+    checked("n_samples", n_samples)
+    checked("n_rows", n_rows, "batch_size")
+    asked, single = listed(prompts)
+    reasoner = entered(model, tokenizer, bool(stop_strings or stream) or any(map(needs_tokenizer, asked)))
     settings = reasoner.model.generation_config
     stop_strings = texts_of(settings.stop_strings or ()) if stop_strings is None else stop_strings
-    if max_new_tokens is None:
-        max_new_tokens = settings.max_new_tokens
+    max_new_tokens = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if max_new_tokens is None:
         raise ConfigError("max_new_tokens is not given, nor does the model's generation_config say it; pass e.g. 512")
-    whole("max_new_tokens", max_new_tokens, 1)
+    checked("max_new_tokens", max_new_tokens)
     sampling = sampling_of(settings, temperature, top_p, top_k)
     if n_samples > 1 and sampling.temperature == 0:
         raise ConfigError(f"at temperature 0 the {n_samples} samples are all the same; pass temperature=0.6, say")
     warn_of_defaults(settings)
-    requests = requests_of(ids, n_samples, whole("seed", seed, 0))
+    ids = [encoded(prompt, i, reasoner) for i, prompt in enumerate(asked)]
+    requests = requests_of(ids, n_samples, checked("seed", seed))
     decoder = decoder_for(
         reasoner.model,
         fitted_policy(chosen, policy, reasoner),
@@ -147,7 +132,7 @@ def generate(
         n_rows=min(n_rows, len(requests)),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        eos_ids=ids_of(eos_ids, reasoner),
+        eos_ids=reasoner.eos_ids if eos_ids is None else ids_of(eos_ids),
         answer_id=reasoner.answer_id,
         trace=trace,
     )
@@ -191,44 +176,41 @@ def decoded(
     number = {request.id: i for i, request in enumerate(requests)}
     made: list[Generation | None] = [None] * len(requests)
     n_max = decoder.rows.max_new_tokens
-    told: dict[str, str] = {}
+    told: dict[str, str] = defaultdict(str)
     counted: Counter[str] = Counter()
 
     def text_of(tokens: Sequence[int]) -> str | None:
         return None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def advance(name: str, n: int) -> None:
+    def tell(name: str, tokens: Sequence[int], ended: bool) -> None:
+        n = n_max if ended else len(tokens)
         bar.update(n - counted[name])
         counted[name] = n
-
-    def tell(name: str, text: str) -> None:
-        if stream and len(text) > len(told.get(name, "")):
-            stream(number[name], text[len(told.get(name, "")) :])
-            told[name] = text
+        if stream:
+            # A character of several tokens is told when it is whole.
+            text, before = text_of(tokens) if ended else text_of(tokens).rstrip("\ufffd"), told[name]
+            if len(text) > len(before):
+                stream(number[name], text[len(before) :])
+                told[name] = text
 
     def watch(seen: list[tuple[Request, list[int]]]) -> dict[str, int]:
         stops = {}
         for request, tokens in seen:
-            n = stopped_after(tokens, counted[request.id], tokenizer, stop_strings)
-            if n:
+            if n := stopped_after(tokens, counted[request.id], tokenizer, stop_strings):
                 stops[request.id] = n
-            advance(request.id, n or len(tokens))
-            if stream:
-                # A character of several tokens is told when it is whole.
-                tell(request.id, text_of(tokens[:n]).rstrip("\ufffd"))
+            tell(request.id, tokens[:n], ended=False)
         return stops
 
     try:
         with tqdm(total=len(requests) * n_max, unit="token", delay=3, disable=not shown or stream is not None) as bar:
             for done in completions(decoder, requests, watch=watch if stop_strings or stream or shown else None):
-                name, text = done.request.id, text_of(done.tokens)
                 stop = done.stop
                 if stop == "stopped":
                     stop = next(s for s in stop_strings if s in tokenizer.decode(done.tokens))
-                made[number[name]] = Generation(text, done.tokens, stop, done.held, done.rounds, done.kept)
-                if stream:
-                    tell(name, text)
-                advance(name, n_max)
+                made[number[done.request.id]] = Generation(
+                    text_of(done.tokens), done.tokens, stop, done.held, done.rounds, done.kept
+                )
+                tell(done.request.id, done.tokens, ended=True)
     finally:
         decoder.close()
     return made
@@ -250,37 +232,32 @@ def stopped_after(tokens: list[int], n_before: int, tokenizer, stop_strings: lis
 def check_names(unknown: Mapping) -> None:
     """Raise ConfigError for a setting that `generate` does not have, with the nearest that it has."""
     for name in unknown:
-        known = [p.name for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = list(generate.__kwdefaults__)
         near = CALLED_HERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
         hint = f"use {near}" if near else f"it has {', '.join(known)}"
         raise ConfigError(f"kvlib.generate has no setting {name!r}; {hint}")
 
 
 def chosen_policy(policy: str | Policy | type[Policy], options: Mapping | None) -> Policy:
-    if not isinstance(options, Mapping | None):
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
         raise ConfigError(f"policy_options is {options!r}; use a dict such as {{'buffer': 64}}")
     if isinstance(policy, str):
-        return make_policy(policy, **(options or {}))
-    if isinstance(policy, type) and issubclass(policy, Policy):
-        return policy(**(options or {}))
-    if not isinstance(policy, Policy):
+        return make_policy(policy, **options)
+    kind = policy if isinstance(policy, type) else type(policy)
+    if not issubclass(kind, Policy):
         raise ConfigError(f"policy is {policy!r}; use the name of a preset, such as 'rkv', or a kvlib.Policy")
+    check_options(kind, options, kind.__name__)
+    if policy is kind:
+        return policy(**options)
     return replace(policy, **options) if options else policy
 
 
 def budget_of(policy: Policy, kv_budget: int | None) -> int | None:
     """The budget of the decoder; None for a policy that never evicts, which the default does not contradict."""
-    if not policy.evicts and kv_budget in (None, KV_BUDGET):
-        return None
-    if not policy.evicts or kv_budget is None:
-        return kv_budget  # refused by the decoder
-    return whole("kv_budget", kv_budget, 1)
-
-
-def whole(name: str, value: object, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name} is {value!r}; use a whole number, {least} or more")
-    return value
+    if policy.evicts and kv_budget is not None:
+        return checked("kv_budget", kv_budget)
+    return None if kv_budget == KV_BUDGET else kv_budget  # what contradicts the policy is refused by the decoder
 
 
 def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool) -> Reasoner:
@@ -303,8 +280,7 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
             raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")
         tokenizer = from_pretrained(AutoTokenizer, model.name_or_path)
     eos = model.generation_config.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, Iterable) else () if eos is None else (eos,)
-    return Reasoner(model, tokenizer, eos_ids)
+    return Reasoner(model, tokenizer, () if eos is None else ids_of(eos))
 
 
 def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:
@@ -330,25 +306,24 @@ def texts_of(stop_strings: object) -> list[str]:
     return list(texts)
 
 
-def ids_of(eos_ids: int | Sequence[int] | None, reasoner: Reasoner) -> tuple[int, ...]:
-    if eos_ids is None:
-        return reasoner.eos_ids
-    return tuple(whole("an id of eos_ids", i, 0) for i in (eos_ids if isinstance(eos_ids, Iterable) else [eos_ids]))
+def ids_of(eos_ids: int | Sequence[int]) -> tuple[int, ...]:
+    ids = tuple(eos_ids) if isinstance(eos_ids, Iterable) else (eos_ids,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ConfigError(f"eos_ids is {eos_ids!r}; use a token id, or a list of these")
+    return ids
 
 
 def sampling_of(settings, temperature: float | None, top_p: float | None, top_k: int | None) -> Sampling:
     """What the caller asks for, else what the model's generation_config does; greedy where neither samples."""
-    if temperature is None:
-        temperature = (1.0 if settings.temperature is None else settings.temperature) if settings.do_sample else 0.0
+    if temperature is None and not settings.do_sample:
+        temperature = 0.0
     if temperature == 0 and not (top_p is None and top_k is None):
         raise ConfigError("top_p and top_k change nothing at temperature 0; pass a temperature, 0.6 for example")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature!r}; use a number, 0 (greedy) or more")
-    top_p = next((p for p in (top_p, settings.top_p) if p is not None), 1.0)
-    top_k = next((k for k in (top_k, settings.top_k) if k is not None), 0)
-    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p!r}; use a number above 0, up to 1")
-    return Sampling(float(temperature), float(top_p), whole("top_k", top_k, 0))
+    found = {}
+    for name, given, off in (("temperature", temperature, 1.0), ("top_p", top_p, 1.0), ("top_k", top_k, 0)):
+        value = next(x for x in (given, getattr(settings, name), off) if x is not None)
+        found[name] = checked(name, float(value) if isinstance(value, float) else value)  # numpy's too
+    return Sampling(**found)
 
 
 def warn_of_defaults(settings) -> None:

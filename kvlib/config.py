@@ -324,9 +324,9 @@ def listed(content: Mapping, key: str, name: str = "") -> list:
     return list(values)
 
 
-def checked(name: str, value):
-    """The value if it obeys its field's rule (as a float where one is due), else ConfigError."""
-    types, wanted, holds = RULES[name]
+def checked(name: str, value, rule: str = ""):
+    """The value if it obeys its field's rule, or another's (as a float where one is due), else ConfigError."""
+    types, wanted, holds = RULES[rule or name]
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) not in types or not finite or not holds(value):
         raise ConfigError(f"{name}={value!r} ({type(value).__name__}) must be {wanted}")

@@ -6,15 +6,8 @@ from kvlib.errors import ConfigError
 from kvlib.models import Reasoner, check_length
 
 
-def needs_text(prompts) -> bool:
-    """Whether a tokenizer is needed for these prompts: a string or a message among them."""
-    if isinstance(prompts, str) or (isinstance(prompts, Mapping) and "role" in prompts):
-        return True
-    return isinstance(prompts, list | tuple) and any(needs_text(prompt) for prompt in prompts)
-
-
-def encoded(prompts, reasoner: Reasoner) -> tuple[list[tuple[int, ...]], bool]:
-    """Ids of every prompt, without padding, and whether there is one alone instead of a list."""
+def listed(prompts) -> tuple[list, bool]:
+    """The prompts, of plain lists, and whether there is one alone instead of a list."""
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         prompts = unpadded(prompts)
     prompts = plain(prompts)
@@ -22,7 +15,7 @@ def encoded(prompts, reasoner: Reasoner) -> tuple[list[tuple[int, ...]], bool]:
     found = [prompts] if single else prompts
     if not isinstance(found, list | tuple) or not found:
         raise ConfigError(f"prompts is {prompts!r}; pass a string, chat messages, token ids, or a list of these")
-    return [one_encoded(plain(prompt), i, reasoner) for i, prompt in enumerate(found)], single
+    return [plain(prompt) for prompt in found], single
 
 
 def unpadded(batch: Mapping) -> list:
@@ -44,7 +37,11 @@ def is_chat(x) -> bool:
     return isinstance(x, list | tuple) and bool(x) and all(isinstance(m, Mapping) and "role" in m for m in x)
 
 
-def one_encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
+def needs_tokenizer(prompt) -> bool:
+    return isinstance(prompt, str) or is_chat(prompt)
+
+
+def encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
     if isinstance(prompt, str):
         ids = reasoner.encode(prompt)
     elif is_chat(prompt):

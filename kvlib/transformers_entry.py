@@ -23,6 +23,7 @@ from kvlib.engine.decoder import Request, completions, decoder_for
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
 from kvlib.policies import Policy
+from kvlib.prompts import unpadded
 
 READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 """What transformers hands over beside the prompt and kvlib reads, or makes anew."""
@@ -52,9 +53,7 @@ def custom_generate(
         check_supported(model_kwargs, generation_config, hidden.get("assistant_model"))
         sampling = sampling_of(logits_processor, generation_config.do_sample)
         P = input_ids.shape[1]
-        mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        prompts = [tuple(row[seen.bool()].tolist()) for row, seen in zip(input_ids, mask, strict=True)]
+        prompts = [tuple(ids) for ids in unpadded({**model_kwargs, "input_ids": input_ids})]
         if not all(prompts):
             raise ConfigError("a prompt is empty; kvlib reads input_ids, not inputs_embeds, and a token at least")
         seed = int(torch.randint(2**31, ())) if sampling.temperature else 0
@@ -93,7 +92,7 @@ class Batch:
         self.names = [request.id for request in requests]
         eos, pad = config._eos_token_tensor, config._pad_token_tensor
         self.eos_ids = () if eos is None else tuple(eos.flatten().tolist())
-        self.pad = self.eos_ids[0] if pad is None and self.eos_ids else 0 if pad is None else int(pad)
+        self.pad = 0 if pad is None else int(pad)  # transformers takes an end id where there is one
         self.sequences = torch.cat([input_ids, input_ids.new_full((B, n_new), self.pad)], 1)
         self.criteria = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
         self.streamer, self.n_prompt, self.n_told = streamer, P, 0
@@ -103,16 +102,15 @@ class Batch:
     def watch(self, seen: list[tuple[Request, list[int]]]) -> dict[str, int]:
         for request, tokens in seen:
             self.made[self.names.index(request.id)] = tokens
-        while self.n_told < max(map(len, self.made)):
+        ended: list[int] = []
+        while self.n_told < max(map(len, self.made)) and not self.stopped.all():
             self._tell()
             # Rows that end one by one are padded, which takes an end id; else all go on until all have stopped.
-            if self.stopped.all() or (self.eos_ids and self.stopped.any()):
-                ends = dict.fromkeys(self.stopped.nonzero()[:, 0].tolist(), self.n_told)
-                for row, n in ends.items():
-                    self.made[row] = self.made[row][:n]
-                if self.stopped.all():
-                    return {self.names[row]: n for row, n in ends.items()}
-        return {self.names[row]: len(self.made[row]) for row in self.stopped.nonzero()[:, 0].tolist() if self.eos_ids}
+            if self.eos_ids or self.stopped.all():
+                ended = self.stopped.nonzero()[:, 0].tolist()
+                for row in ended:
+                    self.made[row] = self.made[row][: self.n_told]
+        return {self.names[row]: len(self.made[row]) for row in ended}
 
     def _tell(self) -> None:
         """The next token of every row."""
@@ -159,15 +157,12 @@ def check_supported(model_kwargs: Mapping, config, assistant) -> None:
 def sampling_of(processors, do_sample: bool | None) -> Sampling:
     """Temperature, top-k and top-p, in this order and nothing else."""
     kinds = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
-    unknown = [type(p).__name__ for p in processors if type(p) not in kinds]
-    if unknown:
+    names = [kinds.get(type(p)) for p in processors]
+    if names != [name for name in kinds.values() if name in names]:
         raise ConfigError(
-            f"kvlib applies temperature, top-k and top-p, not {', '.join(unknown)}; switch it off, for example with "
+            "kvlib applies temperature, top-k and top-p, once each and in this order, and was given "
+            f"{', '.join(type(p).__name__ for p in processors)}; switch others off, for example with "
             "repetition_penalty=1.0"
         )
-    found = {kinds[type(p)]: getattr(p, kinds[type(p)]) for p in processors}
-    if list(found) != [name for name in kinds.values() if name in found] or len(found) < len(processors):
-        raise ConfigError(
-            "kvlib applies temperature, top-k and top-p once each and in this order; leave out the others"
-        )
+    found = {name: getattr(p, name) for name, p in zip(names, processors, strict=True)}
     return Sampling(**{"temperature": 1.0, **found}) if do_sample else Sampling(0.0)

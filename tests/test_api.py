@@ -19,9 +19,11 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.activations import ACT2FN
 from transformers.generation import MinLengthLogitsProcessor
 
 import kvlib
+from kvlib import api
 from kvlib.engine import fast
 from kvlib.errors import ConfigError
 from kvlib.invariants import SHAPE, random_model
@@ -346,6 +348,21 @@ def flat(model):
     )
 
 
+def flat_biases(model):
+    attention = model.model.layers[0].self_attn
+    buffer = torch.cat([attention.v_proj.bias, attention.q_proj.bias]).detach()
+    sizes = len(attention.v_proj.bias), len(attention.q_proj.bias)
+    attention.v_proj.bias.data, attention.q_proj.bias.data = buffer.split(sizes)
+
+
+def unbiased(model):
+    model.model.layers[1].self_attn.k_proj.bias = None
+
+
+def gelu(model):
+    model.model.layers[0].mlp.act_fn = ACT2FN["gelu"]
+
+
 def pruned(model):
     model.model.layers = model.model.layers[1:]
 
@@ -357,6 +374,9 @@ WHY = {
     parametrised: "Parametrized",
     mixed: "differ in device or dtype",
     flat: "share a storage",
+    flat_biases: "share a storage",
+    unbiased: "whether they have a bias",
+    gelu: "GELU",
     pruned: "numbered",
 }
 
@@ -383,33 +403,37 @@ WRONG = [
     ({"policy": "rkvv"}, "did you mean 'rkv'"),
     ({"policy": 3}, "name of a preset"),
     ({"policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
+    ({"policy": Window, "policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
+    ({"policy": Window(), "policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
+    ({"policy": Window(), "policy_options": {"buffer": "3"}}, "must be of type int"),
     ({"kv_budgt": 3}, "use kv_budget"),
     ({"do_sample": True}, "use temperature"),
     ({"num_return_sequences": 2}, "use n_samples"),
     ({"max_length": 9}, "use max_new_tokens"),
     ({"num_beams": 4}, "has no setting 'num_beams'"),
-    ({"kv_budget": True}, "kv_budget is True"),
-    ({"kv_budget": 64.0}, "kv_budget is 64.0"),
-    ({"kv_budget": 0}, "kv_budget is 0"),
+    ({"kv_budget": True}, "kv_budget=True ("),
+    ({"kv_budget": 64.0}, "kv_budget=64.0 ("),
+    ({"kv_budget": 0}, "kv_budget=0 ("),
     ({"kv_budget": None}, "needs a kv_budget"),
     ({"policy": Window(), "kv_budget": None}, "needs a kv_budget"),
     ({"policy": "full", "kv_budget": 64}, "takes no kv_budget"),
+    ({"policy": "full", "kv_budget": 0}, "takes no kv_budget"),
     ({"policy": "window", "kv_budget": 4}, "the prompt does not fit; use 12 or more"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0 ("),
     ({"max_new_tokens": None}, "pass e.g. 512"),
     ({"n_samples": 2}, "at temperature 0"),
-    ({"n_rows": 0}, "n_rows is 0"),
+    ({"n_rows": 0}, "n_rows=0 ("),
     ({"top_p": 0.9}, "change nothing at temperature 0"),
-    ({"temperature": -1}, "temperature is -1"),
-    ({"temperature": 1.0, "top_p": 0}, "top_p is 0"),
+    ({"temperature": -1}, "temperature=-1 ("),
+    ({"temperature": 1.0, "top_p": 0}, "top_p=0 ("),
     ({"stop_strings": "x"}, "pass tokenizer"),
-    ({"eos_ids": "</s>"}, "an id of eos_ids is '<'"),
+    ({"eos_ids": "</s>"}, "eos_ids is '</s>'"),
     ({"policy": "triattention"}, 'kvlib.fit("triattention", model, texts)'),
     ({"policy": "sepllm"}, "pass tokenizer"),
     ({"tokenizer": "gpt2"}, "tokenizer is 'gpt2'"),
     ({"policy_options": 3}, "policy_options is 3"),
     ({"stop_strings": [""]}, "stop_strings is ['']"),
-    ({"seed": "a"}, "seed is 'a'"),
+    ({"seed": "a"}, "seed='a' ("),
 ]
 
 
@@ -451,15 +475,28 @@ def test_a_policy_may_be_an_object_or_a_class_of_ones_own(model):
     class Mine(Window):
         pass
 
+    class Fixed(Window):
+        def __init__(self):
+            super().__init__(n_sink=2)
+
     expected = kvlib.generate(
         model, PROMPTS, policy="window", kv_budget=20, max_new_tokens=N, policy_options={"n_sink": 2}
     )
     for settings in (
         {"policy": Mine(n_sink=2)},
+        {"policy": Fixed()},
+        {"policy": Fixed},
         {"policy": Mine, "policy_options": {"n_sink": 2}},
         {"policy": Mine(), "policy_options": {"n_sink": 2}},
     ):
         assert kvlib.generate(model, PROMPTS, kv_budget=20, max_new_tokens=N, **settings) == expected
+
+
+def test_a_tokenizer_of_ones_own_decides_which_token_ends_thinking(tokenizer):
+    loaded = kvlib.load_model("tiny")
+    assert loaded.answer_id is not None and api.entered(loaded, None, needs_tokenizer=False) is loaded
+    entered = api.entered(loaded, tokenizer, needs_tokenizer=False)
+    assert (entered.tokenizer, entered.answer_id, entered.sha256) == (tokenizer, None, loaded.sha256)
 
 
 @pytest.mark.parametrize("name", ["triattention", "sepllm"])

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from oracle_cases import (
 from oracle_keys import CHECKS as KEYS
 
 import kvlib.policies
-from kvlib.engine.attention import PrefillStep, Scoring
 from kvlib.errors import ConfigError
 from kvlib.kernels.append import append as append_token
 from kvlib.kernels.attention import decode_attention
@@ -94,9 +92,8 @@ def check_h2o(case: Case) -> None:
     cache = one_row_cache(policy, max(L, size) + 1, H, HQ, D)
 
     def prefill() -> None:
-        step, k = PrefillStep(cache, 0, L), keys[None, :, :L]
-        k_all, v_all = step.update(k, k, 0)
-        step.attend(SimpleNamespace(layer_idx=0), queries[None, :, :L], k_all, v_all, Scoring(D**-0.5))
+        cache.begin(0, L)
+        cache.store_prompt(0, 0, queries[:, :L], keys[:, :L], keys[:, :L], D**-0.5)
 
     def decode(position: int) -> None:
         held, positions = (cache.keys[0], cache.values[0]), torch.tensor([position])

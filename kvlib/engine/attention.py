@@ -1,4 +1,4 @@
-"""The attention function of transformers models, and two of the steps it serves: plain prefill, and observed traces.
+"""The attention function of transformers models, and one of the steps it serves: a sequence read whole.
 
 A step is the `past_key_values` of one forward, to which every layer hands its new keys and values, and what the
 attention function finds while that forward runs. No hook, no patch.
@@ -15,10 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from kvlib.engine.cache import SlotCache
 from kvlib.errors import ConfigError
-from kvlib.kernels.attention import attention_probabilities
-from kvlib.policies.base import MASS
 
 IMPLEMENTATION = "kvlib"
 NEEDLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
@@ -95,40 +92,6 @@ def causal_mask(n: int, device: torch.device | str) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """query `[B, HQ, T, D]`, key and value `[B, H, T, D]` -> `[B, T, HQ, D]`."""
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2)
-
-
-class PrefillStep(Cache):
-    """The prompt of one row, unpadded, from position 0: fills slots 0 .. P-1 of that row."""
-
-    def __init__(self, cache: SlotCache, row: int, n_prompt: int):
-        super().__init__(layers=[])
-        self.cache, self.row, self.n_prompt = cache, row, n_prompt
-        cache.begin(row, n_prompt)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.cache.keys[layer_idx, self.row, :, : self.n_prompt] = key[0]
-        self.cache.values[layer_idx, self.row, :, : self.n_prompt] = value[0]
-        return key, value
-
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        cache, layer, scaling = self.cache, module.layer_idx, scoring.scaling
-        P, W = self.n_prompt, cache.shape.n_queries
-        if W:
-            recent = torch.arange(max(0, P - W), P, device=query.device)
-            cache.ring[layer, self.row][:, recent % W] = query[0][:, recent]
-        if MASS in cache.state:
-            H = key.shape[1]
-            wide = torch.promote_types(query.dtype, torch.float32)
-            grouped, keys = query[0].unflatten(0, (H, -1)).to(wide), key[0, :, None].to(wide)
-            probabilities = attention_probabilities(grouped, keys, causal_mask(P, query.device), scaling)
-            cache.state[MASS][layer, self.row, :, :P] = probabilities.sum((1, 2))
-        return causal_attention(query, key, value, scaling)
-
-
 Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
 """Sees a layer's index, queries `[HQ, T, D]`, keys and values `[H, T, D]` (after RoPE), and the scaling of q.k."""
 
@@ -150,12 +113,13 @@ class ObservedStep(Cache):
                 "models that do not"
             )
         self.observer(module.layer_idx, query[0], key[0], value[0], scoring.scaling)
-        return causal_attention(query, key, value, scoring.scaling)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scoring.scaling, enable_gqa=True)
+        return out.transpose(1, 2)
 
 
 @torch.no_grad()
-def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> Tensor:
-    """Run the model over a trace; its hidden states `[T, d]` (after the final norm).
+def observe_trace(model: nn.Module, ids: Sequence[int] | Tensor, observer: Observer) -> Tensor:
+    """Run the model over a trace, ids `[T]` from position 0; its hidden states `[T, d]` (after the final norm).
 
     Raises ConfigError for a model with layers that slide or keep a state, or with a soft cap or sinks.
     """
@@ -164,7 +128,7 @@ def observe_trace(model: nn.Module, ids: Sequence[int], observer: Observer) -> T
         raise ConfigError(
             f"{config.model_type} has layers without full attention; observe traces of models that do not"
         )
-    ids = torch.tensor([ids], device=next(model.parameters()).device)
+    ids = torch.as_tensor(ids, device=next(model.parameters()).device)[None]
     step = ObservedStep(observer)
     with through_kvlib(model, step):
         return model.base_model(input_ids=ids, past_key_values=step, use_cache=True).last_hidden_state[0]

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvlib.engine.attention import causal_mask
+from kvlib.kernels.attention import attention_probabilities
 from kvlib.kernels.compact import compact
-from kvlib.policies.base import Policy
+from kvlib.policies.base import MASS, Policy
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,20 @@ class SlotCache:
         for state in self.state.values():
             state[:, row] = 0
         self.lengths[row] = n_prompt
+
+    def store_prompt(self, row: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
+        """Store a layer of the prompt that a row began with: queries `[HQ, P, D]`, keys and values `[H, P, D]`."""
+        P, W = keys.shape[1], self.shape.n_queries
+        self.keys[layer, row, :, :P], self.values[layer, row, :, :P] = keys, values
+        if W:
+            recent = torch.arange(max(0, P - W), P, device=keys.device)
+            self.ring[layer, row][:, recent % W] = queries[:, recent]
+        if MASS in self.state:
+            wide = torch.promote_types(keys.dtype, torch.float32)
+            grouped = queries.unflatten(0, (len(keys), -1)).to(wide)
+            mask = causal_mask(P, keys.device)
+            probabilities = attention_probabilities(grouped, keys[:, None].to(wide), mask, scaling)
+            self.state[MASS][layer, row, :, :P] = probabilities.sum((1, 2))
 
     def claim(self, positions: Tensor) -> None:
         """Give each row's next free slot to the token at positions `[B]`, its state 0. The caller advances lengths."""

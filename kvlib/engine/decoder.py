@@ -51,15 +51,14 @@ class Decoder:
         """
         if policy.evicts != (kv_budget is not None):
             raise ConfigError(
-                "policy 'full' takes no kv_budget" if kv_budget else f"{type(policy).__name__} needs a kv_budget"
+                f"{type(policy).__name__} needs a kv_budget" if policy.evicts else "policy 'full' takes no kv_budget"
             )
         if policy.reindex and torch.finfo(model.dtype).bits < 32:
             raise ConfigError(
                 f"reindex turns stored keys again in each round, and in {model.dtype} their rounding adds up to noise; "
                 "use dtype float32, or reindex=False"
             )
-        self.policy, self.kv_budget, self.sampling = policy, kv_budget, sampling
-        self.trace = trace
+        self.policy, self.kv_budget, self.sampling, self.trace = policy, kv_budget, sampling, trace
         self.rows = Rows(policy, kv_budget, n_rows, max_new_tokens)
         n_positions = n_prompt_max + max_new_tokens
         n_slots = n_positions if kv_budget is None else kv_budget + 1
@@ -159,10 +158,7 @@ class Decoder:
 
     def finished(self, watch: "Watch | None" = None) -> list[tuple[int, Completion]]:
         """Rows that ended, as (row, Completion), now idle. Waits for the device."""
-        if not self.finite.item():
-            raise FloatingPointError(
-                "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
-            )
+        self.check_finite()
         rows, eos = self.rows, self.eos_ids
         ended = self.done.cpu().numpy() | (rows.n_made >= rows.max_new_tokens)
         seen = [row for row, request in enumerate(rows.requests) if request is not None and (watch or ended[row])]
@@ -181,6 +177,13 @@ class Decoder:
         for row, _ in completions:
             rows.requests[row] = None
         return completions
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if logits or scores were not finite. Waits for the device."""
+        if not self.finite.item():
+            raise FloatingPointError(
+                "the model's logits or a policy's scores are not finite; use dtype bfloat16 or float32"
+            )
 
     def close(self) -> None:
         """Leave the model as it was before; no step may follow."""
@@ -278,7 +281,7 @@ def decoder_for(
     first, that does not fit into the budget.
     """
     by_length = {len(request.prompt): request.id for request in reversed(requests)}
-    if kv_budget is not None:
+    if policy.evicts and kv_budget is not None:
         for n in sorted(by_length, reverse=True):
             policy.check(kv_budget, n, by_length[n])
     settings = {"sampling": Sampling(0.0), "eos_ids": (), **settings}

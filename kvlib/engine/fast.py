@@ -9,6 +9,7 @@ ones, at twice the memory of the weights: there speed runs out first. `FastModel
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,9 +18,8 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import ACT2FN
 
-from kvlib.engine.attention import PrefillStep, through_kvlib
+from kvlib.engine.attention import observe_trace
 from kvlib.engine.cache import SlotCache, cache_shape
-from kvlib.errors import ConfigError
 from kvlib.kernels.append import append
 from kvlib.kernels.attention import decode_attention
 from kvlib.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
@@ -86,8 +86,6 @@ def fuse(*linears: nn.Linear) -> Linear:
 
     A packed copy is of the weights as they are now; it is kept on the first linear, for all decoders of the model.
     """
-    if len({linear.bias is None for linear in linears}) > 1:
-        raise ConfigError("the model's projections differ in whether they have a bias, which kvlib does not fuse")
     bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
     weight = _joined([linear.weight for linear in linears])
     return Linear(weight, bias, _packed(weight, linears))
@@ -136,8 +134,6 @@ def why_not_fast(model: nn.Module) -> str | None:
     if type(model) not in PLAIN:
         return f"the model is a {type(model).__name__}"
     base, config = model.base_model, model.config
-    if config.hidden_act != "silu":
-        return f"its feed-forward uses {config.hidden_act} instead of silu"
     if base.rotary_emb.rope_type in ("dynamic", "longrope"):
         return f"its RoPE is of type {base.rotary_emb.rope_type}, whose frequencies change with the length"
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
@@ -158,11 +154,14 @@ def why_not_fast(model: nn.Module) -> str | None:
             return f"its weight {name} is not a plain tensor of floating-point numbers"
         if (part.device, part.dtype) != (first.device, first.dtype):
             return f"its weights differ in device or dtype ({name}: {part.device}, {part.dtype})"
-    for layer in base.layers:
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            parts = [getattr(layer.self_attn if "q_proj" in names else layer.mlp, name).weight for name in names]
-            if not _adjacent(parts) and not all(map(_alone, parts)):
-                return "its weights share a storage, of which a part cannot be moved"
+    for attention, mlp in ((layer.self_attn, layer.mlp) for layer in base.layers):
+        for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            biases = [linear.bias for linear in linears if linear.bias is not None]
+            if len(biases) not in (0, len(linears)):
+                return "its projections differ in whether they have a bias"
+            for parts in ([linear.weight for linear in linears], biases):
+                if parts and not _adjacent(parts) and not all(map(_alone, parts)):
+                    return "its weights share a storage, of which a part cannot be moved"
     return None
 
 
@@ -205,12 +204,8 @@ class FastModel:
 
     def prefill(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Read one unpadded prompt `[P]` into `row`: hidden states `[P, d]`, as in `step`, and last logits `[V]`."""
-        step = PrefillStep(self.cache, row, len(ids))
-        positions = torch.arange(len(ids), device=ids.device)[None]
-        with through_kvlib(self.model, step):
-            hidden = self.base(
-                input_ids=ids[None], position_ids=positions, past_key_values=step, use_cache=True
-            ).last_hidden_state[0]
+        self.cache.begin(row, len(ids))
+        hidden = observe_trace(self.model, ids, partial(self.cache.store_prompt, row))
         return hidden, self.head(hidden[-1:])[0]
 
     def step(self, tokens: Tensor, positions: Tensor, n_max: int) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,7 @@ class Arm:
 
     def output(self) -> Tensor:
         """Tokens `[B, n]` since the start. Raises FloatingPointError for logits or scores that are not finite."""
-        if not self.decoder.finite:
-            raise FloatingPointError("the model's logits or a policy's scores are not finite; use another dtype")
+        self.decoder.check_finite()
         return self.decoder.output[:, : int(self.decoder.rows.n_made[0])]
 
     def phase_seconds(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from functools import partial
 
 from kvlib.errors import ConfigError
@@ -87,18 +88,23 @@ def make_policy(name: str, **options) -> Policy:
             f"unknown policy {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(PRESETS)})"
         )
     preset = PRESETS[name]
-    fields = {f.name: f for f in dataclasses.fields(getattr(preset, "func", preset))}
+    check_options(getattr(preset, "func", preset), options, name)
+    return preset(**options)
+
+
+def check_options(kind: type[Policy], options: Mapping, name: str) -> None:
+    """Raise ConfigError for a setting that a kind of policy does not have, or of another type than its default."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
     for option, value in options.items():
         if option not in fields:
-            near = difflib.get_close_matches(option, fields, 1)
+            near = difflib.get_close_matches(str(option), fields, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"policy {name!r} has no setting {option!r}{hint} (known: {', '.join(fields)})")
         default = fields[option].default
         wanted = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (
+        if default not in (None, dataclasses.MISSING) and (
             not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)
         ):
             raise ConfigError(
                 f"setting {option!r} of policy {name!r} is {value!r}; it must be of type {type(default).__name__}"
             )
-    return preset(**options)

@@ -7,9 +7,8 @@ from torch import nn
 
 from kvlib.engine import fast
 from kvlib.engine.decoder import Decoder, Request, decoder_for
-from kvlib.engine.fast import fuse, why_not_fast
+from kvlib.engine.fast import fuse
 from kvlib.engine.sampling import Sampling
-from kvlib.errors import ConfigError
 from kvlib.invariants import random_model
 from kvlib.models import FAMILIES
 from kvlib.policies import Full
@@ -92,18 +91,6 @@ def test_the_memory_of_the_matrices_that_were_fused_is_given_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
     decoder_for(random_model("qwen2"), Full(), None, [Request("", (1, 2), 0)], max_new_tokens=2)
     assert given_back == [True]
-
-
-def test_linears_of_which_some_have_a_bias_are_refused():
-    with pytest.raises(ConfigError, match="bias"):
-        fuse(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
-
-
-def test_another_activation_is_not_for_the_fast_step():
-    model = random_model("llama")
-    assert why_not_fast(model) is None
-    model.config.hidden_act = "gelu"
-    assert "gelu" in why_not_fast(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
