@@ -1,9 +1,11 @@
 """What every policy shares, and what a policy sees in a round."""
 
-from dataclasses import dataclass, field, fields
+import inspect
+from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 from types import SimpleNamespace
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -20,6 +22,18 @@ MOST_SLOTS = 2**20
 Share = Literal["head", "layer", "head_across_layers", "model"]
 
 
+Whole = Annotated[int, "a whole number, 0 or more", lambda x: isinstance(x, Integral) and x >= 0]
+Count = Annotated[int, "a whole number, 1 or more", lambda x: isinstance(x, Integral) and x >= 1]
+Odd = Annotated[int, "an odd number of slots", lambda x: isinstance(x, Integral) and x >= 1 and x % 2 == 1]
+Part = Annotated[float, "a share from 0 to 1", lambda x: isinstance(x, Real) and 0 <= x <= 1]
+SomePart = Annotated[float, "a share above 0, at most 1", lambda x: isinstance(x, Real) and 0 < x <= 1]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least, which scores are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Settings that every policy has; a policy adds its hyper-parameters and `score`.
@@ -31,9 +45,9 @@ class Policy:
     newest at its true position (StreamingLLM, section 3.2), instead of at their original positions.
     """
 
-    n_sink: int = 0
+    n_sink: Whole = 0
     protect_prompt: bool = False
-    n_recent: int = 0
+    n_recent: Whole = 0
     buffer: int | None = 0
     share: Share = "head"
     reindex: bool = False
@@ -50,16 +64,25 @@ class Policy:
     """`score` reads inv_freq."""
 
     def __post_init__(self):
-        self.require(self.n_sink >= 0, f"n_sink is {self.n_sink}; use 0 or more")
-        self.require(self.n_recent >= 0, f"n_recent is {self.n_recent}; use 0 or more")
+        # A plain type beside another default keeps the rule of the class that this one is derived from.
+        rules = {
+            name: hint
+            for kind in reversed(type(self).__mro__)
+            for name, hint in inspect.get_annotations(kind).items()
+            if get_origin(hint) in (Annotated, Literal)
+        }
+        for name, hint in rules.items():
+            value, rule = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Annotated:
+                _, words, holds = rule
+            else:
+                known = self.shares if name == "share" else rule
+                words, holds = f"one of {', '.join(known)}", known.__contains__
+            self.require(holds(value), f"{name} is {value!r}; use {words}")
         self.require(
             self.buffer is None or (type(self.buffer) is int and self.buffer >= 0),
             f"buffer is {self.buffer!r}; use a whole number of tokens, 0 or more",
         )
-        choices = {field.name: get_args(field.type) for field in fields(self) if get_origin(field.type) is Literal}
-        for name, known in {**choices, "share": self.shares}.items():
-            value = getattr(self, name)
-            self.require(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise ConfigError with this policy's name unless `holds`."""

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from kvlib.policies.base import Policy, Share
+from kvlib.policies.base import Policy, Share, wide
 from kvlib.policies.h2o import H2O
 from kvlib.policies.rpc import RPC
 from kvlib.policies.snapkv import SnapKV
@@ -77,7 +77,7 @@ class CAOTE(Policy):
 
     def score(self, view, state):
         scores, state = self._base.score(view, state)
-        values = view.values.to(torch.promote_types(view.values.dtype, torch.float32))
+        values = wide(view.values)
         scores = scores.to(values.dtype).expand(values.shape[:-1])
         ranked = scores.isfinite()
         paid = scores.masked_fill(~ranked, 0.0)
