@@ -1,6 +1,6 @@
 """What the head learns from: hidden states of thinking tokens, and the attention the answer pays to each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from tqdm.auto import trange
 
 from kvlib.engine import noise
 from kvlib.engine.attention import observe_trace
@@ -48,20 +49,16 @@ def features_and_labels(model: nn.Module, trace: Trace, n_rows: int = ANSWER_ROW
 
 
 def label_traces(
-    model: nn.Module,
-    traces: Sequence[Trace],
-    folder: Path,
-    mark: str,
-    most_tokens: int | None = None,
-    n_whole: int = 0,
-) -> Iterator[list[Labelled]]:
-    """Labelled traces in shards, in order, each written to `folder` once and read back memory-mapped.
+    model: nn.Module, traces: Sequence[Trace], folder: Path, mark: str, most_tokens: int | None = None, n_whole: int = 0
+) -> list[Labelled]:
+    """Labelled traces, in order, in shards that are written to `folder` once and read back memory-mapped.
 
     mark: fingerprint of what made the traces; a shard of another mark, or a damaged one, is made again.
     most_tokens: keep a random draw of that many thinking tokens of a trace, but all of the last n_whole traces.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(traces), TRACES_PER_SHARD):
+    found: list[Labelled] = []
+    for start in trange(0, len(traces), TRACES_PER_SHARD, desc="labels", unit="shard", mininterval=10):
         path = folder / f"{start // TRACES_PER_SHARD:05}.safetensors"
         shard = range(start, min(start + TRACES_PER_SHARD, len(traces)))
         limits = [None if i >= len(traces) - n_whole else most_tokens for i in shard]
@@ -76,7 +73,8 @@ def label_traces(
             }
             write_atomically(path, save(tensors, {"mark": shard_mark}))
             data = read_shard(path, shard_mark)
-        yield data
+        found += data
+    return found
 
 
 def drawn(labelled: Labelled, n: int | None, index: int) -> Labelled:
