@@ -1,6 +1,7 @@
 """What every policy shares, and what a policy sees in a round."""
 
 import inspect
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
@@ -120,7 +121,7 @@ class Policy:
         """Positions that `protection` spares when n_seen tokens have been seen."""
         positions = torch.arange(n_seen, device="cpu").view(1, 1, 1, -1)
         row = SimpleNamespace(kv_budget=kv_budget, positions=positions, n_prompt=torch.tensor([n_prompt], device="cpu"))
-        return [i for i, spared in enumerate(self.protection(row).flatten().tolist()) if spared]
+        return self.protection(row).flatten().nonzero()[:, 0].tolist()
 
     def check(self, kv_budget: int, n_prompt: int, problem: str) -> None:
         """Raise ConfigError, with the least budget that will do, unless n_prompt tokens can be decoded under this one.
@@ -130,16 +131,13 @@ class Policy:
         trouble = self._trouble(kv_budget, n_prompt)
         if trouble is None:
             return
-        fails, works = kv_budget, max(1, 2 * kv_budget)
-        while self._trouble(works, n_prompt) and works < MOST_SLOTS:
-            fails, works = works, 2 * works
-        if self._trouble(works, n_prompt):
+        larger = range(kv_budget + 1, MOST_SLOTS)
+        first = bisect_left(larger, True, key=lambda works: self._trouble(works, n_prompt) is None)
+        if first == len(larger):
             step = "no kv_budget will do: lower n_recent, buffer or the share that is kept"
         else:
-            while works - fails > 1:
-                middle = (fails + works) // 2
-                fails, works = (middle, works) if self._trouble(middle, n_prompt) else (fails, middle)
-            step = f"use {works} or more" + ("" if n_prompt else ", before a prompt is counted") + ", or protect less"
+            before = "" if n_prompt else ", before a prompt is counted"
+            step = f"use {larger[first]} or more{before}, or protect less"
         raise ConfigError(
             f"kv_budget {kv_budget} of {type(self).__name__} is too small for {problem} ({n_prompt}-token prompt, "
             f"protect_prompt={self.protect_prompt}, n_sink={self.n_sink}, n_recent={self.recent(kv_budget)}, "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvlib.errors import ConfigError
-from kvlib.fitted import check_fitted, fit, load_fitted, save_fitted
+from kvlib.fitted import check_fitted, fill, load_fitted, save_fitted
 from kvlib.models import TINY, Reasoner, load_reasoner
 from kvlib.policies import make_policy
 from kvlib.policies.dynts import ImportanceHead
@@ -246,7 +246,7 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path,
     assert json.loads((weights / "manifest.json").read_text())[head.name]
     policy = make_policy("dynts", n_recent=8)
     assert set(check_fitted(policy, str(weights))) == {"predictor"}
-    assert fit(policy, str(weights), load_reasoner(str(weights))).predictor.d == 128
+    assert fill(policy, str(weights), load_reasoner(str(weights))).predictor.d == 128
     head.unlink()
     assert main([*options, "--work", str(tmp_path / "work"), "--out", str(weights)]) == 0
     assert head.read_bytes() == first
