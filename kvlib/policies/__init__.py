@@ -1,9 +1,9 @@
 """Eviction policies: one file each. `make_policy` builds a named preset, pinned to its source."""
 
 import dataclasses
-import difflib
 from functools import partial
 
+from kvlib.config import check_names
 from kvlib.errors import ConfigError
 from kvlib.policies.base import Policy
 from kvlib.policies.base import View as View
@@ -81,18 +81,11 @@ def make_policy(name: str, **options) -> Policy:
 
     Raises ConfigError for an unknown preset or setting, and for a setting of another type than its default.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        raise ConfigError(
-            f"unknown policy {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(PRESETS)})"
-        )
+    check_names([name], list(PRESETS), "policy")
     preset = PRESETS[name]
     fields = {f.name: f for f in dataclasses.fields(getattr(preset, "func", preset))}
+    check_names(options, list(fields), f"setting of policy {name!r}")
     for option, value in options.items():
-        if option not in fields:
-            near = difflib.get_close_matches(option, fields, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"policy {name!r} has no setting {option!r}{hint} (known: {', '.join(fields)})")
         default = fields[option].default
         wanted = (int, float) if isinstance(default, float) else type(default)
         if default is not None and (

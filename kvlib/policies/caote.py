@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -36,7 +35,9 @@ class CAOTE(Policy):
     reindex: bool | None = None
 
     def __post_init__(self):
-        base = self._named
+        from kvlib.policies import make_policy  # presets are made of this class
+
+        base = make_policy(self.base) if isinstance(self.base, str) else self.base
         self.require(
             type(base) in (H2O, RPC, SnapKV, TOVA),
             f"base is {self.base!r}; use a policy that scores by attention: H2O, RPC, SnapKV, TOVA",
@@ -46,17 +47,8 @@ class CAOTE(Policy):
             self.require(ours is None or type(ours) is type(its), f"{name} is {ours!r}; the base has {its!r}")
             object.__setattr__(self, name, its if ours is None else ours)
         super().__post_init__()
-        _ = self._base
-
-    @cached_property
-    def _named(self) -> Policy:
-        from kvlib.policies import make_policy  # presets are made of this class
-
-        return make_policy(self.base) if isinstance(self.base, str) else self.base
-
-    @cached_property
-    def _base(self) -> Policy:
-        return dataclasses.replace(self._named, **{name: getattr(self, name) for name in SHARED})
+        own = {name: getattr(self, name) for name in SHARED}
+        object.__setattr__(self, "_base", dataclasses.replace(base, **own))
 
     @property
     def state_names(self) -> tuple[str, ...]:

@@ -5,16 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import trange
 
 from kvlib.engine import noise
 from kvlib.engine.attention import observe_trace
-from kvlib.files import write_atomically
 from kvlib.kernels.noise import uniform
 from kvlib.record import fingerprint
+from kvlib.tensors import read_tensors, write_tensors
 from kvlib.train.traces import Trace
 
 ANSWER_ROWS = 256
@@ -67,11 +66,11 @@ def label_traces(
         if data is None:
             made = [drawn(features_and_labels(model, traces[i]), n, i) for i, n in zip(shard, limits, strict=True)]
             tensors = {
-                "features": torch.cat([features for features, _ in made]).cpu(),
-                "labels": torch.cat([labels for _, labels in made]).cpu(),
+                "features": torch.cat([features for features, _ in made]),
+                "labels": torch.cat([labels for _, labels in made]),
                 "lengths": torch.tensor([len(labels) for _, labels in made]),
             }
-            write_atomically(path, save(tensors, {"mark": shard_mark}))
+            write_tensors(path, tensors, {"mark": shard_mark})
             data = read_shard(path, shard_mark)
         found += data
     return found
@@ -88,9 +87,9 @@ def drawn(labelled: Labelled, n: int | None, index: int) -> Labelled:
 
 def read_shard(path: Path, mark: str) -> list[Labelled] | None:
     """The shard's traces; None if there is no whole shard of this mark."""
-    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        if file.metadata()["mark"] == mark:
-            lengths = file.get_tensor("lengths").tolist()
-            features, labels = (file.get_tensor(name).split(lengths) for name in ("features", "labels"))
-            return list(zip(features, labels, strict=True))
+    with suppress(OSError, SafetensorError):
+        tensors, metadata = read_tensors(path)
+        if metadata.get("mark") == mark:
+            lengths = tensors["lengths"].tolist()
+            return list(zip(tensors["features"].split(lengths), tensors["labels"].split(lengths), strict=True))
     return None

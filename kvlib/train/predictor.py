@@ -39,7 +39,7 @@ def evaluate_head(head: ImportanceHead, held_out: Sequence[Labelled], device: st
         with torch.inference_mode():
             predicted = head(features.to(device)).cpu()
         pair = pd.DataFrame({"predicted": predicted.float(), "label": labels.float()})
-        correlations.append(pair.corr("spearman").loc["predicted", "label"])
+        correlations.append(float(pair.corr("spearman").loc["predicted", "label"]))
         k = max(1, round(0.2 * len(labels)))
         hits = torch.isin(predicted.topk(k).indices, labels.topk(k).indices)
         recalls.append(hits.double().mean().item())

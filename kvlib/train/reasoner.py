@@ -222,11 +222,11 @@ def export(model: Qwen2ForCausalLM, folder: Path, accuracy: dict[str, float], ma
     update_manifest(folder, shipped)
 
 
-def train_reasoner(out: Path, n_steps: int | None, seed: int) -> None:
-    """Train for n_steps (None: N_STEPS), from the checkpoint in `out` if there is one, and export the weights."""
+def train_reasoner(out: Path, n_steps: int, seed: int) -> None:
+    """Train for n_steps, from the checkpoint in `out` if there is one, and export the weights."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.safetensors"
-    trainer = Trainer(seed, n_steps or N_STEPS)
+    trainer = Trainer(seed, n_steps)
     if checkpoint.exists():
         trainer.load(checkpoint)
     steps, mean_loss = trange(trainer.step, trainer.n_steps, initial=trainer.step, total=trainer.n_steps), None

@@ -73,7 +73,7 @@ def test_separators_come_from_the_tokenizer(plain):
         ("triattention", [], "cannot be fitted to an empty text"),
         ("dynts", [TEXTS[0], "a b +3 ; so a 2"], "text 1 is no finished trace: .* the token </think>"),
         ("dynts", ["<think> so </think> ans 5"], "text 0 is no finished trace"),
-        ("trimkw", TEXTS, "did you mean 'trimkv'"),
+        ("trimkw", TEXTS, "did you mean trimkv"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_a_sentence(plain, policy, texts, message):

@@ -220,7 +220,8 @@ def test_traces_resume_after_a_kill_without_loss_or_duplicates(tiny, tmp_path, m
         stage_traces(dataclasses.replace(profile, n_held_out=10), tiny, problems, tmp_path / "undisturbed")
 
 
-def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path, capsys):
+def other_weights(tmp_path) -> Path:
+    """The tiny model's, as those of another training."""
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in (
@@ -232,6 +233,21 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path,
     ):
         (weights / name).write_bytes((TINY / name).read_bytes())
     (weights / "manifest.json").write_text("{}")
+    return weights
+
+
+def test_what_is_fitted_to_another_model_never_lands_beside_the_shipped_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kvlib.train.__main__.N_CALIBRATION", 3)
+    weights, file = other_weights(tmp_path), "triattention-calibration.safetensors"
+    shipped = (TINY / file).read_bytes()
+    assert main(["calibration", "--model", str(weights)]) == 0
+    assert (TINY / file).read_bytes() == shipped and file in json.loads((weights / "manifest.json").read_text())
+    assert main(["calibration", "--model", "smollm2"]) == 2
+    assert "'smollm2' is no folder of weights; name its --profile" in capsys.readouterr().err
+
+
+def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path, capsys):
+    weights = other_weights(tmp_path)
     profiles = tmp_path / "profiles.yml"
     profiles.write_text(
         "small: {n_traces: 8, n_held_out: 2, n_rows: 8, n_epochs: 2, max_new_tokens: 40, ends_thinking: ., "
