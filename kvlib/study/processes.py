@@ -125,9 +125,9 @@ class Progress:
         of = f" of {self.total:,}" if self.total else ""
         n_cells = sum(is_published(folder, marks) for folder, marks in self.prints.items())
         text = f"cells {n_cells} of {len(self.prints)}, samples {done:,}{of}, {clock(elapsed)}"
-        if self.total and self.done_at_start < done < self.total:
-            left = elapsed * (self.total - done) / (done - self.done_at_start)
-            text += f", about {clock(left)} left"
+        new = done - self.done_at_start
+        if self.total and self.total / 50 <= new and done < self.total:  # the first samples are mostly start-up
+            text += f", about {clock(elapsed * (self.total - done) / new)} left"
         return text
 
 
