@@ -20,7 +20,7 @@ from kvlib.engine.probe import probe
 from kvlib.engine.rows import Kept
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
-from kvlib.fitted import fit as filled
+from kvlib.fitted import fill
 from kvlib.models import Reasoner, from_pretrained
 from kvlib.models import load_reasoner as load_model
 from kvlib.policies import Policy, check_options, make_policy
@@ -163,10 +163,10 @@ def fit(
     policy_options: Mapping | None = None,
 ) -> Policy:
     """The preset with what it needs fitted to this very model from texts; see kvlib.train.fitting.fit."""
-    from kvlib.train import fit as fit_to  # trainers, which nothing else here needs
+    from kvlib.train import fitting  # trainers, which nothing else here needs
 
     reasoner = entered(model, tokenizer, needs_tokenizer=True)
-    return fit_to(policy, reasoner.model, reasoner.tokenizer, texts, out, **(policy_options or {}))
+    return fitting.fit(policy, reasoner.model, reasoner.tokenizer, texts, out, **(policy_options or {}))
 
 
 def decoded(
@@ -296,7 +296,7 @@ def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:
             f'kvlib.fit("{name}", model, texts)` and pass policy=policy'
         )
     paths = any(isinstance(getattr(policy, need), str) for need in policy.needs)
-    return filled(policy, reasoner.model.name_or_path, reasoner) if missing or paths else policy
+    return fill(policy, reasoner.model.name_or_path, reasoner) if missing or paths else policy
 
 
 def texts_of(stop_strings: object) -> list[str]:

@@ -19,7 +19,7 @@ from kvlib.engine.sampling import Sampling
 from kvlib.engine.step import planned_step
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import file_state
-from kvlib.fitted import check_fitted, fit
+from kvlib.fitted import check_fitted, fill
 from kvlib.models import (
     Reasoner,
     check_length,
@@ -209,7 +209,7 @@ def build_decoder(
         "eos_ids": reasoner.eos_ids,
         "answer_id": reasoner.answer_id,
     }
-    policy = fit(policy, config.model, reasoner)
+    policy = fill(policy, config.model, reasoner)
     return decoder_for(reasoner.model, policy, config.kv_budget, requests, **{**settings, **options})
 
 

@@ -97,13 +97,13 @@ def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: 
 
 def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> "dict[str, Policy]":
     """The policies of a stage's arms with the prompt protected, fitted to the reasoner, by arm."""
-    from kvlib.fitted import fit
+    from kvlib.fitted import fill
     from kvlib.policies import make_policy
 
     policies = {}
     for cell in comparison.cells:
         if cell.protected and cell.arm in comparison.stages[stage]["arms"] and cell.arm not in policies:
-            policies[cell.arm] = fit(make_policy(cell.config.policy, **cell.config.policy_options), model, reasoner)
+            policies[cell.arm] = fill(make_policy(cell.config.policy, **cell.config.policy_options), model, reasoner)
     return policies
 
 

@@ -119,7 +119,7 @@ def check_fitted(policy: Policy, model: str) -> dict[str, str]:
     return marks
 
 
-def fit(policy: Policy, model: str, reasoner: Reasoner) -> Policy:
+def fill(policy: Policy, model: str, reasoner: Reasoner) -> Policy:
     """The policy with the fields it needs filled in for this model. Raises ConfigError for a file of other weights."""
     filled = {}
     for need in policy.needs:
