@@ -24,7 +24,7 @@ from kvlib.fitted import fill
 from kvlib.models import Reasoner, from_pretrained
 from kvlib.models import load_reasoner as load_model
 from kvlib.policies import Policy, check_options, make_policy
-from kvlib.prompts import encoded, listed, needs_tokenizer
+from kvlib.prompts import encoded, listed, needs_tokenizer, plain
 
 KV_BUDGET = 512
 CALLED_HERE = {
@@ -307,7 +307,8 @@ def texts_of(stop_strings: object) -> list[str]:
 
 
 def ids_of(eos_ids: int | Sequence[int]) -> tuple[int, ...]:
-    ids = tuple(eos_ids) if isinstance(eos_ids, Iterable) else (eos_ids,)
+    eos_ids = plain(eos_ids)
+    ids = tuple(map(plain, eos_ids)) if isinstance(eos_ids, Iterable) else (eos_ids,)
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ConfigError(f"eos_ids is {eos_ids!r}; use a token id, or a list of these")
     return ids

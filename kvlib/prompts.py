@@ -11,11 +11,13 @@ def listed(prompts) -> tuple[list, bool]:
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         prompts = unpadded(prompts)
     prompts = plain(prompts)
+    if isinstance(prompts, list | tuple):
+        prompts = [plain(prompt) for prompt in prompts]
     single = isinstance(prompts, str) or (bool(prompts) and all(type(p) is int for p in prompts)) or is_chat(prompts)
     found = [prompts] if single else prompts
     if not isinstance(found, list | tuple) or not found:
         raise ConfigError(f"prompts is {prompts!r}; pass a string, chat messages, token ids, or a list of these")
-    return [plain(prompt) for prompt in found], single
+    return list(found), single
 
 
 def unpadded(batch: Mapping) -> list:
@@ -23,9 +25,12 @@ def unpadded(batch: Mapping) -> list:
     ids, mask = plain(batch["input_ids"]), plain(batch.get("attention_mask"))
     if mask is None or not ids:
         return ids
-    if isinstance(ids[0], int):
-        return [i for i, seen in zip(ids, mask, strict=True) if seen]
-    return [[i for i, seen in zip(*row, strict=True) if seen] for row in zip(ids, mask, strict=True)]
+    try:
+        if isinstance(ids[0], int):
+            return [i for i, seen in zip(ids, mask, strict=True) if seen]
+        return [[i for i, seen in zip(*row, strict=True) if seen] for row in zip(ids, mask, strict=True)]
+    except (TypeError, ValueError) as error:
+        raise ConfigError("attention_mask is not of the shape of input_ids; pass both as the tokenizer gave") from error
 
 
 def plain(x):
@@ -56,6 +61,7 @@ def encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
     if not ids:
         raise ConfigError(f"prompt {i} is empty; it needs a token at least")
     check_length(reasoner.model.config, len(ids), f"prompt {i}")
-    if not 0 <= min(ids) <= max(ids) < n:
-        raise ConfigError(f"prompt {i} has the token id {max(ids)}, and the model knows {n}; use its own tokenizer")
+    strange = next((token for token in ids if not 0 <= token < n), None)
+    if strange is not None:
+        raise ConfigError(f"prompt {i} has the token id {strange}, and the model knows {n}; use its own tokenizer")
     return tuple(ids)

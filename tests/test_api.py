@@ -6,6 +6,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import prompts, small_policy
@@ -174,7 +175,7 @@ def test_prompts_of_every_form_are_the_same_prompt(model, tokenizer):
     settings = {"policy": "window", "max_new_tokens": 6, "tokenizer": tokenizer}
     one = kvlib.generate(model, text, **settings)
     assert one.text == "".join(f"w{i}" for i in one.tokens)
-    for single in (ids, torch.tensor(ids), tuple(ids), tokenizer(text)):
+    for single in (ids, torch.tensor(ids), tuple(ids), list(np.array(ids)), tokenizer(text)):
         assert kvlib.generate(model, single, **settings) == one
     for several in (
         [text, ids],
@@ -184,6 +185,10 @@ def test_prompts_of_every_form_are_the_same_prompt(model, tokenizer):
     ):
         assert kvlib.generate(model, several, **settings) == [one, kvlib.generate(model, [text] * 2, **settings)[1]]
     chat = [{"role": "user", "content": text}]
+    last = one.tokens[2]
+    for eos in (last, torch.tensor(last), np.array([last]), list(np.array([last]))):
+        ended = kvlib.generate(model, text, eos_ids=eos, **settings)
+        assert ended.tokens == one.tokens[: one.tokens.index(last) + 1] and ended.stop == "eos"
     asked = kvlib.generate(model, [*ids, 7], **settings)
     assert kvlib.generate(model, chat, **settings) == asked
     assert kvlib.generate(model, [chat], **settings) == [asked]
@@ -495,8 +500,13 @@ def test_a_wrong_setting_is_told_in_a_sentence(model, settings, told):
         ([[1], []], "prompt 1 is empty"),
         (None, "prompts is None"),
         ([3.5], "prompt 0 is 3.5"),
+        (
+            {"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 3)},
+            "of the shape of input",
+        ),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.ones(4)}, "of the shape of input"),
         ([[1, 64]], "token id 64"),
-        ([[1, -1]], "token id 1"),
+        ([[1, -1]], "prompt 0 has the token id -1,"),
         ("w5", "pass tokenizer"),
         ({"text": "w5"}, "prompts is"),
     ],
