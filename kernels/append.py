@@ -31,26 +31,6 @@ def append(
         from kvlib.kernels.append_triton import append as kernel
 
         return kernel(qkv, cos, sin, keys, values, slots, positions, n_query_heads, q_norm, k_norm, eps, ring)
-    return append_reference(
-        qkv, cos, sin, keys, values, slots, positions, n_query_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, ring=ring
-    )
-
-
-def append_reference(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    n_query_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    ring: Tensor | None,
-) -> Tensor:
-    """append in plain torch; what transformers' apply_rotary_pos_emb computes."""
     B, H, _, D = keys.shape
     HQ = n_query_heads
     rows = torch.arange(B, device=qkv.device)

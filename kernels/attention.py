@@ -26,32 +26,17 @@ def decode_attention(
         from kvlib.kernels.attention_triton import decode_attention as kernel
 
         return kernel(query, keys, values, lengths, scaling, mass)
-    return decode_attention_reference(query, keys, values, lengths, scaling, n_max, mass)
-
-
-def decode_attention_reference(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    scaling: float,
-    n_max: int,
-    mass: Tensor | None = None,
-) -> Tensor:
-    """decode_attention in plain torch: two batched products, in at least float32, faster on a CPU than torch's own."""
+    # In plain torch: two batched products, in at least float32, faster on a CPU than torch's own attention.
     B, HQ, D = query.shape
     H = keys.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     queries = query.reshape(B * H, HQ // H, D).to(wide) * scaling
     keys, values = (x[:, :, :n_max].flatten(0, 1).to(wide) for x in (keys, values))
     n_all = int(lengths.min())  # slots that are live in every row need no mask
-    ragged = n_all < n_max
-
+    ragged, bias = n_all < n_max, None
     if ragged:
         dead = torch.arange(n_all, n_max, device=lengths.device) >= lengths[:, None]
         bias = torch.zeros(dead.shape, dtype=wide, device=lengths.device).masked_fill_(dead, float("-inf"))[:, None]
-    else:
-        bias = None
     out, probabilities = _attend(queries, keys, values, bias)
     if ragged and out.isnan().any():  # 0 does not multiply away what a dead slot holds; rare, so found afterwards
         dead = torch.arange(n_max, device=lengths.device) >= lengths[:, None]

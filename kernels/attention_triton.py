@@ -106,22 +106,19 @@ def n_splits(n_rows: int, n_heads: int, n_slots: int, programs: int = PROGRAMS) 
 
 @torch.library.custom_op("kvlib::decode_attention", mutates_args=("mass",))
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scaling: float, mass: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    mass: Tensor | None,
+    programs: int = PROGRAMS,
+    stages: int = STAGES,
 ) -> Tensor:
-    """As `kvlib.kernels.attention.decode_attention`; float16, bfloat16 or float32, D a power of two >= 16."""
-    return launch(query, keys, values, lengths, scaling, mass)
+    """As `kvlib.kernels.attention.decode_attention`; float16, bfloat16 or float32, D a power of two >= 16.
 
-
-@decode_attention.register_fake
-def _(query, keys, values, lengths, scaling, mass):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
-def launch(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scaling: float, mass: Tensor | None,
-    programs: int = PROGRAMS, stages: int = STAGES,
-) -> Tensor:  # fmt: skip
-    """decode_attention, with what the bench varies."""
+    programs, stages: for the bench, which varies them.
+    """
     B, HQ, D = query.shape
     H, N = keys.shape[1:3]
     G = HQ // H
@@ -157,8 +154,13 @@ def launch(
     return out
 
 
+@decode_attention.register_fake
+def _(query, *_):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
 def compute_type(dtype: torch.dtype) -> tl.dtype:
-    """What products are taken in: the tensors' own type; float32 in the interpreter, whose bfloat16 is wrong."""
+    """What products are taken in: the tensors' own type; float32 in the interpreter, whose low ones differ."""
     if triton.knobs.runtime.interpret:
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]

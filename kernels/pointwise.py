@@ -11,7 +11,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
         return kernel(x, residual, weight, eps)
     summed = x + residual
-    return rms_norm_reference(summed, weight, eps), summed
+    return rms_norm(summed, weight, eps), summed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,10 +20,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from kvlib.kernels.pointwise_triton import rms_norm as kernel
 
         return kernel(x, weight, eps)
-    return rms_norm_reference(x, weight, eps)
-
-
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 

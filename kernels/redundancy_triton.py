@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvlib.kernels.attention_triton import compute_type
+
 SUMMED = 64
 TILE, TILE_FLOAT32 = (64, 64), (16, 32)
 """Rows and columns of a tile of cosines; float32 keys take more registers."""
@@ -96,10 +98,8 @@ def mean_cosine_by_tiles(keys: Tensor, threshold: float | None) -> Tensor:
     total_kernel[(n_heads,)](keys, inverse_norm, total, N, D, SIZE=D, PADDED=padded, SLOTS=SUMMED)
     if threshold is not None:
         spared = torch.zeros_like(total, dtype=torch.int64)
-        # The interpreter multiplies float16 in its own precision, and bfloat16 wrongly.
-        low = keys.dtype != torch.float32 and keys.is_cuda
-        compute = (tl.float16 if keys.dtype == torch.float16 else tl.bfloat16) if low else tl.float32
-        rows, columns = TILE if low else TILE_FLOAT32
+        compute = compute_type(keys.dtype)
+        rows, columns = TILE_FLOAT32 if compute is tl.float32 else TILE
         spare_kernel[(n_heads, triton.cdiv(N, rows))](
             keys, inverse_norm, spared, N, D, threshold, SIZE=D, PADDED=padded, ROWS=rows, COLUMNS=columns,
             COMPUTE=compute, FIXED=FIXED,

@@ -17,11 +17,10 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from kvlib.bench.arms import BASELINE, check_arms, default_arms
-from kvlib.bench.measure import bench
+from kvlib.bench.measure import bench, check_writable, write_record
 from kvlib.bench.shapes import SIZES, Sizes, load_subject
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
-from kvlib.record import explained
+from kvlib.record import RecordError
 
 
 def main() -> None:
@@ -41,12 +40,14 @@ def main() -> None:
     sizes = replace(SIZES[given.model], **own)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if min(own.values(), default=1) < 1 or given.rounds < 1:
-            raise ConfigError("sizes and --rounds are whole numbers from 1 on")
+        if min(*own.values(), given.rounds, given.threads) < 1:
+            raise ConfigError("sizes, --rounds and --threads are whole numbers from 1 on")
         if sizes.n_new % given.rounds:
             raise ConfigError(f"--n-new {sizes.n_new} must be a multiple of --rounds {given.rounds}")
         names = given.arms.split(",") if given.arms else default_arms(given.model, device, bool(given.kvpress))
         check_arms(names, sizes, given.kvpress)
+        if given.out:
+            check_writable(given.out)
         torch.set_num_threads(given.threads)
         record = bench(
             load_subject(given.model, sizes, device),
@@ -57,13 +58,11 @@ def main() -> None:
             kvpress=given.kvpress,
             say=lambda line: print(line, flush=True),
         )
-    except ConfigError as error:
+    except (ConfigError, RecordError) as error:
         sys.exit(f"kvlib.bench: {error}")
     report(record)
     if given.out:
-        with explained(given.out.parent):
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(given.out, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+        write_record(given.out, record)
         print(f"the record: {given.out}")
     else:
         print(json.dumps(record, allow_nan=False))

@@ -1,10 +1,11 @@
 """The arms: kvlib's decode loop, transformers' own, kvpress', and matrix products alone, each told by a name."""
 
 import copy
+import itertools
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from kvlib.bench.shapes import Sizes, Subject, bench_policy, observed
-from kvlib.charts.throughput import CEILINGS
+from kvlib.charts.throughput import CEILINGS, PARTS
 from kvlib.cost import kv_bytes
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Decoder, Request, decoder_for
-from kvlib.engine.fast import Layer, fuse
+from kvlib.engine.fast import Layer, Linear, fuse
 from kvlib.engine.meter import Meter
 from kvlib.engine.paired import Arm
 from kvlib.errors import ConfigError
@@ -29,17 +30,17 @@ KVPRESS = ("knorm", "snapkv-kvpress")
 """Policies that kvpress has with the same settings."""
 POLICIES = ("window", "knorm", "snapkv-kvpress", "rkv", "dynts")
 WITHOUT_BUDGET = ("hf-eager", BASELINE, *CEILINGS)
-PARTS = ("again", "unfused", "unpacked", "eager")
-"""What may follow the name of one of our arms: nothing, or a part that it is without."""
 
 
 class Ours(Arm):
-    """kvlib's decode loop, greedy. without: one of PARTS (see without_part)."""
+    """kvlib's decode loop. without: one of PARTS (see without_part). settings: more of Decoder; greedy without any."""
 
-    def __init__(self, subject: Subject, policy: Policy, kv_budget: int | None, n_new: int, without: str = ""):
+    def __init__(
+        self, subject: Subject, policy: Policy, kv_budget: int | None, n_new: int, without: str = "", **settings
+    ):
         requests = [Request(str(row), tuple(prompt), row) for row, prompt in enumerate(subject.prompts.tolist())]
-        options = {"max_new_tokens": n_new + 1, "meter": Meter(subject.model.device)}
-        decoder = decoder_for(subject.model, policy, kv_budget, requests, **options)
+        settings |= {"max_new_tokens": n_new + 1, "meter": Meter(subject.model.device)}
+        decoder = decoder_for(subject.model, policy, kv_budget, requests, **settings)
         super().__init__(decoder, requests)
         if without:
             without_part(decoder, without)
@@ -90,13 +91,13 @@ class HuggingFace:
 
     def start(self) -> None:
         self.cache, self.sequence = DynamicCache(config=self.subject.model.config), self.subject.prompts
-        self._generate(1, "prefill")
+        self._generate(1)
 
     def advance(self, n: int) -> None:
-        self._generate(n, "forward")
+        self._generate(n)
 
-    def _generate(self, n: int, phase: str) -> None:
-        with through_transformers(self.subject.model, self.implementation) as model, clocked(model, self.meter, phase):
+    def _generate(self, n: int) -> None:
+        with through_transformers(self.subject.model, self.implementation) as model, clocked(model, self.meter):
             self.sequence = model.generate(
                 self.sequence,
                 attention_mask=torch.ones_like(self.sequence),
@@ -136,23 +137,19 @@ def through_transformers(model: nn.Module, implementation: str) -> Iterator[nn.M
 
 
 @contextmanager
-def clocked(model: nn.Module, meter: Meter, phase: str) -> Iterator[None]:
-    """Time every call of the model."""
-    running = []
+def clocked(model: nn.Module, meter: Meter) -> Iterator[None]:
+    """Time every call of the model, as forward."""
+    with ExitStack() as running:
+        before = model.register_forward_pre_hook(lambda *_: running.enter_context(meter.phase("forward")))
+        with before, model.register_forward_hook(lambda *_: running.close()):
+            yield
 
-    def before(*_) -> None:
-        running.append(meter.phase(phase))
-        running[-1].__enter__()
 
-    def after(*_) -> None:
-        running.pop().__exit__(None, None, None)
-
-    hooks = model.register_forward_pre_hook(before), model.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def products_of(model: nn.Module) -> dict[str, list[Linear]]:
+    """The products of kvlib's step by name, one per layer."""
+    layers = [Layer.of(layer) for layer in model.base_model.layers]
+    found = {name: [getattr(layer, name) for layer in layers] for name in Layer.products}
+    return {**found, "head": [fuse(model.get_output_embeddings())]}
 
 
 class Linears:
@@ -164,9 +161,7 @@ class Linears:
         if kind == "linears":
             self.linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         else:
-            layers = [Layer.of(layer) for layer in model.base_model.layers]
-            self.linears = [getattr(layer, name) for layer in layers for name in Layer.products]
-            self.linears.append(fuse(model.get_output_embeddings()))
+            self.linears = list(itertools.chain(*products_of(model).values()))
         sizes = {linear.weight.shape[1] for linear in self.linears}
         self.inputs = {n: torch.randn(B, n, dtype=model.dtype, device=model.device) for n in sizes}
 
@@ -197,7 +192,13 @@ class KVPress:
             "prompts": subject.prompts.tolist(),
         }
         command = [python, "-I", str(Path(__file__).with_name("kvpress_peer.py"))]  # -I: nothing of kvlib on its path
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--kvpress {python} cannot be started ({error.strerror}); name the Python that has kvpress, made with "
+                "`make bench-kvpress-env`"
+            ) from error
         self.forward = 0.0
         self.kv_bytes = sizes.batch * kv_budget * kv_bytes(subject.model.config, subject.model.dtype.itemsize)
         self.versions = self._ask(settings)["versions"]

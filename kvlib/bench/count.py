@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvlib.bench.shapes import r1_llama_config, r1_qwen_config, random_model
+from kvlib.bench.shapes import R1, r1_config, random_model
 from kvlib.cost import minimum_bytes
 from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.sampling import Sampling
@@ -158,10 +158,10 @@ def main() -> None:
     argparse.ArgumentParser(prog="python -m kvlib.bench.count", description=__doc__.splitlines()[0]).parse_args()
     rows = []
     print("model     batch  live  GB/step  minimum  ratio syncs breaks operations")
-    for model, make in (("r1-qwen", r1_qwen_config), ("r1-llama", r1_llama_config)):
+    for model in R1:
         for batch in BATCHES:
             for live in LIVE_SLOTS:
-                config = make()
+                config = r1_config(model)
                 counted = count_step(config, dynts(config), batch, live)
                 minimum = minimum_bytes(config, batch, live)
                 row = {"model": model, "batch": batch, "live_slots": live, **counted, "minimum_bytes": minimum}

@@ -119,13 +119,16 @@ def check_graphs(name: str, subject: Subject, policy: Policy, kv_budget: int, si
     for arm in arms:
         arm.start()
         arm.advance(n)
-    first, second = (arm.decoder for arm in arms)
-    same = torch.equal(arms[0].output(), arms[1].output())
-    same = (
-        same and torch.equal(first.cache.positions, second.cache.positions) and first.rows.rounds == second.rows.rounds
-    )
-    detail = f"{n} steps, {len(first.rows.rounds[0])} rounds of each row: tokens and slots "
+    same = same_run(*arms)
+    detail = f"{n} steps, {len(arms[0].decoder.rows.rounds[0])} rounds of each row: tokens and slots "
     return Check(f"{name}: graphs = plain calls", same, detail + ("are equal" if same else "differ"))
+
+
+def same_run(some: Ours, other: Ours) -> bool:
+    """Whether two arms wrote the same tokens, had the same rounds and hold the same positions."""
+    first, second = some.decoder, other.decoder
+    slots = torch.equal(first.cache.positions, second.cache.positions) and first.rows.rounds == second.rows.rounds
+    return slots and torch.equal(some.output(), other.output())
 
 
 def check_rounds(name: str, subject: Subject, policy: Policy, kv_budget: int, sizes: Sizes) -> Check:

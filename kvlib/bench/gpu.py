@@ -7,13 +7,12 @@ references.
 
 import argparse
 import dataclasses
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,8 +21,7 @@ import torch
 from transformers import Qwen2Config
 
 import kvlib
-from kvlib.bench.arms import Linears, without_part
-from kvlib.bench.gate import Check, check_full, check_graphs, check_rounds
+from kvlib.bench.gate import Check, check_full, check_graphs, check_rounds, same_run
 from kvlib.bench.gpu_timing import (  # fmt: skip
     N_PROMPT,
     Scale,
@@ -32,7 +30,6 @@ from kvlib.bench.gpu_timing import (  # fmt: skip
     release,
     reserved,
     scales,
-    seconds_of,
     steady_arm,
     time_attention,
     time_decode,
@@ -40,14 +37,12 @@ from kvlib.bench.gpu_timing import (  # fmt: skip
     time_rounds,
     time_sampler,
 )
-from kvlib.bench.measure import copy_bandwidth, driver
-from kvlib.bench.shapes import Sizes, bench_policy, fitted_at_random, random_model, random_subject
-from kvlib.cost import kv_bytes, minimum_bytes
+from kvlib.bench.measure import ceilings, check_writable, copy_bandwidth, driver, write_record
+from kvlib.bench.shapes import Sizes, Subject, bench_policy, random_model, random_subject
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
 from kvlib.kernels.pointwise import rms_norm
 from kvlib.policies import PRESETS, Policy, make_policy
-from kvlib.record import provenance, utc_now
+from kvlib.record import RecordError, provenance, utc_now
 from kvlib.study.gpus import nvidia_smi
 from kvlib.study.preflight import check_toolchain
 from kvlib.study.timing import device_name
@@ -68,7 +63,7 @@ def check_machine(device: str) -> list[dict]:
         for version, load, used in nvidia_smi("driver_version", "utilization.gpu", "memory.used") or []:
             if int(version.split(".")[0]) < LEAST_DRIVER:
                 raise ConfigError(f"driver {version} is older than {LEAST_DRIVER}; install a newer one")
-            if float(load) > 5 or float(used) > 2000:
+            if any(had.isdecimal() and int(had) > most for had, most in ((load, 5), (used, 2000))):  # [N/A] on MIG
                 raise ConfigError(f"the card is not idle: {load} % busy, {used} MiB used; stop what else runs on it")
 
     x = torch.ones(4, 64, device=device)
@@ -127,16 +122,16 @@ def outcomes(pytest: list[str], prefix: str = "") -> list[dict]:
     return rows
 
 
-def probe_policy(name: str, config: Qwen2Config, device: str) -> Policy:
-    """A preset for budgets of 64 slots, with random numbers for what it needs fitted."""
+def probe_policy(name: str) -> Policy:
+    """A preset for budgets of 64 slots."""
     most = {"n_recent": 16, "buffer": 8, "n_obs": 8, "lag_size": 8, "n_sink": 4, "interval": 16}
     preset = make_policy(name)
     own = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
     options = {key: min(own[key], n) for key, n in most.items() if type(own.get(key)) is int}
-    return fitted_at_random(make_policy(name, **options), config, device)
+    return make_policy(name, **options)
 
 
-def probe_captures(device: str, n_steps: int) -> list[dict]:
+def probe_captures(device: str, n_steps: int) -> Iterator[dict]:
     """A row per preset on a model of two layers: what was not captured and why, and whether graphs decode as calls do.
 
     Head dimension 128, bfloat16, 3 rows, 64 slots. reserved_bytes: what the graphs' decoder took and kept.
@@ -145,39 +140,36 @@ def probe_captures(device: str, n_steps: int) -> list[dict]:
         vocab_size=1000, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False,
     )  # fmt: skip
-    model = random_model(config, torch.bfloat16, device)
-    rows = []
+    sizes = Sizes(torch.bfloat16, 3, N_PROMPT, n_steps, 64, 16)
+    subject = random_subject("two layers", random_model(config, torch.bfloat16, device), sizes)
     for name in PRESETS:
         try:
-            policy = probe_policy(name, config, device)
-            before, arms = reserved(device), []
+            policy, before, arms = subject.fit(probe_policy(name)), reserved(device), []
             for part in ("", "eager"):
-                arms.append(steady_arm(model, policy, 64 if policy.evicts else None, 3, n_steps + 1, device))
-                without_part(arms[-1].decoder, part)
+                arms.append(steady_arm(subject, policy, 64 if policy.evicts else None, 3, n_steps, part))
                 arms[-1].start()
                 arms[-1].advance(n_steps)
                 if not part:
                     taken = reserved(device)
-            found, wanted = (arm.decoder for arm in arms)
-            same = torch.equal(arms[0].output(), arms[1].output()) and found.rows.rounds == wanted.rows.rounds
-            plain = {} if device == "cpu" else reasons(found)
+            same = same_run(*arms)
+            plain = {} if device == "cpu" else reasons(arms[0].decoder)
             row = {"holds": same and not plain, "reason": "" if same else "graphs and calls decode differently"}
-            rows.append({"preset": name, **row, "plain": plain, "reserved_bytes": taken and taken - before})
+            row |= {"plain": plain, "reserved_bytes": taken and taken - before}
         except ConfigError as error:  # e.g. reindex, which bfloat16 is too coarse for
-            rows.append({"preset": name, "holds": True, "reason": f"refused: {first_line(error)}"})
+            row = {"holds": True, "reason": f"refused: {first_line(error)}"}
         except Exception as error:
-            rows.append({"preset": name, "holds": False, "reason": first_line(error)})
+            row = {"holds": False, "reason": first_line(error)}
         release(device)
-    return rows
+        yield {"preset": name, **row}
 
 
-def check_outputs(subject) -> list[Check]:
+def check_outputs(subject: Subject) -> list[dict]:
     """The full checks at R1-Qwen's shapes: the full cache against transformers, DynTS' rounds, graphs against calls."""
     sizes = Sizes(torch.bfloat16, 2, 64, 64, 128, 32)
     few = replace(subject, prompts=subject.prompts[: sizes.batch, : sizes.n_prompt])
-    policy = bench_policy("dynts", sizes.kv_budget, sizes)
-    checks = [check_full(few)]
-    return checks + [check("dynts", few, policy, sizes.kv_budget, sizes) for check in (check_rounds, check_graphs)]
+    policy = ("dynts", few, bench_policy("dynts", sizes.kv_budget, sizes), sizes.kv_budget, sizes)
+    checks = [check_full(few), check_rounds(*policy), check_graphs(*policy)]
+    return [{**vars(check), "reason": check.detail} for check in checks]
 
 
 class Run:
@@ -185,6 +177,7 @@ class Run:
 
     def __init__(self, scale: Scale, device: str, seconds: float, path: Path, say: Callable[[str], None]):
         self.scale, self.device, self.path, self.say = scale, device, path, say
+        check_writable(path)
         self.ends = time.monotonic() + seconds
         self.record = {
             "schema": SCHEMA,
@@ -207,32 +200,33 @@ class Run:
     def left(self) -> float:
         return self.ends - time.monotonic()
 
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, (json.dumps(self.record, indent=1, allow_nan=False) + "\n").encode())
-
     def block(self, name: str, work: Callable[[], object]):
-        """Run one; None where there is no time left for it, or it raised: the record says which."""
+        """Run one; None where there is no time left for it, or it raised: the record says which, and has what rows
+        it yielded until then."""
         found, error, started = None, None, time.monotonic()
         if self.left() <= 0:
             error = "no time left"
         else:
             try:
                 found = work()
+                if isinstance(found, Iterator):
+                    rows = self.record[name] = []
+                    rows.extend(found)
+                    found = rows
+                self.record[name] = found
             except Exception as raised:
-                error = first_line(raised)
+                found, error = None, first_line(raised)
         self.record["blocks"][name] = {"seconds": time.monotonic() - started, "error": error}
         if error:
             self.record["left_out"].append({"block": name, "reason": error})
-        else:
-            self.record[name] = found
-        self.save()
+        write_record(self.path, self.record)
         self.say(f"{name}: {error or 'done'} ({self.left():.0f} s left)")
         release(self.device)
         return found
 
-    def judge(self, name: str, rows: list[dict] | None) -> None:
-        """Say what is red of a block; it makes the gate red, and nothing stops."""
+    def check(self, name: str, work: Callable[[], object]) -> None:
+        """A block of checks. Say what is red of it; it makes the gate red, and nothing stops."""
+        rows = self.block(name, work)
         red = [row for row in rows or [] if not row["holds"]]
         for row in red:
             self.say(f"  RED {next(iter(row.values()))}: {row['reason']}")
@@ -240,52 +234,42 @@ class Run:
         check = Check(name, holds, f"{len(rows or [])} checks, {len(red)} of them red")
         self.record["gate"]["checks"].append(vars(check))
         self.record["gate"]["holds"] &= holds
-        self.save()
+        write_record(self.path, self.record)
 
 
 def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callable[[str], None]) -> dict:
     """All blocks within `seconds` of wall time, the record on disk after each; it lists what failed or did not fit."""
     run = Run(scale, device, seconds, path, say)
     record, block = run.record, run.block
-    run.judge("machine", block("machine", lambda: check_machine(device)))
-    run.judge("kernels", block("kernels", lambda: check_kernels(device)))
-    run.judge("captures", block("captures", lambda: probe_captures(device, scale.probe_steps)))
+    run.check("machine", lambda: check_machine(device))
+    run.check("kernels", lambda: check_kernels(device))
+    run.check("captures", lambda: probe_captures(device, scale.probe_steps))
 
     sizes = Sizes(torch.bfloat16, 2, 64, 64, 128, 32)
     try:
         subject = random_subject("r1-qwen", random_model(scale.config, torch.bfloat16, device), sizes)
     except RuntimeError as error:  # a card that is too small
-        run.judge("model", [{"check": "the model", "holds": False, "reason": first_line(error)}])
+        row = {"check": "the model", "holds": False, "reason": first_line(error)}
+        run.check("model", lambda: [row])
         return record
-    model = subject.model
-    checks = block("outputs", lambda: [vars(check) for check in check_outputs(subject)])
-    run.judge("outputs", checks and [{**check, "reason": check["detail"]} for check in checks])
+    run.check("outputs", lambda: check_outputs(subject))
     copy = block("copy", lambda: copy_bandwidth(device, scale.copy_bytes))
-    record["ceilings"] = {
-        "copy_bandwidth": copy,
-        "weight_bytes": minimum_bytes(scale.config, 1, 0),
-        "kv_bytes_per_token": kv_bytes(scale.config),
-    }
-    repeats = max(1, scale.windows[1] // 20)
-    block("step", lambda: profile_step(subject, scale, device))
-    block("products", lambda: time_products(model, scale.products, device, repeats))
-    block("attention", lambda: time_attention(scale, copy, device, lambda rows: record.update(attention=rows)))
-    block("rounds", lambda: time_rounds(subject, scale, device))
-    block("sampler", lambda: time_sampler(scale.config, scale.products, device))
+    record["ceilings"] = ceilings(scale.config, copy)
+    block("step", lambda: profile_step(subject, scale))
+    block("products", lambda: time_products(subject, scale))
+    block("attention", lambda: time_attention(scale, copy, device))
+    block("rounds", lambda: time_rounds(subject, scale))
+    block("sampler", lambda: time_sampler(scale, device))
 
     def decode(batch: int, kv_budget: int) -> dict:
-        row = time_decode(subject, scale, batch, kv_budget, device)
-        linears = Linears(replace(subject, prompts=torch.zeros(batch, 1)))
-        row["linears"] = batch / seconds_of(lambda: linears.advance(1), device, 2)
-        row["bandwidth_share"] = copy and row["bandwidth"] / copy
-        record["arms"].append(row)
-        return {"tokens/s": row["steps"]}
+        record["arms"].append(time_decode(subject, scale, batch, kv_budget, copy))
+        return {"tokens/s": record["arms"][-1]["steps"]}
 
     for batch, kv_budget in scale.settings:
         block(f"batch {batch}, KV budget {kv_budget}", lambda b=batch, n=kv_budget: decode(b, n))
     record["targets"] = verdicts(record, scale)
     record["complete"] = not record["left_out"]
-    run.save()
+    write_record(path, record)
     return record
 
 
@@ -328,7 +312,10 @@ def main() -> None:
         sys.exit("kvlib.bench.gpu: 7 billion parameters are not run on a CPU; use --scale tiny for a dry run")
     card = device_name(given.device).lower().replace(" ", "-").replace("/", "-")
     path = given.folder / f"r1-qwen-{card}-{utc_now().replace(':', '')}.json"
-    record = gpu_bench(scales(given.scale), given.device, given.seconds, path, lambda line: print(line, flush=True))
+    try:
+        record = gpu_bench(scales(given.scale), given.device, given.seconds, path, lambda line: print(line, flush=True))
+    except RecordError as error:
+        sys.exit(f"kvlib.bench.gpu: {error}")
     for row in record["targets"]:
         measured = "" if row["measured"] is None else f"{row['measured']:,.2f} "
         print(f"{row['verdict']:12} {row['target']}: {measured}(at least {row['wanted']:,} {row['unit']})")

@@ -1,22 +1,20 @@
 """What bench.gpu times: a step by kernel, products, attention, rounds, the sampler, and decoding at a steady length."""
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
-from kvlib.bench.shapes import Subject, r1_qwen_config
-from kvlib.cost import minimum_bytes
-from kvlib.engine.decoder import Decoder, Request, decoder_for
-from kvlib.engine.fast import Layer, fuse
+from kvlib.bench.arms import Linears, Ours, products_of
+from kvlib.bench.measure import traffic
+from kvlib.bench.shapes import Subject, r1_config
+from kvlib.engine.decoder import Decoder
 from kvlib.engine.graph import Graph
-from kvlib.engine.meter import Meter
-from kvlib.engine.paired import Arm, fill, synchronise, timed
+from kvlib.engine.paired import fill, synchronise, timed
 from kvlib.engine.sampling import Sampling
 from kvlib.kernels.attention import decode_attention
 from kvlib.policies import Policy, make_policy
@@ -48,7 +46,7 @@ class Scale:
 def scales(name: str) -> Scale:
     if name == "full":
         return Scale(
-            config=r1_qwen_config(),
+            config=r1_config("r1-qwen"),
             n_recent=2000,
             settings=((20, 2500), (20, 5000), (128, 2500), (128, 5000), (64, 2500), (64, 5000), (1, 5000)),
             step=(20, 2350),
@@ -99,10 +97,10 @@ def reasons(decoder: Decoder) -> dict[str, str]:
     return {graph.name: graph.reason or "never called twice" for graph in graphs if graph.captured is None}
 
 
-def steady_arm(model: nn.Module, policy: Policy, kv_budget: int | None, n_rows: int, n_new: int, device: str) -> Arm:
-    requests = [Request(str(row), tuple(range(1, N_PROMPT + 1)), row) for row in range(n_rows)]
-    options = {"max_new_tokens": n_new, "sampling": SAMPLING, "meter": Meter(device)}
-    return Arm(decoder_for(model, policy, kv_budget, requests, **options), requests)
+def steady_arm(subject: Subject, policy: Policy, kv_budget: int | None, n_rows: int, n_new: int, without="") -> Ours:
+    """Sampling, as a study does, after a prompt of N_PROMPT tokens in every row."""
+    few = replace(subject, prompts=torch.arange(1, N_PROMPT + 1).expand(n_rows, -1))
+    return Ours(few, policy, kv_budget, n_new, without, sampling=SAMPLING)
 
 
 def published(subject: Subject, n_recent: int) -> Policy:
@@ -110,10 +108,10 @@ def published(subject: Subject, n_recent: int) -> Policy:
 
 
 @torch.inference_mode()
-def profile_step(subject: Subject, scale: Scale, device: str) -> dict:
+def profile_step(subject: Subject, scale: Scale) -> dict:
     """Microseconds of one step by kernel, over 20 steps of DynTS without a round, and their sum against wall time."""
-    batch, live = scale.step
-    arm = steady_arm(subject.model, published(subject, scale.n_recent), live + 40, batch, live + 80, device)
+    (batch, live), device = scale.step, str(subject.model.device)
+    arm = steady_arm(subject, published(subject, scale.n_recent), live + 40, batch, live + 80)
     arm.start()
     fill(arm.decoder, np.full(batch, live - 10))
     arm.advance(4)
@@ -134,29 +132,26 @@ def profile_step(subject: Subject, scale: Scale, device: str) -> dict:
 
 
 @torch.inference_mode()
-def time_products(model: nn.Module, batches: Sequence[int], device: str, repeats: int) -> list[dict]:
+def time_products(subject: Subject, scale: Scale) -> Iterator[dict]:
     """Microseconds of each product of a step at several numbers of rows, over all layers, so that no cache helps."""
-    layers = [Layer.of(layer) for layer in model.base_model.layers]
-    products = {name: [getattr(layer, name) for layer in layers] for name in Layer.products}
-    products["head"] = [fuse(model.get_output_embeddings())]
-    rows = []
-    for batch in batches:
+    model, repeats = subject.model, max(1, scale.windows[1] // 20)
+    products, device = products_of(model), str(model.device)
+    for batch in scale.products:
         for name, linears in products.items():
             x = torch.randn(batch, linears[0].weight.shape[1], dtype=model.dtype, device=device)
             graph = captured(name, lambda x=x, own=linears: [linear(x) for linear in own] and None, device)
             seconds = seconds_of(graph, device, repeats) / len(linears)
             size = linears[0].weight.nbytes
-            rows.append({"product": name, "rows": batch, "us": 1e6 * seconds, "bandwidth": size / seconds})
-    return rows
+            yield {"product": name, "rows": batch, "us": 1e6 * seconds, "bandwidth": size / seconds}
 
 
 @torch.inference_mode()
-def time_attention(scale: Scale, copy: float | None, device: str, save: Callable[[list], None]) -> list[dict]:
+def time_attention(scale: Scale, copy: float | None, device: str) -> Iterator[dict]:
     """The attention kernel alone on as many layers as 2 GB of keys hold; with other settings in the first three.
 
     copy: a plain copy's bandwidth, if it was measured.
     """
-    rows, config = [], scale.config
+    config = scale.config
     H, HQ = config.num_key_value_heads, config.num_attention_heads
     D, repeats = config.hidden_size // HQ, max(1, scale.windows[1] // 4)
     variants = [(shape, None, None) for shape in scale.attention]
@@ -172,9 +167,9 @@ def time_attention(scale: Scale, copy: float | None, device: str, save: Callable
         def attend(k, v, query=query, lengths=lengths, live=live, programs=programs, stages=stages):
             if programs is None:
                 return decode_attention(query, k, v, lengths, D**-0.5, live)
-            from kvlib.kernels.attention_triton import launch  # Triton has no build for every platform
+            from kvlib.kernels import attention_triton  # Triton has no build for every platform
 
-            return launch(query, k, v, lengths, D**-0.5, None, programs, stages)
+            return attention_triton.decode_attention(query, k, v, lengths, D**-0.5, None, programs, stages)
 
         def all_layers(keys=keys, values=values, attend=attend) -> None:
             for k, v in zip(keys, values, strict=True):
@@ -182,18 +177,16 @@ def time_attention(scale: Scale, copy: float | None, device: str, save: Callable
 
         bandwidth = n_layers * one / seconds_of(captured("attention", all_layers, device), device, repeats)
         row = {"batch": batch, "live_slots": live, "bandwidth": bandwidth, "share_of_copy": copy and bandwidth / copy}
-        rows.append(row if programs is None else {**row, "programs": programs, "stages": stages})
-        save(rows)
-    return rows
+        yield row if programs is None else {**row, "programs": programs, "stages": stages}
 
 
 @torch.inference_mode()
-def time_rounds(subject: Subject, scale: Scale, device: str) -> list[dict]:
+def time_rounds(subject: Subject, scale: Scale) -> Iterator[dict]:
     """A round of one row and of all, at the largest budget: milliseconds, and the memory that its graph keeps."""
     n_rows, kv_budget = max(scale.settings[:2], key=lambda setting: setting[1])
-    rows = []
+    device = str(subject.model.device)
     for policy in (published(subject, scale.n_recent), make_policy("rkv", n_obs=8, n_recent=8, buffer=kv_budget // 4)):
-        arm = steady_arm(subject.model, policy, kv_budget, n_rows, kv_budget + 2, device)
+        arm = steady_arm(subject, policy, kv_budget, n_rows, kv_budget + 2)
         arm.start()
         for due in (np.arange(1), np.arange(n_rows)):
             fill(arm.decoder, np.full(n_rows, kv_budget + 1))
@@ -203,32 +196,31 @@ def time_rounds(subject: Subject, scale: Scale, device: str) -> list[dict]:
             taken = reserved(device)
             row = {"policy": type(policy).__name__, "rows": len(due), "slots": kv_budget + 1}
             row |= {"ms": 1e3 * seconds_of(graph, device, 5), "reserved_bytes": taken and taken - before}
-            rows.append(row | {"plain": graph.reason})
+            yield row | {"plain": graph.reason}
         del arm
         release(device)
-    return rows
 
 
 @torch.inference_mode()
-def time_sampler(config: Qwen2Config, batches: Sequence[int], device: str) -> list[dict]:
-    rows = []
-    for batch in batches:
-        logits = torch.randn(batch, config.vocab_size, dtype=torch.bfloat16, device=device)
+def time_sampler(scale: Scale, device: str) -> Iterator[dict]:
+    for batch in scale.products:
+        logits = torch.randn(batch, scale.config.vocab_size, dtype=torch.bfloat16, device=device)
         row = torch.arange(batch, device=device)
         graph = captured("sampling", lambda logits=logits, row=row: SAMPLING(logits, row, row) is None, device)
-        rows.append({"rows": batch, "us": 1e6 * seconds_of(graph, device, 5)})
-    return rows
+        yield {"rows": batch, "us": 1e6 * seconds_of(graph, device, 5)}
 
 
 @torch.inference_mode()
-def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, device: str) -> dict:
+def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, copy: float | None) -> dict:
     """Tokens/s of DynTS as published in its steady state: rows spread evenly over the sawtooth from keep to budget.
 
-    A window is some hundred steps, with the rounds that fall into it. Graphs are captured before.
+    A window is some hundred steps, with the rounds that fall into it. Graphs are captured before. copy: as in
+    time_attention.
     """
     policy, (n_windows, n_steps) = published(subject, scale.n_recent), scale.windows
     keep, steps = policy.keep(kv_budget, N_PROMPT, kv_budget), n_windows * n_steps + 16
-    arm = steady_arm(subject.model, policy, kv_budget, batch, kv_budget + steps + 2, device)
+    device = str(subject.model.device)
+    arm = steady_arm(subject, policy, kv_budget, batch, kv_budget + steps + 2)
     decoder, sizes = arm.decoder, [1 << i for i in range(batch.bit_length()) if 1 << i < batch]
     arm.start()
     for n_due in (*sizes, batch):
@@ -247,7 +239,7 @@ def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, devi
     if not decoder.finite:
         raise FloatingPointError("logits or scores are not finite")
     rates = [batch * n_steps / seconds for seconds in windows]
-    moved = minimum_bytes(subject.model.config, batch, float(np.mean(live)), subject.model.dtype.itemsize)
+    linears = Linears(replace(subject, prompts=torch.zeros(batch, 1)))
     return {
         "arm": "dynts-published",
         "batch": batch,
@@ -258,11 +250,10 @@ def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, devi
         "low": min(rates),
         "high": max(rates),
         "forward": batch * n_steps * n_windows / (arm.phase_seconds()["forward"] - before),
-        "live_slots": float(np.mean(live)),
         "rounds": sum(map(len, decoder.rows.rounds)) - rounds,
         "plain": reasons(decoder) if device != "cpu" else None,
-        "kv_bytes": decoder.cache.nbytes(),
+        "kv_bytes": arm.kv_bytes,
         "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
-        "bytes_per_step": moved,
-        "bandwidth": moved * n_steps * n_windows / sum(windows),
+        "linears": batch / seconds_of(lambda: linears.advance(1), device, 2),
+        **traffic(subject.model, batch, float(np.mean(live)), n_steps * n_windows, sum(windows), copy),
     }

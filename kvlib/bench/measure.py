@@ -1,6 +1,7 @@
 """The bench: gate, ceilings, warm-up, then all arms in turns; the record."""
 
 import contextlib
+import json
 import resource
 import statistics
 import sys
@@ -18,7 +19,8 @@ from kvlib.bench.shapes import Sizes, Subject
 from kvlib.charts.throughput import CEILINGS
 from kvlib.cost import kv_bytes, minimum_bytes
 from kvlib.engine.paired import take_turns, timed, useful_tokens
-from kvlib.record import provenance
+from kvlib.files import write_atomically
+from kvlib.record import RecordError, explained, provenance
 from kvlib.stats import paired_ratio, too_busy
 from kvlib.study.gpus import nvidia_smi
 from kvlib.study.timing import device_name
@@ -32,6 +34,38 @@ def copy_bandwidth(device: str, nbytes: int | None = None) -> float:
     source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(6))
+
+
+def ceilings(config, copy_bandwidth: float | None, itemsize: int = 2) -> dict:
+    """Of a record: what its roofline is drawn from."""
+    return {
+        "copy_bandwidth": copy_bandwidth,
+        "weight_bytes": minimum_bytes(config, 1, 0, itemsize),
+        "kv_bytes_per_token": kv_bytes(config, itemsize),
+    }
+
+
+def traffic(model, n_rows: int, live: float, n_steps: int, seconds: float, copy_bandwidth: float | None) -> dict:
+    """Of an arm's row: the least that n_steps steps over `live` slots a row move, and that as bandwidth."""
+    moved = minimum_bytes(model.config, n_rows, live, model.dtype.itemsize)
+    bandwidth = moved * n_steps / seconds
+    share = copy_bandwidth and bandwidth / copy_bandwidth
+    return {"live_slots": live, "bytes_per_step": moved, "bandwidth": bandwidth, "bandwidth_share": share}
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a record before anything is measured for it. Raises RecordError."""
+    with explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    if path.is_dir():
+        raise RecordError(f"{path} is a folder; name a file for the record")
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Raises RecordError where it cannot be written after all."""
+    with explained(path.parent):
+        write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def pairs(names: Sequence[str], sizes: Sizes) -> Iterator[tuple[str, str]]:
@@ -86,7 +120,7 @@ def warmed(arm, n_steps: int, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before if device != "cpu" else None
 
 
-def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_steps: int, ceilings: dict) -> dict:
+def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_steps: int, copy_bandwidth: float) -> dict:
     """One arm's row: tokens/s by three definitions, memory, and the bandwidth that the step's least bytes amount to."""
     rounds, total, B = len(found["seconds"]), sum(found["seconds"]), sizes.batch
     steps = rounds * n_steps
@@ -101,17 +135,12 @@ def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_step
     }
     if name in CEILINGS:
         return row
-    live = arm.live_slots()
-    moved = minimum_bytes(subject.model.config, B, live, subject.model.dtype.itemsize)
     return row | {
         "forward": B * steps / found["phases"]["forward"],
         "round_share": found["phases"]["evict"] / total if kv_budget and "evict" in found["phases"] else None,
         "goodput": useful_tokens(arm.output(), subject.eos_ids) / (total + found["prefill"]),
-        "live_slots": live,
         "kv_bytes": arm.kv_bytes,
-        "bytes_per_step": moved,
-        "bandwidth": moved * steps / total,
-        "bandwidth_share": moved * steps / total / ceilings["copy_bandwidth"],
+        **traffic(subject.model, B, arm.live_slots(), steps, total, copy_bandwidth),
     }
 
 
@@ -155,12 +184,9 @@ def bench(
     record["gate"] = judged(checks)
     if not record["gate"]["holds"]:
         return record
-    record["ceilings"] = {
-        "copy_bandwidth": copy_bandwidth(device),
-        "weight_bytes": minimum_bytes(subject.model.config, 1, 0, subject.model.dtype.itemsize),
-        "kv_bytes_per_token": kv_bytes(subject.model.config, subject.model.dtype.itemsize),
-    }
-    say(f"copy bandwidth {record['ceilings']['copy_bandwidth'] / 1e9:.1f} GB/s")
+    copy = copy_bandwidth(device)
+    record["ceilings"] = ceilings(subject.model.config, copy, subject.model.dtype.itemsize)
+    say(f"copy bandwidth {copy / 1e9:.1f} GB/s")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as peers:
         if any(name.startswith("kvpress-") for name in names):
             save_model(subject.model, Path(folder))
@@ -182,7 +208,7 @@ def bench(
                 return record
         found = measure(arms, n_steps, n_rounds, device, seconds, say)
         record["arms"] = [
-            describe(name, arm, found[name], subject, sizes, n_steps, record["ceilings"]) | {"peak_bytes": peaks[name]}
+            describe(name, arm, found[name], subject, sizes, n_steps, copy) | {"peak_bytes": peaks[name]}
             for name, arm in arms.items()
         ]
         record["kvpress"] = next((arm.versions for arm in arms.values() if isinstance(arm, KVPress)), None)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvlib.cost import SHAPES
 from kvlib.engine.attention import IMPLEMENTATION
@@ -18,27 +18,19 @@ from kvlib.policies.dynts import ImportanceHead
 from kvlib.policies.triattention import QueryStatistics
 from kvlib.tasks.datasets import load_problems
 
-
-def r1_qwen_config() -> Qwen2Config:
-    """DeepSeek-R1-Distill-Qwen-7B: 28 layers, 28 query and 4 KV heads of 128, biases on q, k, v, untied output."""
-    return Qwen2Config(
-        **SHAPES["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"],
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        use_sliding_window=False,
-        bos_token_id=151643,
-        eos_token_id=151643,
-    )
-
-
-def r1_llama_config() -> LlamaConfig:
-    """DeepSeek-R1-Distill-Llama-8B: 32 layers, 32 query and 8 KV heads of 128, no biases, untied output."""
-    return LlamaConfig(
-        **SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"],
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={
+R1 = {
+    "r1-qwen": SHAPES["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"]
+    | {
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "use_sliding_window": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+    },
+    "r1-llama": SHAPES["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
+    | {
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 500000.0,
             "factor": 8.0,
@@ -46,9 +38,16 @@ def r1_llama_config() -> LlamaConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
-        bos_token_id=128000,
-        eos_token_id=128001,
-    )
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+}
+"""Heads of 128; biases on q, k, v for Qwen only."""
+
+
+def r1_config(name: str) -> PreTrainedConfig:
+    """DeepSeek-R1-Distill-Qwen-7B or -Llama-8B, by the name of its sizes."""
+    return AutoConfig.for_model(**R1[name], max_position_embeddings=131072)
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str) -> torch.nn.Module:
@@ -84,7 +83,6 @@ SIZES = {
     "r1-qwen": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
     "r1-llama": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
 }
-CONFIGS = {"r1-qwen": r1_qwen_config, "r1-llama": r1_llama_config}
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Subject:
 def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
     """A model by the name of its sizes, with prompts cut from the embedded problems, or of random ids where the weights
     are random. Raises ConfigError."""
-    if name not in CONFIGS:
+    if name not in R1:
         reasoner = load_reasoner(name, str(sizes.dtype).removeprefix("torch."), device)
         ids = [i for problem in load_problems("chain-a") for i in reasoner.encode(problem.question)]
         need = sizes.batch * sizes.n_prompt
@@ -111,7 +109,7 @@ def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
         return Subject(name, "real", reasoner.model, prompts, reasoner.eos_ids, lambda p: fit(p, name, reasoner))
     if device == "cpu":
         raise ConfigError(f"{name} has 7 billion parameters and is measured on a CUDA GPU; torch sees none here")
-    model = random_model(CONFIGS[name](), sizes.dtype, device)
+    model = random_model(r1_config(name), sizes.dtype, device)
     return random_subject(name, model, sizes)
 
 

@@ -18,15 +18,14 @@ from kvlib.stats import BUSY
 SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
 LEVELS = {"full": (INK, (0, (4, 2.5))), "full-unpacked": (INK, ":"), "hf-sdpa": (GREY, (0, (1, 1.2)))}
 """Arms without a KV budget that are drawn as a level: colour, dashes."""
-TITLES = {
-    "hf-eager": "HF generate, eager attention",
-    "hf-sdpa": "HF generate",
-    "full": "full cache",
-    "full-again": "full cache, measured again",
-    "full-unfused": "full cache, a product per matrix",
-    "full-unpacked": "full cache, weights not packed",
-    "full-eager": "full cache, no CUDA graph",
+TITLES = {"hf-eager": "HF generate, eager attention", "hf-sdpa": "HF generate", "full": "full cache"}
+PARTS = {
+    "again": "measured again",
+    "unfused": "a product per matrix",
+    "unpacked": "weights not packed",
+    "eager": "no CUDA graph",
 }
+"""What may follow the name of one of our arms, a part that it is without, and what it says."""
 CEILINGS = ("linears", "products")
 """Arms that decode nothing: the matrix products alone, as the model has them and as kvlib has them."""
 PEER = "kvpress-"
@@ -122,6 +121,9 @@ def arm_title(policy: str) -> str:
     """The name of an arm for people: "kvpress-snapkv-kvpress" is snapkv, with the settings that kvpress has, by it."""
     if policy in TITLES:
         return TITLES[policy]
+    own, _, part = policy.rpartition("-")
+    if part in PARTS:
+        return f"{arm_title(own)}, {PARTS[part]}"
     return f"{_policy(policy)}, by kvpress" if policy.startswith(PEER) else _policy(policy)
 
 

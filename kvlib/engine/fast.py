@@ -197,8 +197,7 @@ class FastModel:
         try:
             self.layers = [Layer.of(layer) for layer in base.layers]
             self.head = fuse(model.get_output_embeddings())
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()  # the matrices that were fused
+            torch.cuda.empty_cache()  # the matrices that were fused; nothing without CUDA
         except BaseException:
             self.close()
             raise

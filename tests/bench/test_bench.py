@@ -275,6 +275,12 @@ def test_the_command_writes_the_record_and_refuses_in_a_sentence(tmp_path, monke
     assert [row["arm"] for row in record["arms"]] == ["hf-sdpa", "full"]
     with pytest.raises(SystemExit, match="--n-new 4 must be a multiple of --rounds 3"):
         run("--rounds", "3")
+    with pytest.raises(SystemExit, match="--threads are whole numbers from 1 on"):
+        run("--rounds", "1", "--threads", "0")
+    monkeypatch.setattr(command, "bench", lambda *args, **options: pytest.fail("measured for nothing"))
+    for place, why in ((out / "below.json", "a file is where a folder must be"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit, match=why):
+            run("--rounds", "1", "--arms", "full", "--out", str(place))
 
 
 def test_the_peer_gets_the_same_weights(subject, tmp_path):
@@ -292,5 +298,6 @@ def test_the_peer_gets_the_same_weights(subject, tmp_path):
 
 
 def test_a_peer_that_ends_is_a_sentence(subject, tmp_path):
-    with pytest.raises(ConfigError, match="make bench-kvpress-env"):
-        arms.KVPress("false", tmp_path, subject, "knorm", 40, SIZES)
+    for python in ("false", str(tmp_path / "no python")):
+        with pytest.raises(ConfigError, match="make bench-kvpress-env"):
+            arms.KVPress(python, tmp_path, subject, "knorm", 40, SIZES)

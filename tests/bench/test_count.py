@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import kvlib
 from kvlib.bench.count import Counting, count_step, dynts, meta_decoder, minimum_bytes
-from kvlib.bench.shapes import r1_llama_config, r1_qwen_config
+from kvlib.bench.shapes import R1, r1_config
 from kvlib.config import load_grid
 from kvlib.engine.evict import Round
 from kvlib.policies import make_policy
@@ -93,7 +93,7 @@ def test_a_wait_for_the_device_is_counted():
 
 @pytest.mark.parametrize("live", [2350, 4100])
 def test_a_step_of_r1_qwen_moves_at_most_a_twentieth_more_than_the_least(live):
-    config = r1_qwen_config()
+    config = r1_config("r1-qwen")
     step, least = count_step(config, dynts(config), 20, live), minimum_bytes(config, 20, live)
     assert least == pytest.approx(14.141e9 + 57_344 * 20 * live, rel=1e-4)
     assert least < step["bytes_per_step"] <= 1.05 * least
@@ -105,7 +105,7 @@ def test_a_step_of_r1_qwen_moves_at_most_a_twentieth_more_than_the_least(live):
 @pytest.mark.parametrize("name", ["h2o", "rkv", "dynts"])
 def test_no_kind_of_policy_makes_a_step_wait_or_leave_the_graph(name):
     policy = make_policy(name, **({"predictor": lambda hidden: hidden[:, 0]} if name == "dynts" else {}))
-    step = count_step(r1_qwen_config(), policy, 20, 2500)
+    step = count_step(r1_config("r1-qwen"), policy, 20, 2500)
     assert step["host_syncs"] == step["graph_breaks"] == 0
 
 
@@ -113,7 +113,7 @@ def test_no_kind_of_policy_makes_a_step_wait_or_leave_the_graph(name):
 def test_a_round_of_many_rows_holds_no_more_than_the_plan_reckons(name):
     """The hungriest policies at R1-Llama's shape; scored whole, 20 rows of expected's held 60 GB."""
     policy = make_policy(name, **({"predictor": lambda hidden: hidden[:, 0]} if name.startswith("dynts") else {}))
-    few, many = (count_round(r1_llama_config(), policy, n_rows, 5000) for n_rows in (1, 20))
+    few, many = (count_round(r1_config("r1-llama"), policy, n_rows, 5000) for n_rows in (1, 20))
     assert few <= many <= 1.1 * few and many < 3.4e9 < WORKSPACE_GB * 1e9
 
 
@@ -128,12 +128,13 @@ def test_memory_is_what_lives_together():
     assert memory.peak == 2 * (100 + 100) and sum(memory.held.values()) <= 2 * 150
 
 
-@pytest.mark.parametrize(("profile", "make"), [("r1-qwen", r1_qwen_config), ("r1-llama", r1_llama_config)])
-def test_a_profile_reckons_with_the_launches_that_are_counted(profile, make):
+@pytest.mark.parametrize("profile", R1)
+def test_a_profile_reckons_with_the_launches_that_are_counted(profile):
     """Six microseconds each inside a graph; attention is two."""
     grid = load_grid(Path(kvlib.__file__).parents[1] / "notebooks" / f"{profile}.yml")
-    step = count_step(make(), dynts(make()), 20, 2350)
-    launches = step["operations"] + make().num_hidden_layers
+    config = r1_config(profile)
+    step = count_step(config, dynts(config), 20, 2350)
+    launches = step["operations"] + config.num_hidden_layers
     assert grid.expected["step"]["launch_ms"] == pytest.approx(0.006 * launches, rel=0.1)
 
 

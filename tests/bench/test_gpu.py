@@ -55,6 +55,18 @@ def test_the_steady_state_is_the_sawtooths_mean(dry):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("load", "used", "idle"),
+    [("0", "700", True), ("[N/A]", "[N/A]", True), ("40", "700", False), ("0", "9000", False)],
+)
+def test_a_card_that_works_for_another_is_red_and_one_that_cannot_tell_is_not(monkeypatch, load, used, idle):
+    """A MIG slice has no load of its own."""
+    monkeypatch.setattr(gpu, "nvidia_smi", lambda *_: [["580.65.06", load, used]])
+    assert gpu.check_machine("cpu")[0]["holds"] == idle
+    monkeypatch.setattr(gpu, "nvidia_smi", lambda *_: [["570.1", load, used]])
+    assert not gpu.check_machine("cpu")[0]["holds"]
+
+
 def run_with(monkeypatch, tmp_path, **replaced) -> tuple[dict, list[str]]:
     """The script where some blocks are replaced and the others, for speed, find nothing."""
     lists = ["check_machine", "check_kernels", "probe_captures", "check_outputs", "time_attention", "time_products"]
@@ -85,6 +97,16 @@ def test_a_block_that_raises_is_left_out_with_its_reason_and_the_next_one_runs(m
     assert record["left_out"] == [{"block": name, "reason": reason} for name in ("captures", "rounds")]
     assert record["blocks"]["sampler"]["error"] is None and len(record["arms"]) == 2 and not record["complete"]
     assert not record["gate"]["holds"], "a gate that could not be asked does not hold"
+
+
+def test_rows_that_a_block_found_before_it_raised_are_kept(monkeypatch, tmp_path):
+    def half():
+        yield {"batch": 20, "live_slots": 4100, "share_of_copy": 0.9}
+        raise RuntimeError("out of shared memory")
+
+    record, _ = run_with(monkeypatch, tmp_path, time_attention=lambda *_: half())
+    assert record["attention"] == [{"batch": 20, "live_slots": 4100, "share_of_copy": 0.9}]
+    assert record["left_out"] == [{"block": "attention", "reason": "RuntimeError: out of shared memory"}]
 
 
 def test_without_time_every_block_is_named_as_left_out(monkeypatch, tmp_path):

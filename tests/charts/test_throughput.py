@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlib.charts.throughput import load_bench, throughput_figure, throughput_table
+from kvlib.charts.throughput import arm_title, load_bench, throughput_figure, throughput_table
 from kvlib.stats import BUSY
 
 RECORD = Path(__file__).parents[2] / "results" / "bench" / "smollm2.json"
@@ -70,3 +70,14 @@ def test_one_round_has_no_interval(tmp_path):
     assert "one round, so without an interval" in said
     assert throughput_table(df).iloc[0]["Tokens/s (slowest to fastest round)"] == "201.2 (one round)"
     assert not any(len(paths.get_paths()) for paths in fig.axes[0].collections)
+
+
+def test_an_arm_is_called_by_its_policy_and_what_it_is_without():
+    titles = {
+        "full-unpacked": "full cache, weights not packed",
+        "knorm-unpacked": "knorm, weights not packed",
+        "hf-eager": "HF generate, eager attention",
+        "kvpress-snapkv-kvpress": "snapkv, by kvpress",
+        "rkv": "rkv",
+    }
+    assert {name: arm_title(name) for name in titles} == titles

@@ -1,11 +1,16 @@
 """What a timing record makes of its rounds; the rounds are made up, no time is judged."""
 
+import contextlib
 import dataclasses
+import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from kvlib.config import RunConfig
 from kvlib.stats import Ratio
+from kvlib.study import timing
 from kvlib.study.timing import Round, rows_of, said_of
 
 FULL = RunConfig(model="tiny", dataset="chain-a", policy="full")
@@ -41,3 +46,27 @@ def test_a_run_on_a_busy_machine_says_so_and_how_to_repeat_it():
     said = said_of(Ratio(1.2, 1.1, 1.3), "chain-a", "python -m kvlib.study.timing --dataset chain-a")
     assert "too busy for the line to mean anything" in said and said.endswith("--dataset chain-a")
     assert "(" not in said_of(Ratio(1.0, None, None), "chain-a", "again"), "one round has no interval"
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cuda", ["GPU-a"]), ("cpu", [None])])
+def test_a_run_on_cuda_holds_a_gpu_that_no_cell_has(monkeypatch, device, seen):
+    found, free = [], [True]
+
+    @contextlib.contextmanager
+    def leased_gpu():
+        free[0] = False
+        yield {"CUDA_VISIBLE_DEVICES": "GPU-a"}, ()
+        free[0] = True
+
+    def time_dataset(*_):
+        found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        assert free[0] == (device == "cpu")
+
+    monkeypatch.setattr(timing, "leased_gpu", leased_gpu)
+    monkeypatch.setattr(timing, "time_dataset", time_dataset)
+    monkeypatch.setattr(timing, "load_grid", lambda path: SimpleNamespace(shared={"device": device}))
+    monkeypatch.setattr(sys, "argv", ["timing", "--grid", "g.yml", "--dataset", "chain-a", "--folder", "f"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # put back afterwards, whatever the run sets
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    timing.main()
+    assert found == seen and free[0]

@@ -1,6 +1,6 @@
 """Triton reads TRITON_INTERPRET when a kernel is defined, so these tests need a process that starts with it.
 
-tests/test_kernels.py starts one.
+tests/kernels/test_kernels.py starts one.
 """
 
 import os

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlib.kernels import attention_triton
-from kvlib.kernels.append import append_reference
+from kvlib.kernels import append as torch_append
+from kvlib.kernels import attention_triton, pointwise
 from kvlib.kernels.append_triton import append
 from kvlib.kernels.attention_triton import BLOCK, decode_attention, n_splits
-from kvlib.kernels.pointwise import rms_norm_reference
 from kvlib.kernels.pointwise_triton import add_rms_norm, rms_norm, silu_mul
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -125,17 +124,8 @@ def test_append_rotates_and_writes_only_its_slot(HQ, H, D, W, norm, dtype):
 
     double = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
     layers = [store[1].double() for store in stores]
-    expected = append_reference(
-        qkv.double(),
-        cos.double(),
-        sin.double(),
-        *layers[:2],
-        slots,
-        positions,
-        HQ,
-        **double,
-        ring=layers[2] if W else None,
-    )
+    double |= {"n_query_heads": HQ, "ring": layers[2] if W else None}
+    expected = torch_append.append(qkv.double(), cos.double(), sin.double(), *layers[:2], slots, positions, **double)
     close = {"rtol": 3 * TOLERANCE[dtype], "atol": 3 * TOLERANCE[dtype]}
     torch.testing.assert_close(query.double(), expected, **close)
     for store, layer, old in zip(written, layers, stores, strict=True):
@@ -156,8 +146,8 @@ def test_norms(n, dtype):
     close = {"rtol": 2 * TOLERANCE[dtype], "atol": 2 * TOLERANCE[dtype]}
     normed, summed = add_rms_norm(x, residual, weight, 1e-6)
     assert torch.equal(summed, x + residual)
-    torch.testing.assert_close(normed.double(), rms_norm_reference(summed.double(), weight.double(), 1e-6), **close)
-    expected = rms_norm_reference(x.double(), weight.double(), 1e-6)
+    torch.testing.assert_close(normed.double(), pointwise.rms_norm(summed.double(), weight.double(), 1e-6), **close)
+    expected = pointwise.rms_norm(x.double(), weight.double(), 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6).double(), expected, **close)
     assert rms_norm(torch.zeros(1, n, dtype=dtype), weight, 1e-6).eq(0).all()
 
@@ -183,7 +173,7 @@ def test_bfloat16_is_within_a_rounding_of_float64():
     expected, _ = exact(query, keys, values, lengths, 128**-0.5)
     torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=1e-4)
     x, weight = torch.randn(2, 96).bfloat16(), torch.randn(96).bfloat16()
-    expected = rms_norm_reference(x.double(), weight.double(), 1e-6)
+    expected = pointwise.rms_norm(x.double(), weight.double(), 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6).double(), expected, rtol=2**-6, atol=1e-4)
     gate, up = x.double().chunk(2, -1)
     torch.testing.assert_close(silu_mul(x).double(), gate * gate.sigmoid() * up, rtol=2**-6, atol=1e-4)
