@@ -20,8 +20,8 @@ from kvlib.engine.probe import probe
 from kvlib.engine.rows import Kept
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError
-from kvlib.fitted import fit as filled
-from kvlib.models import Reasoner, described, from_pretrained
+from kvlib.fitted import fill
+from kvlib.models import Reasoner, from_pretrained
 from kvlib.models import load_reasoner as load_model
 from kvlib.policies import Policy, check_options, make_policy
 from kvlib.prompts import encoded, listed, needs_tokenizer
@@ -163,10 +163,10 @@ def fit(
     policy_options: Mapping | None = None,
 ) -> Policy:
     """The preset with what it needs fitted to this very model from texts; see kvlib.train.fitting.fit."""
-    from kvlib.train import fit as fit_to  # trainers, which nothing else here needs
+    from kvlib.train import fitting  # trainers, which nothing else here needs
 
     reasoner = entered(model, tokenizer, needs_tokenizer=True)
-    return fit_to(policy, reasoner.model, reasoner.tokenizer, texts, out, **(policy_options or {}))
+    return fitting.fit(policy, reasoner.model, reasoner.tokenizer, texts, out, **(policy_options or {}))
 
 
 def decoded(
@@ -268,7 +268,7 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(model, Reasoner):
-        return model if tokenizer is None else described(model.model, tokenizer, model.eos_ids, model.sha256)
+        return model if tokenizer is None else replace(model, tokenizer=tokenizer)
     if not isinstance(model, nn.Module) or not hasattr(model, "generation_config"):
         raise ConfigError(
             f"model is a {type(model).__name__}; use a causal LM of transformers, what load_model gives, or a name"
@@ -280,8 +280,7 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
             raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")
         tokenizer = from_pretrained(AutoTokenizer, model.name_or_path)
     eos = model.generation_config.eos_token_id
-    eos_ids = () if eos is None else ids_of(eos)
-    return Reasoner(model, None, eos_ids, None, "") if tokenizer is None else described(model, tokenizer, eos_ids, "")
+    return Reasoner(model, tokenizer, () if eos is None else ids_of(eos))
 
 
 def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:
@@ -297,7 +296,7 @@ def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:
             f'kvlib.fit("{name}", model, texts)` and pass policy=policy'
         )
     paths = any(isinstance(getattr(policy, need), str) for need in policy.needs)
-    return filled(policy, reasoner.model.name_or_path, reasoner) if missing or paths else policy
+    return fill(policy, reasoner.model.name_or_path, reasoner) if missing or paths else policy
 
 
 def texts_of(stop_strings: object) -> list[str]:

@@ -18,9 +18,11 @@ from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
 from kvlib.engine.step import planned_step
 from kvlib.errors import ConfigError, GpuMemoryError
-from kvlib.fitted import check_fitted, fit
+from kvlib.files import file_state
+from kvlib.fitted import check_fitted, fill
 from kvlib.models import (
     Reasoner,
+    check_length,
     check_model,
     checked_config,
     folder_of,
@@ -32,7 +34,7 @@ from kvlib.models import (
 from kvlib.policies import Policy, make_policy
 from kvlib.record import SampleLog, fingerprint, provenance, publish
 from kvlib.stats import pass_at_1
-from kvlib.tasks.datasets import Problem, check_dataset, content_sha256, dataset_source, load_problems
+from kvlib.tasks.datasets import Problem, content_sha256, dataset_source, load_problems
 from kvlib.tasks.grade import AFTER_THINKING, verdicts
 from kvlib.tasks.metrics import agreement_of
 
@@ -72,7 +74,7 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
             faults.append(str(error))
 
     attempt(check_model, config.model)
-    attempt(check_dataset, config.dataset)
+    attempt(load_problems, config.dataset, config.n_problems)
     chosen = policy or attempt(make_policy, config.policy, **config.policy_options)
     if chosen:
         attempt(check_fitted, chosen, config.model)
@@ -84,20 +86,25 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
         raise ConfigError("\n".join(faults))
     problems, prompts = prompts_of(config)
     requests = as_requests(config, problems, prompts)
+    longest = max(requests, key=lambda request: len(request.prompt))
     if config.kv_budget is not None:
-        longest = max(requests, key=lambda request: len(request.prompt))
         chosen.check(config.kv_budget, len(longest.prompt), longest.id)
-    step = step_of(config.model, weights_sha256(config.model), max(map(len, prompts)) + config.max_new_tokens)
+    step = step_of(config.model, weights_sha256(config.model), longest.id, len(longest.prompt), config.max_new_tokens)
     return Prepared(chosen, problems, requests, step, run_fingerprints(config, policy))
 
 
 @functools.cache
-def step_of(model: str, weights: str, n_positions: int) -> str:
-    """Which step will decode a model, as far as its config tells. Raises ConfigError if none does."""
+def step_of(model: str, weights: str, longest: str, n_prompt: int, max_new_tokens: int) -> str:
+    """Which step will decode a model, as far as its config tells. Raises ConfigError if none does.
+
+    longest: the id of the longest prompt, of n_prompt tokens.
+    """
     if local_place(model) is None:
         return "step that fits, once it is downloaded"
     with folder_of(model, None) as folder:
-        return planned_step(checked_config(model, folder), n_positions)
+        config = checked_config(model, folder)
+    check_length(config, n_prompt, f"the prompt of {longest}")
+    return planned_step(config, n_prompt + max_new_tokens)
 
 
 def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[s
     policy = policy or make_policy(config.policy, **config.policy_options)
     parts = {
         "config": config.parameters(),
-        "dataset": dataset_sha256(config.dataset, file_state(config.dataset), config.n_problems),
+        "dataset": dataset_sha256(config.dataset, state_of(config.dataset), config.n_problems),
         "model": weights_sha256(config.model),
         "predictor": None,
         **check_fitted(policy, config.model),
@@ -118,10 +125,9 @@ def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[s
     return tuple(fingerprint({**parts, "notebook": notebook}) for notebook in ("", NOTEBOOK_OF_OLD))
 
 
-def file_state(name: str) -> tuple | None:
-    """Tells a file from the same file changed; None for what is no file. Keys what is kept of it in memory."""
-    path = Path(name).absolute()
-    return (path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+def state_of(dataset: str) -> tuple | None:
+    """file_state of a dataset's file, None of any other dataset."""
+    return file_state(Path(dataset)) if Path(dataset).is_file() else None
 
 
 # A grid asks for hundreds of cells of one dataset.
@@ -132,7 +138,7 @@ def dataset_sha256(name: str, state: tuple | None, n_problems: int | None) -> st
 
 def prompts_of(config: RunConfig) -> tuple[tuple[Problem, ...], tuple[tuple[int, ...], ...]]:
     """A cell's problems and the prompt of each. Raises ConfigError for a prompt that a problem's kind has not."""
-    dataset = (config.dataset, file_state(config.dataset), config.n_problems)
+    dataset = (config.dataset, state_of(config.dataset), config.n_problems)
     return _prompts(config.model, weights_sha256(config.model), *dataset, config.prompt)
 
 
@@ -203,7 +209,7 @@ def build_decoder(
         "eos_ids": reasoner.eos_ids,
         "answer_id": reasoner.answer_id,
     }
-    policy = fit(policy, config.model, reasoner)
+    policy = fill(policy, config.model, reasoner)
     return decoder_for(reasoner.model, policy, config.kv_budget, requests, **{**settings, **options})
 
 
@@ -233,13 +239,12 @@ def regraded(sample: dict, by_id: dict[str, Problem], reasoner: Reasoner) -> dic
 
 
 def results_of(samples: list[dict]) -> dict:
-    """Counts of a finished cell, and Pass@1 with its 95 % interval (in [0, 1]).
+    """Counts of a finished cell, and Pass@1 in [0, 1]; its interval is computed where it is drawn, from the verdicts.
 
-    Of a benchmark, n_correct, n_unanswered and pass_* are by the published rules and strict_* by the strict ones.
+    Of a benchmark, n_correct, n_unanswered and pass_at_1 are by the published rules and strict_* by the strict ones.
     """
-    rate, low, high = pass_at_1((s["problem"], s["correct"]) for s in samples)
-    n_tokens = sum(s["n_tokens"] for s in samples)
-    return {
+    first, n_tokens = samples[0], sum(s["n_tokens"] for s in samples)
+    results = {
         "n_problems": len({s["problem"] for s in samples}),
         "n_samples": len(samples),
         "n_correct": sum(s["correct"] for s in samples),
@@ -250,26 +255,19 @@ def results_of(samples: list[dict]) -> dict:
         "n_rounds": sum(s["rounds"] for s in samples),
         "mean_live_slots": sum(s["mean_live"] * s["n_tokens"] for s in samples) / n_tokens,
         "peak_slots": max(s["peak_slots"] for s in samples),
-        "pass_at_1": rate,
-        "pass_low": low,
-        "pass_high": high,
-        **(strict_results_of(samples) if "strict_correct" in samples[0] else {}),
+        "pass_at_1": pass_at_1((s["problem"], s["correct"]) for s in samples)[0],
     }
-
-
-def strict_results_of(samples: list[dict]) -> dict:
-    rate, low, high = pass_at_1((s["problem"], s["strict_correct"]) for s in samples)
-    own = {"scorer_n_correct": sum(s["scorer_correct"] for s in samples)} if "scorer_correct" in samples[0] else {}
-    return {
-        **own,
-        "strict_rule": samples[0].get("strict_rule", AFTER_THINKING),
-        "strict_n_correct": sum(s["strict_correct"] for s in samples),
-        "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
-        "strict_pass_at_1": rate,
-        "strict_pass_low": low,
-        "strict_pass_high": high,
-        "n_undecided": sum(bool(s["undecided"]) for s in samples),
-    }
+    if "strict_correct" in first:
+        results |= {
+            "strict_rule": first.get("strict_rule", AFTER_THINKING),
+            "strict_n_correct": sum(s["strict_correct"] for s in samples),
+            "strict_n_unanswered": sum(s["strict_answer"] is None for s in samples),
+            "strict_pass_at_1": pass_at_1((s["problem"], s["strict_correct"]) for s in samples)[0],
+            "n_undecided": sum(bool(s["undecided"]) for s in samples),
+        }
+    if "scorer_correct" in first:
+        results["scorer_n_correct"] = sum(s["scorer_correct"] for s in samples)
+    return results
 
 
 def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 INDEX = "model.safetensors.index.json"
 LFS = b"version https://git-lfs"
 
@@ -25,10 +27,13 @@ def shards(folder: Path) -> list[str]:
         return [f"a readable {INDEX}"]
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether Git LFS left a pointer where the file should be."""
+def stand_in(path: Path) -> str | None:
+    """What lies where a file that was not downloaded should be, in a clause; None if it is neither empty nor LFS's."""
     with path.open("rb") as file:
-        return file.read(len(LFS)) == LFS
+        begins = file.read(len(LFS))
+    if begins == LFS:
+        return "is a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
+    return None if begins else "is empty"
 
 
 def damaged_file(folder: Path) -> str | None:
@@ -37,10 +42,8 @@ def damaged_file(folder: Path) -> str | None:
     for path in files:
         if not path.exists():
             continue
-        if path.stat().st_size == 0:
-            return f"{path.name} is empty"
-        if is_pointer(path):
-            return f"{path.name} is a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
+        if fault := stand_in(path):
+            return f"{path.name} {fault}"
         try:
             tensors(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -49,22 +52,9 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def tensors(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a .safetensors file, from its header; ValueError if the file is not whole.
-
-    The layout: 8 bytes n (little-endian), n bytes of JSON, then the data to the last tensor's end and not further.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        n = int.from_bytes(file.read(8), "little")
-        if size < 8 or n > size - 8:
-            raise ValueError(f"its header should have {n} bytes and the file has {size}")
-        header = json.loads(file.read(n))
+    """Names and shapes of the tensors of a .safetensors file, from its header; ValueError if the file is not whole."""
     try:
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        found = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError("its header is not that of safetensors") from error
-    if size != 8 + n + end:
-        raise ValueError(f"it should have {8 + n + end} bytes and has {size}")
-    return found
+        with safe_open(path, "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(str(error).removeprefix("Error while deserializing header: ")) from error

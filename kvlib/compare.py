@@ -8,6 +8,7 @@
 `kvlib.study` does these; what they publish is read here. More samples are more seeds.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Collection, Sequence
@@ -19,11 +20,11 @@ import pandas as pd
 
 from kvlib.charts.arms import arm_label
 from kvlib.charts.tables import model_title
-from kvlib.config import Comparison, load_grid
+from kvlib.config import Cell, Comparison, load_grid
 from kvlib.errors import ConfigError
-from kvlib.record import load_samples
 from kvlib.stats import pass_at_1
 from kvlib.study.__main__ import main
+from kvlib.study.draw import published_cell
 from kvlib.tasks.datasets import dataset_title
 
 if TYPE_CHECKING:
@@ -96,13 +97,13 @@ def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: 
 
 def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> "dict[str, Policy]":
     """The policies of a stage's arms with the prompt protected, fitted to the reasoner, by arm."""
-    from kvlib.fitted import fit
+    from kvlib.fitted import fill
     from kvlib.policies import make_policy
 
     policies = {}
     for cell in comparison.cells:
         if cell.protected and cell.arm in comparison.stages[stage]["arms"] and cell.arm not in policies:
-            policies[cell.arm] = fit(make_policy(cell.config.policy, **cell.config.policy_options), model, reasoner)
+            policies[cell.arm] = fill(make_policy(cell.config.policy, **cell.config.policy_options), model, reasoner)
     return policies
 
 
@@ -111,27 +112,26 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
 
     The columns that `kvlib.charts.arms` asks for: Pass@1 in percent with its 95 % interval, output length,
     truncated share, mean live slots, and, from costs.json, microseconds per row of a round and seconds of one row per
-    solved problem (tokens x step and rounds x round, over the share solved).
+    solved problem (tokens x step and rounds x round, over the share solved); NaN for an arm that was not timed.
     """
     costs = {row["arm"]: row for row in json.loads(published(results, "costs.json"))["arms"]}
     by_cell: dict[tuple, list[dict]] = {}
     for line in published(results, "cells.jsonl").splitlines():
-        seed = json.loads(line)
-        if seed["config"]["seed"] not in seeds:
+        cell = json.loads(line)
+        if cell["config"]["seed"] not in seeds:
             continue
-        key = (seed["model"], seed["dataset"], seed["arm"], seed["protected"], seed["config"]["kv_budget"])
-        by_cell.setdefault(key, []).append(seed)
+        key = (cell["model"], cell["dataset"], cell["arm"], cell["protected"], cell["config"]["kv_budget"])
+        by_cell.setdefault(key, []).append(cell)
     rows = []
     for (model, dataset, arm, protected, kv_budget), seeds in by_cell.items():
-        n, cost = len(seeds), costs[arm]
+        config, cost = seeds[0]["config"], seeds[0]["cost"]
         verdicts = [pair for seed in seeds for pair in zip(seed["problems"], seed["correct"], strict=True)]
         rate, low, high = pass_at_1(verdicts)
-        n_tokens, n_rounds, n_truncated, n_correct = (
-            sum(seed["results"][name] for seed in seeds)
-            for name in ("n_tokens", "n_rounds", "n_truncated", "n_correct")
+        n_tokens, n_rounds, n_correct = (
+            sum(seed["results"][name] for seed in seeds) for name in ("n_tokens", "n_rounds", "n_correct")
         )
-        per_round = cost["round"]["median"] if "round" in cost else float("nan")
-        seconds = 1e-6 * (n_tokens * cost["step"]["median"] + (n_rounds * per_round if n_rounds else 0))
+        step, per_round = (costs.get(arm, {}).get(name, {}).get("median", float("nan")) for name in ("step", "round"))
+        seconds = 1e-6 * (n_tokens * step + (n_rounds * per_round if n_rounds else 0))
         rows.append(
             {
                 "model": model,
@@ -140,15 +140,15 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
                 "protected": protected,
                 "kv_budget": kv_budget,
                 "n_problems": len(seeds[0]["problems"]),
-                "n_samples": n,
+                "n_samples": len(seeds),
                 "pass_at_1": 100 * rate,
                 "pass_low": 100 * low,
                 "pass_high": 100 * high,
-                "mean_tokens": n_tokens / len(verdicts),
-                "max_new_tokens": seeds[0]["config"]["max_new_tokens"],
-                "truncated_share": n_truncated / len(verdicts),
-                "mean_live_slots": sum(seed["results"]["mean_live_slots"] for seed in seeds) / n,
-                "kib_per_row": seeds[0]["cost"]["kv_bytes"] / seeds[0]["config"]["batch_size"] / 1024,
+                "mean_tokens": sum(sum(seed["n_tokens"]) for seed in seeds) / len(verdicts),
+                "max_new_tokens": config["max_new_tokens"],
+                "truncated_share": sum(sum(seed["truncated"]) for seed in seeds) / len(verdicts),
+                "mean_live_slots": sum(seed["results"]["mean_live_slots"] for seed in seeds) / len(seeds),
+                "kib_per_row": cost["kv_bytes"] / cost.get("n_rows", config["batch_size"]) / 1024,
                 "seconds_per_solved": seconds / n_correct if n_correct else float("nan"),
                 "round_us_per_row": per_round,
             }
@@ -172,51 +172,43 @@ def beside_published(
 
     The terms are those of its arm "random" on the tiny reasoner, the prompt protected, seed 0. Samples go to `folder`
     and are continued from there. n_problems: the first so many; None: all. Returns cells, as `kvlib.charts.arms` asks
-    for them, full cache included, and verdicts, as `kvlib.stats` does. Raises ConfigError for what the comparison
-    does not have.
+    for them, full cache included, and verdicts, as `kvlib.stats` does; of a published arm, slots and seconds are those
+    of all its problems. Raises ConfigError for what the comparison does not have, or an arm that it has.
     """
     from kvlib.cell import run
 
+    theirs = load_comparison(grid).cells
+    if arm in {cell.arm for cell in theirs}:
+        raise ConfigError(f"{arm!r} is an arm of {grid} already; give your policy another name")
     asked = {
         (cell.config.dataset, cell.config.kv_budget): cell.config
-        for cell in load_comparison(grid).cells
+        for cell in theirs
         if (cell.config.model, cell.arm, cell.protected, cell.config.seed) == ("tiny", "random", True, 0)
     }
+    own = []
     for kv_budget in kv_budgets:
         if (dataset, kv_budget) not in asked:
             known = ", ".join(f"{name} at {budget}" for name, budget in asked)
             raise ConfigError(f"{grid} has no dataset {dataset!r} at KV budget {kv_budget}; it has {known}")
-    terms = ["arm", "protected", "kv_budget"]
-    measured = ["max_new_tokens", "mean_live_slots", "kib_per_row", "seconds_per_solved", "round_us_per_row"]
-    own, costs = [], []
-    for kv_budget in kv_budgets:
         config = replace(asked[dataset, kv_budget], policy=arm, policy_options={}, n_problems=n_problems)
-        record = run(config, folder / config.cell_path, policy=policy)
-        _, samples, _ = load_samples(folder / config.cell_path / "samples.jsonl")
-        kib = record["cost"]["kv_bytes"] / record["cost"]["n_rows"] / 1024
-        costs.append((arm, True, kv_budget, config.max_new_tokens, record["results"]["mean_live_slots"], kib))
-        own += [
-            (arm, True, kv_budget, s["problem"].split("/")[1], s["correct"], s["n_tokens"], s["stop"] == "length")
-            for s in samples.values()
-        ]
-    own = pd.DataFrame(own, columns=[*terms, "problem", "correct", "n_tokens", "truncated"])
-    rows = load_verdicts(results).query("model == 'tiny' and dataset == @dataset and seed == 0")
-    met = rows["protected"] & rows["arm"].isin({*rivals, "random"}) & rows["kv_budget"].isin(kv_budgets)
-    rows = pd.concat([rows[(met | (rows["arm"] == "full")) & rows["problem"].isin(own["problem"])], own])
-    cells = []
-    for key, cell in rows.groupby(terms, dropna=False, sort=False):
-        rate, low, high = (100 * share for share in pass_at_1(zip(cell["problem"], cell["correct"], strict=True)))
-        means = (cell["n_tokens"].mean(), cell["truncated"].mean())
-        cells.append((*key, len(cell), rate, low, high, *means))
-    names = ["n_problems", "pass_at_1", "pass_low", "pass_high", "mean_tokens", "truncated_share"]
-    cells = pd.DataFrame(cells, columns=[*terms, *names]).assign(
-        model="tiny", dataset=dataset_title(dataset), n_samples=1
-    )
-    others = load_cells(results).query("model == 'tiny' and dataset == @dataset_title(@dataset)")
-    costs = pd.concat([others[[*terms, *measured]], pd.DataFrame(costs, columns=[*terms, *measured[:3]])])
-    cells = cells.merge(costs.astype({"kv_budget": float}), how="left", on=terms)
-    labels = [arm_label(*name) for name in zip(rows["arm"], rows["protected"], strict=True)]
-    return cells, rows.assign(arm=labels, dataset=dataset, sample=0)[rows["arm"] != "full"]
+        own.append((Cell(config, arm, True), folder / config.cell_path))
+    for cell, place in own:
+        run(cell.config, place, policy=policy)
+    own = [published_cell(cell, place) for cell, place in own]
+    problems, cells = set(own[0]["problems"]), []
+    met = {("full", False, None), *itertools.product({*rivals, "random"}, [True], kv_budgets)}
+    for line in published(results, "cells.jsonl").splitlines():
+        cell = json.loads(line)
+        here = (cell["model"], cell["dataset"], cell["config"]["seed"]) == ("tiny", dataset, 0)
+        if here and (cell["arm"], cell["protected"], cell["config"]["kv_budget"]) in met:
+            kept = [problem in problems for problem in cell["problems"]]
+            samples = ("problems", "correct", "n_tokens", "truncated")
+            cells.append({**cell, **{name: [*itertools.compress(cell[name], kept)] for name in samples}})
+    (folder / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells + own))
+    (folder / "costs.json").write_text(published(results, "costs.json"))
+    verdicts = load_verdicts(folder).query("arm != 'full'")
+    labels = [arm_label(*name) for name in zip(verdicts["arm"], verdicts["protected"], strict=True)]
+    return load_cells(folder), verdicts.assign(arm=labels, sample=0)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ RULES = {
     "prompt": ((str,), f"one of {', '.join(PROMPTS)}", lambda x: x in PROMPTS),
 }
 TIMING_KEYS = ["batch_size", "n_steps", "repeats"]
-STAGE_KEYS = ["models", "arms", "datasets", "kv_budgets", "protect_prompt", "seeds"]
+STAGE_LISTS = {"models": "model", "datasets": "dataset", "kv_budgets": "kv_budget", "seeds": "seed"}
 
 
 @dataclass(frozen=True)
@@ -246,19 +246,32 @@ def parse_grid(content, path: Path) -> Grid:
 def parse_comparison(content: Mapping, path: Path) -> Grid:
     """A grid with arms: every stage's models x arms x datasets x budgets x protection x seeds, each cell once."""
     check_keys(content, ["study", "decoding", "common", "arms", "stages"], ["expected"], "key")
+    decoding, arms = content["decoding"], content["arms"]
+    for key in ("decoding", "common", "arms", "stages"):
+        if not isinstance(content[key], Mapping):
+            raise ConfigError(f"{key}={content[key]!r} must be a mapping")
+    own = [*STAGE_LISTS.values(), "policy", "policy_options"]
+    check_names(decoding, [name for name in RULES if name not in own], "key of decoding")
+    for arm, its in arms.items():
+        if arm == "full" or not isinstance(its, Mapping) or "policy" not in its:
+            raise ConfigError(f"arm {arm!r} must be a mapping with a policy, and not be called full; it is {its!r}")
     cells: dict[str, Cell] = {}
     stages = {}
     for stage, spec in content["stages"].items():
-        check_keys(spec, STAGE_KEYS, [], f"key of stage {stage}")
-        spec = stages[stage] = {**spec, "arms": list(content["arms"]) if spec["arms"] == "all" else spec["arms"]}
-        for arm in spec["arms"]:
-            if arm not in content["arms"]:
-                raise ConfigError(f"stage {stage} names the arm {arm!r}; known: {', '.join(content['arms'])}")
+        check_keys(spec, [*STAGE_LISTS, "arms", "protect_prompt"], [], f"key of stage {stage}")
+        for arm in listed(spec, "arms") if spec["arms"] != "all" else ():
+            if arm not in list(arms):
+                raise ConfigError(f"stage {stage} names the arm {arm!r}; known: {', '.join(arms)}")
+        if not all(type(value) is bool for value in listed(spec, "protect_prompt")):
+            raise ConfigError(f"stage {stage}: protect_prompt={spec['protect_prompt']!r} must list true, false or both")
+        for key, name in STAGE_LISTS.items():
+            listed(spec, key, name)
+        spec = stages[stage] = {**spec, "arms": list(arms) if spec["arms"] == "all" else spec["arms"]}
         for model, dataset, seed in itertools.product(spec["models"], spec["datasets"], spec["seeds"]):
-            shared = {**content["decoding"], "model": model, "dataset": dataset, "seed": seed}
+            shared = {**decoding, "model": model, "dataset": dataset, "seed": seed}
             made = [Cell(RunConfig(**shared, policy="full"), "full", False)]
             for arm, protected, budget in itertools.product(spec["arms"], spec["protect_prompt"], spec["kv_budgets"]):
-                options = {**content["common"], "protect_prompt": protected, **content["arms"][arm]}
+                options = {**content["common"], "protect_prompt": protected, **arms[arm]}
                 policy = options.pop("policy")
                 config = RunConfig(**shared, policy=policy, kv_budget=budget, policy_options=options)
                 made.append(Cell(config, arm, protected))
@@ -273,7 +286,7 @@ def parse_comparison(content: Mapping, path: Path) -> Grid:
     comparison = Comparison(stages, tuple(cells.values()))
     return Grid(
         path, checked_study(content["study"]), used("datasets"), sorted(used("kv_budgets")), True, None,
-        dict(content["decoding"]), content.get("expected"), comparison,
+        dict(decoding), content.get("expected"), comparison,
     )  # fmt: skip
 
 
@@ -293,15 +306,18 @@ def check_keys(content, required: list[str], others: list[str], what: str) -> No
             raise ConfigError(f"the {what} {name!r} is missing; add it")
 
 
-def listed(content: Mapping, key: str, name: str) -> list:
-    """The list under a grid's key, each entry checked as the RunConfig field `name`, none twice."""
+def listed(content: Mapping, key: str, name: str = "") -> list:
+    """The list under a grid's key, each entry checked as the RunConfig field `name`, if any, none twice."""
     values = content[key]
     if not isinstance(values, list):
         raise ConfigError(f"{key}={values!r} must be a list, e.g. {key}: [{values}]")
     for value in values:
         if value is None:
-            raise ConfigError(f"{key} has an empty entry; for the full cache set full_cache: true")
-        checked(name, value)
+            raise ConfigError(
+                f"{key} has an empty entry; for the full cache set full_cache: true (a comparison has it)"
+            )
+        if name:
+            checked(name, value)
     repeated = [value for value in values if values.count(value) > 1]
     if repeated:
         raise ConfigError(f"{key} lists {repeated[0]!r} twice; remove one")

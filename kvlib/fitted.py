@@ -9,7 +9,8 @@ from safetensors.torch import save
 from torch import nn
 
 from kvlib.errors import ConfigError
-from kvlib.models import MANIFEST, TINY, Reasoner, checked_file, file_sha256, update_manifest
+from kvlib.files import MANIFEST, checked_file, file_sha256, update_manifest
+from kvlib.models import TINY, Reasoner
 from kvlib.policies import Policy
 from kvlib.policies.dynts import ImportanceHead
 from kvlib.policies.triattention import QueryStatistics
@@ -118,7 +119,7 @@ def check_fitted(policy: Policy, model: str) -> dict[str, str]:
     return marks
 
 
-def fit(policy: Policy, model: str, reasoner: Reasoner) -> Policy:
+def fill(policy: Policy, model: str, reasoner: Reasoner) -> Policy:
     """The policy with the fields it needs filled in for this model. Raises ConfigError for a file of other weights."""
     filled = {}
     for need in policy.needs:

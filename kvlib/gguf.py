@@ -26,7 +26,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from kvlib.checkpoint import damaged_file, is_pointer
+from kvlib.checkpoint import damaged_file, stand_in
 from kvlib.errors import ConfigError
 
 CONVERSION = 1  # raised when what a folder holds changes, so that none of before is used
@@ -102,18 +102,18 @@ class File:
 
 def read(path: Path) -> File:
     """What a file holds, without its weights. Raises ConfigError unless it is whole."""
-    broken = f"the model file {path} is "
-    if path.stat().st_size == 0 or is_pointer(path):
-        raise ConfigError(f"{broken}{'a Git LFS pointer' if path.stat().st_size else 'empty'}; download it again")
+    said = "the model file {} {}; download it again".format
+    if fault := stand_in(path):
+        raise ConfigError(said(path, fault))
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             file = _parse(path, data)
             end = max((tensor.start + tensor.n_bytes for tensor in file.tensors.values()), default=0)
             size = len(data)
     except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise ConfigError(f"{broken}no GGUF file, or cut short ({error}); download it again") from error
+        raise ConfigError(said(path, f"is no GGUF file, or cut short ({error})")) from error
     if end > size:
-        raise ConfigError(f"{broken}cut short: it has {size} bytes and needs {end}; download it again")
+        raise ConfigError(said(path, f"is cut short: it has {size} bytes and needs {end}"))
     return file
 
 
@@ -329,22 +329,12 @@ def as_folder(path: Path, sha256: str, dtype: torch.dtype | None) -> Iterator[Pa
     """
     name = f"{sha256}-{str(dtype).removeprefix('torch.') if dtype else 'tokenizer'}-{CONVERSION}"
     folder = cache_folder() / name
-    if not is_whole(folder):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(folder.parent / f"{name}.lock", "w") as lock:  # two cells convert once
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not is_whole(folder):
-                    print(f"converting {path} into {folder}", flush=True)
-                    for left in (folder, *folder.parent.glob(f".{name}-*")):  # damaged, or of a run that was killed
-                        shutil.rmtree(left, ignore_errors=True)
-                    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as unfinished:
-                        convert(path, Path(unfinished), dtype)
-                        os.chmod(unfinished, 0o755)
-                        os.rename(unfinished, folder)
-        except OSError as error:
-            print(f"{folder.parent} cannot be written ({error}); {path.name} is converted in memory", flush=True)
-    if is_whole(folder):
+    try:
+        if not is_whole(folder):
+            convert_once(path, folder, dtype)
+    except OSError as error:
+        print(f"{folder.parent} cannot be written ({error}); {path.name} is converted in memory", flush=True)
+    else:
         yield folder
         return
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as passing:
@@ -355,6 +345,22 @@ def as_folder(path: Path, sha256: str, dtype: torch.dtype | None) -> Iterator[Pa
                 f"there is no room to convert {path} ({error}); set KVLIB_CACHE to a disk that has"
             ) from error
         yield Path(passing)
+
+
+def convert_once(path: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """convert into a folder of the cache, whole or not at all, once for cells that ask at the same time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_whole(folder):
+            return
+        print(f"converting {path} into {folder}", flush=True)
+        for left in (folder, *folder.parent.glob(f".{folder.name}-*")):  # damaged, or of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+            convert(path, Path(unfinished), dtype)
+            os.chmod(unfinished, 0o755)
+            os.rename(unfinished, folder)
 
 
 def is_whole(folder: Path) -> bool:

@@ -95,14 +95,9 @@ class Source:
             )
         if isinstance(error, RevisionNotFoundError):
             return f"{self} has no revision {self.revision!r}: choose one of {self.url}/commits/main"
-        why, command = (
-            "the hub could not be reached",
-            " ".join(
-                ["hf download", *(["--repo-type dataset"] if self.kind == "dataset" else []), self.repo]
-                + ([self.file] if self.file else [])
-                + ([f"--revision {self.revision}"] if self.revision else [])
-            ),
-        )
+        words = ["hf download", "--repo-type dataset" if self.kind == "dataset" else "", self.repo, self.file or ""]
+        command = " ".join(filter(None, [*words, f"--revision {self.revision}" if self.revision else ""]))
+        why = "the hub could not be reached"
         if constants.is_offline_mode():
             why = "HF_HUB_OFFLINE is set"
         elif isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):

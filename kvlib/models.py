@@ -8,16 +8,14 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
 from safetensors import safe_open
-from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
@@ -26,11 +24,10 @@ from kvlib.engine.attention import text_config
 from kvlib.engine.fast import why_not_fast
 from kvlib.engine.probe import probe
 from kvlib.errors import ConfigError
-from kvlib.files import file_sha256, write_atomically
+from kvlib.files import checked_file, file_sha256, file_state
 from kvlib.hub import Source, model_source
 
 TINY = Path(__file__).parent / "tiny" / "weights"
-MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 MODEL_FILES += ("special_tokens_map.json", "chat_template.jinja")
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -46,30 +43,34 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 class Reasoner:
     """A causal LM that decodes through kvlib's attention, and what a run must know about it.
 
-    answer_id: the token that ends thinking (`</think>`), None if the tokenizer has none. sha256: see weights_sha256.
-    model: None where only the tokenizer was loaded.
+    model: None where only the tokenizer was loaded. tokenizer: None where prompts are token ids. sha256: see
+    weights_sha256, empty of a model that has no name.
     """
 
     model: torch.nn.Module | None
     tokenizer: object
-    eos_ids: tuple[int, ...]
-    answer_id: int | None
-    sha256: str
+    eos_ids: tuple[int, ...] = ()
+    sha256: str = ""
+
+    @functools.cached_property
+    def answer_id(self) -> int | None:
+        """The token that ends thinking (`</think>`), None if the tokenizer has none."""
+        if self.tokenizer is None:
+            return None
+        found = self.tokenizer.convert_tokens_to_ids("</think>")
+        return None if found == self.tokenizer.unk_token_id else found
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids. Raises ConfigError if the tokenizer has none for a part of the text."""
-        if strange := self.cannot_write(text):
-            shown = f"{', '.join(map(repr, strange[:3]))}{' …' if len(strange) > 3 else ''}"
-            raise ConfigError(f"the model's tokenizer has no token for {shown}; choose a dataset in its language")
-        return tuple(self.tokenizer.encode(text))
-
-    def cannot_write(self, text: str) -> list[str]:
-        """The words of a text for which a tokenizer of whole words, without one for unknown words, has no token."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if not isinstance(getattr(backend, "model", None), WordLevel) or self.tokenizer.unk_token_id is not None:
-            return []
-        words, known = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)], self.tokenizer.get_vocab()
-        return sorted({word for word in words if word not in known})
+        try:
+            return tuple(self.tokenizer.encode(text))
+        except Exception as error:  # tokenizers raises no narrower kind, of words without a token and without another
+            known = self.tokenizer.get_vocab()
+            strange = sorted({word for word in text.split() if word not in known})
+            shown = f"{', '.join(map(repr, strange[:3]))}{' …' if len(strange) > 3 else ''}" if strange else error
+            raise ConfigError(
+                f"the model's tokenizer has no token for {shown}; choose a dataset in its language"
+            ) from error
 
     def encode_problem(self, text: str, instruction: str = "") -> tuple[int, ...]:
         """The prompt that asks for a solution: through the chat template where the tokenizer has one."""
@@ -85,27 +86,6 @@ class Reasoner:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def checked_file(folder: Path, name: str) -> Path:
-    """A shipped file that exists and has the hash its manifest states; ConfigError otherwise."""
-    repair = "restore it with `git checkout -- kvlib/tiny/weights`, or install kvlib again"
-    if not (folder / MANIFEST).exists():
-        raise ConfigError(f"{folder / MANIFEST} is missing; {repair}")
-    expected = json.loads((folder / MANIFEST).read_text())
-    if name not in expected or not (folder / name).exists():
-        raise ConfigError(f"{folder / name} is missing; {repair}")
-    if file_sha256(folder / name) != expected[name]:
-        raise ConfigError(f"{folder / name} is damaged (its sha256 is not the one in {MANIFEST}); {repair}")
-    return folder / name
-
-
-def update_manifest(folder: Path, files: Iterable[str]) -> None:
-    """Write the sha256 of the named files of a weights folder into its manifest."""
-    path = folder / MANIFEST
-    manifest = json.loads(path.read_text()) if path.exists() else {}
-    manifest.update({name: file_sha256(folder / name) for name in files})
-    write_atomically(path, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
-
-
 def place_of(name: str) -> Path | Source:
     """Where a model is: a folder in transformers' format, a .gguf file, or the hub. Raises ConfigError for no model."""
     if name == "tiny":
@@ -113,11 +93,12 @@ def place_of(name: str) -> Path | Source:
     if name == "smollm2":
         return smollm2_file()
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and is_gguf(path)):
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_dir() or (path.is_file() and is_gguf):
         return path
     if source := model_source(name):
         return source
-    if is_gguf(path):
+    if is_gguf:
         raise ConfigError(f"there is no model file {name}; check the path")
     raise ConfigError(
         f"unknown model {name!r}; use 'tiny', 'smollm2', a hub id such as owner/name or owner/name@revision, a "
@@ -133,10 +114,6 @@ def smollm2_file() -> Path:
     if not found:
         raise ConfigError(f"model 'smollm2' is not installed; {INSTALL_SMOLLM2}")
     return found[0]
-
-
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
 
 
 def local_place(name: str) -> Path | None:
@@ -170,8 +147,7 @@ def check_model(name: str) -> None:
         place_of(name).ask()
         return
     files = sorted(place.iterdir()) if place.is_dir() else [place]
-    state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    if fault := _fault(name, place, state):
+    if fault := _fault(name, place, tuple(map(file_state, files))):
         raise ConfigError(fault)
 
 
@@ -182,21 +158,20 @@ def _fault(name: str, place: Path, state: tuple) -> str | None:
         if place.is_dir():
             check_folder(name, place)
             return None
-        with gguf_reader() as gguf:
-            file = gguf.read(place)
-            gguf.names_of(file, gguf.config_of(file))
+        gguf = gguf_reader()
+        file = gguf.read(place)
+        gguf.names_of(file, gguf.config_of(file))
     except ConfigError as error:
         return str(error)
 
 
-@contextlib.contextmanager
-def gguf_reader() -> Iterator:
+def gguf_reader():
     """The module that reads GGUF. Raises ConfigError without the package it needs."""
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("a GGUF model needs the package gguf; pip install 'kvlib[smollm2]'")
     from kvlib import gguf
 
-    yield gguf
+    return gguf
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -269,6 +244,20 @@ def checked_config(name: str, folder: Path) -> PreTrainedConfig:
     return config
 
 
+def check_length(config: PreTrainedConfig, n_prompt: int, whose: str) -> None:
+    """Raise ConfigError for a prompt of n_prompt tokens that is longer than the positions a model was trained for.
+
+    What such a prompt is answered says nothing of a policy. An output that may grow beyond them is only rarely as long
+    as max_new_tokens, and is not refused.
+    """
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most and n_prompt > most:
+        raise ConfigError(
+            f"{whose} has {n_prompt} tokens and the model was trained for {most} positions (max_position_embeddings); "
+            "leave it out, or use a model of longer context"
+        )
+
+
 def from_pretrained(kind, name: str, place: Path | str, **options):
     """kind.from_pretrained of a folder, never with code of the model's own. Raises ConfigError in a sentence."""
     try:
@@ -282,15 +271,12 @@ def from_pretrained(kind, name: str, place: Path | str, **options):
         raise ConfigError(f"model {name!r} could not be loaded: {reason}") from error
 
 
-@contextlib.contextmanager
-def folder_of(name: str, dtype: torch.dtype | None) -> Iterator[Path]:
+def folder_of(name: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Path]:
     """A folder in transformers' format with a model's config, tokenizer and, with a dtype, weights."""
     place = fetch_model(name)
     if place.is_dir():
-        yield place
-        return
-    with gguf_reader() as gguf, gguf.as_folder(place, cached_sha256(place), dtype) as folder:
-        yield folder
+        return contextlib.nullcontext(place)
+    return gguf_reader().as_folder(place, file_sha256(place), dtype)
 
 
 def load_tokenizer(name: str) -> Reasoner:
@@ -298,9 +284,9 @@ def load_tokenizer(name: str) -> Reasoner:
     check_model(name)
     place = place_of(name)
     if isinstance(place, Source) and not place.file and not place.cached():  # of 15 GB, the few files it needs
-        return described(None, from_pretrained(AutoTokenizer, name, place.repo, revision=place.revision), (), "")
+        return Reasoner(None, from_pretrained(AutoTokenizer, name, place.repo, revision=place.revision))
     with folder_of(name, None) as folder:
-        return described(None, from_pretrained(AutoTokenizer, name, folder), (), "")
+        return Reasoner(None, from_pretrained(AutoTokenizer, name, folder))
 
 
 @contextlib.contextmanager
@@ -342,7 +328,7 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     eos = text_config(model).eos_token_id if eos is None else eos
     if eos is None:
         eos = [] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    return described(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,), weights_sha256(name))
+    return Reasoner(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,), weights_sha256(name))
 
 
 def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) -> None:
@@ -369,42 +355,24 @@ def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) ->
                 )
 
 
-def described(model, tokenizer, eos_ids: tuple[int, ...], sha256: str) -> Reasoner:
-    answer_id = tokenizer.convert_tokens_to_ids("</think>")
-    unknown = answer_id is None or answer_id == tokenizer.unk_token_id
-    return Reasoner(model, tokenizer, eos_ids, None if unknown else answer_id, sha256)
-
-
 def weights_sha256(name: str) -> str:
     """What identifies a model: a hash of its GGUF file, or of config, tokenizer and weights; the commit of a hub id.
 
     Raises ConfigError for a model that is not here and cannot be.
     """
     place = place_of(name)
-    if isinstance(place, Source):
-        if not place.file and place.revision and COMMIT.fullmatch(place.revision):
+    if isinstance(place, Source) and not place.file:
+        if COMMIT.fullmatch(place.revision or ""):
             return place.revision
         cached = place.cached()
-        if not place.file:
-            return cached.name if cached else place.ask().sha
-        if not cached:
-            return next(file.lfs.sha256 for file in place.ask().siblings if file.rfilename == place.file)
-        place = cached
-    if place.is_file():
-        return cached_sha256(place)
+        return cached.name if cached else place.ask().sha
+    path = local_place(name)
+    if path is None:
+        return next(file.lfs.sha256 for file in place.ask().siblings if file.rfilename == place.file)
+    if path.is_file():
+        return file_sha256(path)
     digest = hashlib.sha256()
-    for file in sorted(place.iterdir()):
+    for file in sorted(path.iterdir()):
         if file.name in MODEL_FILES or file.match("model*.safetensors"):
-            digest.update(f"{file.name} {cached_sha256(file)}\n".encode())
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def cached_sha256(path: Path) -> str:
-    """file_sha256, of an unchanged file only once: a study asks for the same 15 GB for every cell."""
-    found = path.stat()
-    return _cached_sha256(path.absolute(), found.st_size, found.st_mtime_ns)
-
-
-@functools.cache
-def _cached_sha256(path: Path, size: int, changed: int) -> str:
-    return file_sha256(path)

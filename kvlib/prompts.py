@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from kvlib.errors import ConfigError
-from kvlib.models import Reasoner
+from kvlib.models import Reasoner, check_length
 
 
 def listed(prompts) -> tuple[list, bool]:
@@ -55,6 +55,7 @@ def encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
     n = len(reasoner.model.get_input_embeddings().weight)
     if not ids:
         raise ConfigError(f"prompt {i} is empty; it needs a token at least")
+    check_length(reasoner.model.config, len(ids), f"prompt {i}")
     if not 0 <= min(ids) <= max(ids) < n:
         raise ConfigError(f"prompt {i} has the token id {max(ids)}, and the model knows {n}; use its own tokenizer")
     return tuple(ids)

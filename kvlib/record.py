@@ -248,17 +248,8 @@ def load_records(root, kind: str = "cell"):
         record = read_record(path.parent)
         if record.get("kind", "cell") == kind:
             own = {"folder": str(path.parent), "fingerprint": record.get("fingerprint")}
-            for part in ("config", "cost", "results"):
-                own.update(flat(record.get(part, {})))
-            rows.append(own)
-    return pd.DataFrame(rows)
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    row = {}
-    for name, value in tree.items():
-        row.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return row
+            rows.append({**own, **record.get("config", {}), **record.get("cost", {}), **record.get("results", {})})
+    return pd.json_normalize(rows)
 
 
 def fingerprint(parts: dict) -> str:

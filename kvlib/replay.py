@@ -24,6 +24,7 @@ from kvlib.errors import ConfigError
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
 from kvlib.policies import Full, Golden, Policy
+from kvlib.policies.base import wide
 from kvlib.stats import wilson_interval
 from kvlib.tasks.chains import DIGITS, NAMES, value_drill
 from kvlib.tasks.datasets import load_problems
@@ -92,9 +93,8 @@ class TeacherForcing:
 
     def __call__(self, logits: Tensor, request: Tensor, step: Tensor) -> Tensor:
         token = self.tokens[step]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.predicted[step] = logits.argmax(-1)
-        self.logprob[step] = wide.log_softmax(-1).gather(-1, token[:, None])[:, 0].double()
+        self.logprob[step] = wide(logits).log_softmax(-1).gather(-1, token[:, None])[:, 0].double()
         return token
 
 
@@ -116,13 +116,9 @@ class Replay:
     rounds: pd.DataFrame
 
     @property
-    def right(self) -> Tensor:
-        """Bool `[n]`: whether the model would have said the recorded token."""
-        return self.predicted == torch.tensor(self.recording.tokens, device=self.predicted.device)
-
-    @property
     def accuracy(self) -> float:
-        return self.right.double().mean().item()
+        """The share of the output's tokens that the model would have said."""
+        return (self.predicted == torch.tensor(self.recording.tokens).to(self.predicted)).double().mean().item()
 
     @property
     def recall(self) -> float:
@@ -161,14 +157,8 @@ def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording:
     for _ in range(n - 1):
         decoder.step()
     ((_, completion),) = decoder.finished()
-    return Replay(
-        recording,
-        kv_budget,
-        forcing.predicted,
-        forcing.logprob,
-        completion.kept,
-        _fidelity_by_round(recording, completion.kept),
-    )
+    rounds = _fidelity_by_round(recording, completion.kept)
+    return Replay(recording, kv_budget, forcing.predicted, forcing.logprob, completion.kept, rounds)
 
 
 def replay_all(
@@ -210,7 +200,7 @@ def _fidelity_by_round(recording: Recording, kept: Sequence[tuple[int, Kept]]) -
         if until > n_seen:
             recall = attention_recall(recording.attention, positions, n_seen, until)
             error = output_error(recording, positions, n_seen, until)
-            rows.append({"round": i, "n_seen": n_seen, "n_queries": until - n_seen, "recall": recall, "error": error})
+            rows.append((i, n_seen, until - n_seen, recall, error))
     return pd.DataFrame(rows, columns=["round", "n_seen", "n_queries", "recall", "error"])
 
 
@@ -265,19 +255,11 @@ def fidelity(replays: Replays) -> pd.DataFrame:
     tokens, in nats.
     """
     rows = [
-        {
-            "arm": arm,
-            "kv_budget": kv_budget,
-            "trace": i,
-            "recall": one.recall,
-            "error": one.error,
-            "accuracy": one.accuracy,
-            "logprob": one.logprob.mean().item(),
-        }
+        (arm, kv_budget, i, one.recall, one.error, one.accuracy, one.logprob.mean().item())
         for (arm, kv_budget), several in replays.items()
         for i, one in enumerate(several)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["arm", "kv_budget", "trace", "recall", "error", "accuracy", "logprob"])
 
 
 def once_stated(words: Sequence[str], n_prompt: int) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from kvlib.errors import ConfigError
 Z95 = 1.959963984540054
 N_BOOT = 10_000
 COLUMNS = ["dataset", "kv_budget", "problem", "sample", "correct"]
+PAIR_COLUMNS = ["dataset", "more", "fewer", "difference", "low", "high", "wins", "losses", "n_problems", "p", "differs"]
 
 
 def wilson_interval(n_correct: int, n: int) -> tuple[float, float]:
@@ -44,102 +45,82 @@ def pass_at_1(verdicts: Iterable[tuple[str, bool]]) -> tuple[float, float, float
     count = np.array([len(samples) for samples in by_problem.values()])
     draws = np.random.default_rng(0).integers(0, len(count), (N_BOOT, len(count)))
     means = correct[draws].sum(1) / count[draws].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return correct.sum() / count.sum(), float(low), float(high)
+    return correct.sum() / count.sum(), *_percentiles(means)
 
 
-def mean_interval(values: np.ndarray, n_boot: int = N_BOOT, seed: int = 0) -> tuple[float, float, float]:
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and its 95 % percentile interval over resampled values; an interval of one value is none: NaN."""
     if len(values) == 1:
         return float(values[0]), math.nan, math.nan
-    draws = np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
+    draws = np.random.default_rng(0).integers(0, len(values), (N_BOOT, len(values)))
+    return float(values.mean()), *_percentiles(values[draws].mean(1))
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Pass@1 of arm A minus that of arm B, in points, with a 95 % percentile interval over resampled problems.
+def pooled_difference(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
+    """Pass@1 of arm A minus that of arm B over several cells, as _difference gives it.
 
-    wins, losses: problems on which A, or B, is right in more samples. p: twice the smaller share of resamples on either
-    side of zero, at most 1; a guide beside the interval, not corrected for the number of arms compared.
+    a, b: verdicts with the columns dataset, kv_budget, problem, sample, correct. Every cell (dataset, KV budget) weighs
+    the same. Problems are resampled within their dataset with all their budgets together, because the cells of one
+    problem are correlated. Samples are averaged within a problem; both arms meet the same resamples, since they share
+    the problems. Raises ConfigError unless both arms hold the same problems and samples, each once, and for a problem
+    that lacks a budget of its dataset.
     """
-
-    difference: float
-    low: float
-    high: float
-    wins: int
-    losses: int
-    n_problems: int
-    p: float
-
-
-def pooled_difference(a: pd.DataFrame, b: pd.DataFrame, n_boot: int = N_BOOT, seed: int = 0) -> Difference:
-    """A minus B over several cells: verdicts with the columns dataset, kv_budget, problem, sample, correct.
-
-    Every cell (dataset, KV budget) weighs the same. Problems are resampled within their dataset with all their budgets
-    together, because the cells of one problem are correlated. Samples are averaged within a problem; both arms meet the
-    same resamples, since they share the problems. Raises ConfigError unless both arms hold the same problems and
-    samples, each once, and for a problem that lacks a budget of its dataset.
-    """
-    by_problem = _differences(a, b)
-    weights = {
-        name: group.shape[1] / sum(g.shape[1] for g in by_problem.values()) for name, group in by_problem.items()
-    }
-    per_problem = {name: group.mean(1) for name, group in by_problem.items()}
-    rng = np.random.default_rng(seed)
-    draws = np.zeros(n_boot)
-    for name, values in per_problem.items():
-        index = rng.integers(0, len(values), (n_boot, len(values)))
-        draws += weights[name] * values[index].mean(1)
-    # Sums in another order differ in the last bit; a resample that is zero must count as zero.
-    draws = np.round(draws, 12)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    every = np.concatenate(list(per_problem.values()))
-    return Difference(
-        difference=100 * float(sum(weights[name] * values.mean() for name, values in per_problem.items())),
-        low=100 * float(low),
-        high=100 * float(high),
-        wins=int((every > 1e-12).sum()),
-        losses=int((every < -1e-12).sum()),
-        n_problems=len(every),
-        p=float(min(1.0, 2 * min((draws <= 0).mean(), (draws >= 0).mean()))),
-    )
+    right = []
+    for frame, arm in ((a, "A"), (b, "B")):
+        require(frame, COLUMNS, f"the verdicts of arm {arm}")
+        if frame[COLUMNS].isna().any(axis=None):
+            raise ConfigError(
+                f"the verdicts of arm {arm} have an empty field; for the full cache give the KV budget it stands beside"
+            )
+        if frame.duplicated(COLUMNS[:-1]).any():
+            raise ConfigError(f"arm {arm} has a sample twice; pass each (dataset, budget, problem, sample) once")
+        right.append(frame.set_index(COLUMNS[:-1])["correct"].astype(bool).sort_index())
+    if not right[0].index.equals(right[1].index):
+        raise ConfigError("the arms hold different problems, samples or budgets; compare arms that ran the same ones")
+    first, second = (marks.groupby(COLUMNS[:-2]).mean().unstack("kv_budget") for marks in right)
+    leads = {name: lead.dropna(axis=1, how="all") for name, lead in (first - second).groupby(level="dataset")}
+    n_cells = sum(lead.shape[1] for lead in leads.values())
+    rng, mean, draws, per_problem = np.random.default_rng(0), 0.0, np.zeros(N_BOOT), []
+    for name, lead in leads.items():
+        if lead.isna().any(axis=None):
+            raise ConfigError(f"a problem of {name} lacks one of its KV budgets; pass every budget of every problem")
+        weight, values = lead.shape[1] / n_cells, lead.to_numpy().mean(1)
+        mean += weight * values.mean()
+        draws += weight * values[rng.integers(0, len(values), (N_BOOT, len(values)))].mean(1)
+        per_problem.append(values)
+    return _difference(mean, draws, np.concatenate(per_problem))
 
 
-def differences_to(verdicts: pd.DataFrame, baseline: str, n_boot: int = N_BOOT, seed: int = 0) -> pd.DataFrame:
-    """Every arm minus the baseline arm, best first: the column arm and those of Difference.
+def differences_to(verdicts: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Every arm minus the baseline arm, best first: the column arm and those of _difference.
 
     verdicts: the columns of pooled_difference and arm. All arms meet the same resamples. Raises ConfigError for an
     unknown baseline, and as pooled_difference does.
     """
-    _require(verdicts, ["arm", *COLUMNS], "the verdicts")
-    arms = list(verdicts["arm"].unique())
-    if baseline not in arms:
-        raise ConfigError(f"no arm is called {baseline!r}; use one of {', '.join(map(str, arms))}")
-    base = verdicts[verdicts["arm"] == baseline]
-    rows = []
-    for arm in arms:
-        if arm != baseline:
-            try:
-                difference = pooled_difference(verdicts[verdicts["arm"] == arm], base, n_boot, seed)
-            except ConfigError as error:
-                raise ConfigError(f"{arm} (A) cannot be compared with {baseline} (B): {error}") from error
-            rows.append({"arm": arm, **asdict(difference)})
+    require(verdicts, ["arm", *COLUMNS], "the verdicts")
+    by_arm = dict(list(verdicts.groupby("arm", sort=False)))
+    if baseline not in by_arm:
+        raise ConfigError(f"no arm is called {baseline!r}; use one of {', '.join(map(str, by_arm))}")
+    base, rows = by_arm.pop(baseline), []
+    for arm, group in by_arm.items():
+        try:
+            rows.append({"arm": arm, **pooled_difference(group, base)})
+        except ConfigError as error:
+            raise ConfigError(f"{arm} (A) cannot be compared with {baseline} (B): {error}") from error
     if not rows:
         raise ConfigError(f"{baseline} is the only arm; add the verdicts of another one to compare it with")
     return pd.DataFrame(rows).sort_values("difference", ascending=False, kind="stable", ignore_index=True)
 
 
-def budget_differences(verdicts: pd.DataFrame, n_boot: int = N_BOOT, seed: int = 0) -> pd.DataFrame:
+def budget_differences(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Every two KV budgets of each dataset: Pass@1 at the larger minus at the smaller, in points, on the same problems.
 
-    verdicts: one row per sample with COLUMNS; kv_budget is inf for the full cache. Columns returned: dataset, more,
-    fewer (the two budgets), difference, low, high, wins, losses, n_problems as in Difference; p by sign_flip_p;
-    differs: whether p is significant at 5 % among all pairs of its dataset (Holm). Raises ConfigError unless all
-    budgets of a dataset hold the same problems and samples, each once.
+    verdicts: one row per sample with COLUMNS; kv_budget is inf for the full cache. Columns returned: PAIR_COLUMNS, with
+    more, fewer: the two budgets; difference to n_problems as in _difference; p by sign_flip_p; differs: whether p is
+    significant at 5 % among all pairs of its dataset (Holm). Raises ConfigError unless all budgets of a dataset hold
+    the same problems and samples, each once.
     """
-    _require(verdicts, COLUMNS, "the verdicts")
+    require(verdicts, COLUMNS, "the verdicts")
     rows = []
     for dataset, group in verdicts.groupby("dataset", sort=False):
         wide = group.pivot_table("correct", ["problem", "sample"], "kv_budget", aggfunc=["size", "mean"])
@@ -147,28 +128,36 @@ def budget_differences(verdicts: pd.DataFrame, n_boot: int = N_BOOT, seed: int =
             raise ConfigError(f"the budgets of {dataset} hold different samples; compare cells that ran the same ones")
         shares = wide["mean"].astype(float).groupby("problem").mean()
         n, n_samples = len(shares), len(wide) / len(shares)
-        weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_boot) / n
+        weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), N_BOOT) / n
+        pairs = []
         for fewer, more in itertools.combinations(sorted(shares), 2):
-            per_problem = (shares[more] - shares[fewer]).to_numpy()
-            low, high = np.quantile(weights @ per_problem, (0.025, 0.975))
-            rows.append(
-                {
-                    "dataset": dataset,
-                    "more": more,
-                    "fewer": fewer,
-                    "difference": 100 * per_problem.mean(),
-                    "low": 100 * low,
-                    "high": 100 * high,
-                    "wins": int((per_problem > 1e-12).sum()),
-                    "losses": int((per_problem < -1e-12).sum()),
-                    "n_problems": n,
-                    "p": sign_flip_p(np.rint(per_problem * n_samples).astype(int)),
-                }
-            )
-    pairs = pd.DataFrame(rows)
-    if len(pairs):
-        pairs["differs"] = pairs.groupby("dataset")["p"].transform(lambda p: holm(p.to_numpy()))
-    return pairs
+            values = (shares[more] - shares[fewer]).to_numpy()
+            p = sign_flip_p(np.rint(values * n_samples).astype(int))
+            found = _difference(values.mean(), weights @ values, values)
+            pairs.append({"dataset": dataset, "more": more, "fewer": fewer, **found, "p": p})
+        differs = holm(np.array([pair["p"] for pair in pairs]))
+        rows += [{**pair, "differs": bool(differ)} for pair, differ in zip(pairs, differs, strict=True)]
+    return pd.DataFrame(rows, columns=PAIR_COLUMNS)
+
+
+def _difference(mean: float, draws: np.ndarray, per_problem: np.ndarray) -> dict[str, float]:
+    """Keys: difference, in points, with a 95 % percentile interval low to high over resampled problems; wins, losses:
+    the problems on which the first, or the second, is right in more samples; n_problems."""
+    # Sums in another order differ in the last bit; a resample that is zero must count as zero.
+    low, high = _percentiles(np.round(draws, 12))
+    return {
+        "difference": 100 * float(mean),
+        "low": 100 * low,
+        "high": 100 * high,
+        "wins": int((per_problem > 1e-12).sum()),
+        "losses": int((per_problem < -1e-12).sum()),
+        "n_problems": len(per_problem),
+    }
+
+
+def _percentiles(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -187,10 +176,10 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return float(min(1.0, chances[sums >= abs(int(differences.sum()))].sum()))
 
 
-def holm(p: np.ndarray, alpha: float = 0.05) -> np.ndarray:
-    """Which of several tests are significant together at alpha, by Holm's step-down rule."""
+def holm(p: np.ndarray) -> np.ndarray:
+    """Which of several tests are significant together at 5 %, by Holm's step-down rule."""
     order = np.argsort(p)
-    passed = p[order] <= alpha / np.arange(len(p), 0, -1)
+    passed = p[order] <= 0.05 / np.arange(len(p), 0, -1)
     significant = np.zeros(len(p), bool)
     significant[order] = np.logical_and.accumulate(passed)
     return significant
@@ -202,38 +191,12 @@ def worth_of_protection(verdicts: pd.DataFrame, arms: Sequence[str]) -> pd.DataF
     return pd.concat(rows).sort_values("difference", ascending=False, kind="stable", ignore_index=True)
 
 
-def _require(df: pd.DataFrame, columns: list[str], what: str) -> None:
+def require(df: pd.DataFrame, columns: list[str], what: str) -> None:
+    """Raises ConfigError for a missing column, or no rows."""
     missing = [name for name in columns if name not in df]
     if missing or df.empty:
-        raise ConfigError(
-            f"{what} lack {'column ' + ', '.join(missing) if missing else 'rows'}; pass one row per sample with the "
-            f"columns {', '.join(columns)}"
-        )
-
-
-def _differences(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, np.ndarray]:
-    """{dataset: difference of the share of right samples `[problems, budgets]`}, problems sorted."""
-    shares = []
-    for frame, arm in ((a, "A"), (b, "B")):
-        _require(frame, COLUMNS, f"the verdicts of arm {arm}")
-        if frame[COLUMNS].isna().any(axis=None):
-            raise ConfigError(
-                f"the verdicts of arm {arm} have an empty field; for the full cache give the KV budget it stands beside"
-            )
-        if frame.duplicated(COLUMNS[:-1]).any():
-            raise ConfigError(f"arm {arm} has a sample twice; pass each (dataset, budget, problem, sample) once")
-        shares.append(frame.assign(correct=frame["correct"].astype(bool)).set_index(COLUMNS[:-1])["correct"])
-    if len(shares[0]) != len(shares[1]) or not shares[0].index.sort_values().equals(shares[1].index.sort_values()):
-        raise ConfigError("the arms hold different problems, samples or budgets; compare arms that ran the same ones")
-    first, second = (share.groupby(COLUMNS[:-2]).mean().unstack("kv_budget") for share in shares)
-    result = {}
-    for dataset, group in (first - second).groupby(level="dataset", sort=True):
-        budgets = [budget for budget in group if group[budget].notna().any()]
-        values = group[budgets].to_numpy()
-        if np.isnan(values).any():
-            raise ConfigError(f"a problem of {dataset} lacks one of its KV budgets; pass every budget of every problem")
-        result[dataset] = values
-    return result
+        lacking = f"column {', '.join(missing)}" if missing else "rows"
+        raise ConfigError(f"{what} lack {lacking}; pass rows with the columns {', '.join(columns)}")
 
 
 BUSY = 0.03
@@ -249,7 +212,7 @@ class Ratio:
     high: float | None
 
 
-def paired_ratio(seconds: np.ndarray, against: np.ndarray, n_boot: int = 4000, seed: int = 0) -> Ratio:
+def paired_ratio(seconds: np.ndarray, against: np.ndarray) -> Ratio:
     """The speed of the arm that took `seconds` over that of the arm that took `against`, both `[rounds, windows]`.
 
     Window j of every round is the same work for one arm, and window j of round i was timed moments apart for both. A
@@ -261,10 +224,9 @@ def paired_ratio(seconds: np.ndarray, against: np.ndarray, n_boot: int = 4000, s
     n, n_windows = seconds.shape
     if n == 1 or seconds.size < 3:
         return Ratio(ratio, None, None)
-    draws, window = np.random.default_rng(seed).integers(n, size=(n_boot, n, n_windows)), np.arange(n_windows)
+    draws, window = np.random.default_rng(0).integers(n, size=(4000, n, n_windows)), np.arange(n_windows)
     sums = [np.median(arm[draws, window], 1).sum(1) for arm in (against, seconds)]
-    low, high = np.quantile(sums[0] / sums[1], (0.025, 0.975))
-    return Ratio(ratio, float(low), float(high))
+    return Ratio(ratio, *_percentiles(sums[0] / sums[1]))
 
 
 def too_busy(control: Ratio) -> bool:

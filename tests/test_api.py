@@ -400,11 +400,11 @@ def test_what_the_fast_step_would_read_wrongly_takes_the_general_one_or_is_refus
 
 
 WRONG = [
-    ({"policy": "rkvv"}, "did you mean 'rkv'"),
+    ({"policy": "rkvv"}, "did you mean rkv"),
     ({"policy": 3}, "name of a preset"),
-    ({"policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
-    ({"policy": Window, "policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
-    ({"policy": Window(), "policy_options": {"bufer": 3}}, "did you mean 'buffer'"),
+    ({"policy_options": {"bufer": 3}}, "did you mean buffer"),
+    ({"policy": Window, "policy_options": {"bufer": 3}}, "did you mean buffer"),
+    ({"policy": Window(), "policy_options": {"bufer": 3}}, "did you mean buffer"),
     ({"policy": Window(), "policy_options": {"buffer": "3"}}, "must be of type int"),
     ({"kv_budgt": 3}, "use kv_budget"),
     ({"do_sample": True}, "use temperature"),

@@ -186,8 +186,8 @@ def test_several_samples_of_a_problem_differ_and_are_counted(tmp_path):
         ({"dataset": "chain-z"}, "unknown dataset 'chain-z'"),
         ({"model": "tinyy"}, "unknown model 'tinyy'"),
         ({"model": "./no/such/folder"}, "unknown model"),
-        ({"policy": "dynst"}, "unknown policy 'dynst'; did you mean 'dynts'"),
-        ({"policy_options": {"rato": 0.4}}, "did you mean 'ratio'"),
+        ({"policy": "dynst"}, "unknown policy 'dynst'; did you mean dynts"),
+        ({"policy_options": {"rato": 0.4}}, "did you mean ratio"),
         ({"n_problems": 500}, "use 1 to 200"),
         ({"kv_budget": 24}, "kv_budget 24"),
         ({"kv_budget": 40}, r"small for chain-a/\d+/0 \(\d+-token prompt, .* the prompt does not fit; use \d+ or more"),
@@ -201,6 +201,18 @@ def test_what_cannot_run_is_refused_in_a_sentence(change, sentence, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
         run(RunConfig(**{**SMALL, **DYNTS, **change}), tmp_path / "cell")
     assert not (tmp_path / "cell" / "record.json").exists()
+
+
+def test_a_prompt_longer_than_the_models_positions_is_refused_and_a_long_output_is_not(tmp_path):
+    copy_of_tiny(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    config = RunConfig(**SMALL, model=str(tmp_path), policy="streaming", kv_budget=128)
+    longest = max(len(request.prompt) for request in prepare(config).requests)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": longest}))
+    prepare(config)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": longest - 1}))
+    with pytest.raises(ConfigError, match=rf"prompt of chain-a/\d+/0 has {longest} tokens .* for {longest - 1} pos"):
+        prepare(config)
 
 
 def test_a_missing_or_damaged_weight_file_is_named(tmp_path, monkeypatch):

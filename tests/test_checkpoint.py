@@ -173,7 +173,7 @@ def test_one_cut_shard_among_whole_ones_is_named(tmp_path):
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     check_model(str(folder))
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(ConfigError, match=rf"{shard.name} is damaged \(it should have"):
+    with pytest.raises(ConfigError, match=rf"{shard.name} is damaged \(incomplete metadata"):
         check_model(str(folder))
 
 
@@ -205,9 +205,8 @@ def test_the_shipped_model_and_each_family_are_sound(tmp_path):
 def test_words_without_a_token_are_named(tmp_path):
     tiny = load_tokenizer("tiny")
     question = "so m 8 ; m ? <think>"
-    assert tiny.cannot_write(question) == [] and len(tiny.encode(question)) == 7
-    assert tiny.cannot_write("How many are m ?") == ["How", "are", "many"]
+    assert len(tiny.encode(question)) == 7
     with pytest.raises(ConfigError, match="has no token for 'How', 'are', 'many'; choose a dataset in its language"):
         tiny.encode_problem("How many are m ?")
     r1_tokenizer().save_pretrained(save_model(tmp_path))
-    assert load_tokenizer(str(tmp_path)).cannot_write("Zoë, 日本?") == []
+    assert load_tokenizer(str(tmp_path)).encode("Zoë, 日本?")

@@ -216,3 +216,42 @@ def test_a_wrong_value_in_a_notebook_is_one_sentence():
         shell.run_cell("from kvlib.config import RunConfig\nRunConfig(max_token=10)")
     assert "unknown parameter 'max_token'" in shown.getvalue() and "Traceback" not in shown.getvalue()
     assert len(shown.getvalue().strip().splitlines()) == 1
+
+
+COMPARISON = """
+study: s
+decoding: {n_problems: 2, max_new_tokens: 8}
+common: {buffer: 4}
+arms: {r: {policy: random}}
+stages: {a: {models: [tiny], arms: all, datasets: [chain-a], kv_budgets: [96], protect_prompt: [true], seeds: [0]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("arms: {r: {policy: random}}", "arms: [r]", "arms=.'r'. must be a mapping"),
+        ("{policy: random}", "{n_recent: 3}", "arm 'r' must be a mapping with a policy"),
+        ("{policy: random}", "random", "arm 'r' must be a mapping with a policy"),
+        ("{r: {", "{full: {", "not be called full"),
+        ("arms: all", "arms: r", "arms='r' must be a list"),
+        ("arms: all", "arms: [[r]]", "names the arm .'r'.; known: r"),
+        ("decoding: {n_problems: 2, max_new_tokens: 8}", "decoding:", "decoding=None must be a mapping"),
+        ("{n_problems: 2", "{seed: 1", "unknown key of decoding 'seed'"),
+        ("{n_problems: 2", "{policy: x", "unknown key of decoding 'policy'"),
+        ("common: {buffer: 4}", "common:", "common=None must be a mapping"),
+        ("models: [tiny]", "models: tiny", "models='tiny' must be a list"),
+        ("datasets: [chain-a]", "datasets: chain-a", "datasets='chain-a' must be a list"),
+        ("seeds: [0]", "seeds: 0", "seeds=0 must be a list"),
+        ("kv_budgets: [96]", "kv_budgets: 96", "kv_budgets=96 must be a list"),
+        ("protect_prompt: [true]", 'protect_prompt: ["no"]', "must list true, false or both"),
+    ],
+)
+def test_a_bad_comparison_is_refused_naming_the_key(tmp_path, old, new, part):
+    path = tmp_path / "grid.yml"
+    path.write_text(COMPARISON)
+    assert len(load_grid(path).cells()) == 2
+    assert old in COMPARISON
+    path.write_text(COMPARISON.replace(old, new))
+    with pytest.raises(ConfigError, match=part):
+        load_grid(path)

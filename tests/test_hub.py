@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from kvlib.errors import ConfigError
 from kvlib.hub import Source
-from kvlib.tasks.datasets import check_dataset
+from kvlib.tasks.datasets import load_problems
 
 RESPONSE = SimpleNamespace(headers={}, request=None, status_code=403, url="https://huggingface.co/x")
 MODEL, DATA = Source("o/n", "r"), Source("o/n", "r", "d.csv", "dataset")
@@ -46,7 +46,7 @@ def test_what_the_hub_refuses_is_said_with_the_next_step(source, error, says):
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "foo://127.0.0.1:9", "http://127.0.0.1:9"])
 @pytest.mark.parametrize("check", ["models import check_model as check; name = 'o/n'",
-                                   "tasks.datasets import check_dataset as check; name = 'amc23'"])  # fmt: skip
+                                   "tasks.datasets import load_problems as check; name = 'amc23'"])  # fmt: skip
 def test_a_proxy_that_cannot_be_used_is_a_sentence(proxy, check, tmp_path):
     code = (
         f"from kvlib.errors import ConfigError\nfrom kvlib.{check}\ntry: check(name)\nexcept ConfigError as e: print(e)"
@@ -70,5 +70,5 @@ def test_a_silent_network_is_waited_for_once(monkeypatch, tmp_path):
     monkeypatch.setattr("kvlib.hub.time.monotonic", lambda: 1e9)
     for _ in range(3):
         with pytest.raises(ConfigError, match="could not be reached"):
-            check_dataset("amc23")
+            load_problems("amc23")
     assert len(asked) == 1

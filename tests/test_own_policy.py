@@ -29,3 +29,9 @@ def test_a_budget_that_the_comparison_has_not_is_refused_in_a_sentence(tmp_path)
     terms = {"dataset": "chain-a", "kv_budgets": [100], "rivals": []}
     with pytest.raises(ConfigError, match=r"has no dataset 'chain-a' at KV budget 100; it has .*chain-a at 196"):
         beside_published(make_policy("random"), "mine", *PUBLISHED, tmp_path, **terms)
+
+
+def test_the_name_of_a_published_arm_is_refused_because_their_samples_would_be_pooled(tmp_path):
+    terms = {"dataset": "chain-a", "kv_budgets": [196], "rivals": [], "n_problems": 2}
+    with pytest.raises(ConfigError, match=r"'recency' is an arm of .*compare.yml already; give your"):
+        beside_published(make_policy("random"), "recency", *PUBLISHED, tmp_path, **terms)

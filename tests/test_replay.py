@@ -27,7 +27,7 @@ P, N = 9, 40
 
 
 def recorded(model):
-    reasoner = Reasoner(model, None, (), None, "")
+    reasoner = Reasoner(model, None)
     generator = torch.Generator().manual_seed(3)
     prompt, tokens = (torch.randint(0, 64, (n,), generator=generator).tolist() for n in (P, N))
     return reasoner, record_trace(reasoner, Request("r", tuple(prompt), 7), tokens)
@@ -153,7 +153,7 @@ def test_the_requests_noise_decides_random_eviction(qwen2_recording):
 
 def test_an_empty_output_is_refused(qwen2):
     with pytest.raises(ConfigError, match="the output of x is empty"):
-        record_trace(Reasoner(qwen2, None, (), None, ""), Request("x", prompts(1)[0], 0), ())
+        record_trace(Reasoner(qwen2, None), Request("x", prompts(1)[0], 0), ())
 
 
 def test_fidelity_has_a_row_per_trace(qwen2_recording):

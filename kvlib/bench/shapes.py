@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from kvlib.cost import SHAPES
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.errors import ConfigError
-from kvlib.fitted import fit
+from kvlib.fitted import fill
 from kvlib.models import load_reasoner
 from kvlib.policies import Policy, make_policy
 from kvlib.policies.dynts import ImportanceHead
@@ -106,7 +106,7 @@ def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
         need = sizes.batch * sizes.n_prompt
         ids = (ids * (need // len(ids) + 1))[:need]
         prompts = torch.tensor(ids, device=device).view(sizes.batch, sizes.n_prompt)
-        return Subject(name, "real", reasoner.model, prompts, reasoner.eos_ids, lambda p: fit(p, name, reasoner))
+        return Subject(name, "real", reasoner.model, prompts, reasoner.eos_ids, lambda p: fill(p, name, reasoner))
     if device == "cpu":
         raise ConfigError(f"{name} has 7 billion parameters and is measured on a CUDA GPU; torch sees none here")
     model = random_model(r1_config(name), sizes.dtype, device)

@@ -150,7 +150,9 @@ def needs_table(verdicts: pd.DataFrame) -> pd.DataFrame:
 def _named(group: pd.DataFrame, margin: float) -> tuple[float, str]:
     """(the KV budget named or NaN, the sentence that says so and why)"""
     if not np.isinf(group["kv_budget"]).any():
-        return math.nan, "there is no full cache to compare with; set full_cache: true in the study"
+        return math.nan, "there is no full cache to compare with; run its cell, with full_cache: true in the study"
+    if np.isinf(group["kv_budget"]).all():
+        return math.nan, "there is no KV budget to compare with the full cache; run a cell that has one"
     rate = 100 * group.loc[np.isinf(group["kv_budget"]), "correct"].mean()
     budgets, counts = difference_counts(group)
     n = counts[0].sum()

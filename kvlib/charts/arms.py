@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.sheet import FULL, GREY, INK, PROMPT, banner, budget_places, caveat_of, looks, sheet, style
+from kvlib.charts.rows import alike, budget_text, intervals, once, required, samples_text, signed_interval, texts
+from kvlib.charts.sheet import FULL, GREY, INK, PROMPT, banner, budget_places, caveat_of, legend, looks, sheet, style
 from kvlib.errors import ConfigError
 
 CELL_COLUMNS = [
@@ -95,8 +95,8 @@ def cells_table(cells: pd.DataFrame) -> pd.DataFrame:
     """The numbers of pareto_figure and length_figure as text, one row per cell, the full cache last in each dataset.
 
     cells: CELL_COLUMNS; pass_* in percent, truncated_share from 0 to 1, mean_live_slots per KV head, kib_per_row: keys,
-    values, positions, query ring and policy state of one row,
-    seconds_per_solved of decoding, round_us_per_row: microseconds of one round on one row; the last three may be NaN.
+    values, positions, query ring and policy state of one row, seconds_per_solved of decoding, round_us_per_row:
+    microseconds of one round on one row; the last three may be NaN.
     """
     cells = _checked_cells(cells)
     order = {name: i for i, name in enumerate(cells["dataset"].unique())}
@@ -105,21 +105,19 @@ def cells_table(cells: pd.DataFrame) -> pd.DataFrame:
     )
     return pd.DataFrame(
         {
-            "Dataset": cells["dataset"],
-            "KV budget": cells["kv_budget"].map(budget_text),
-            "Arm": cells["label"],
-            "n": cells["n_problems"].map(str),
-            "Pass@1 (%) with 95 % interval": [
-                f"{row.pass_at_1:.1f} ({row.pass_low:.1f} to {row.pass_high:.1f})" for row in cells.itertuples()
-            ],
-            "Mean output (tokens)": cells["mean_tokens"].map("{:.0f}".format),
-            "Truncated (%)": (100 * cells["truncated_share"]).map("{:.1f}".format),
-            "Mean live slots": cells["mean_live_slots"].map(lambda value: _number(value, "{:.0f}")),
-            "Cache (KiB per row)": cells["kib_per_row"].map(lambda value: _number(value, "{:.0f}")),
-            "Seconds per solved problem": cells["seconds_per_solved"].map(lambda value: _number(value, "{:.3g}")),
-            "Round (µs per row)": cells["round_us_per_row"].map(lambda value: _number(value, "{:.0f}")),
+            "Dataset": cells["dataset"].tolist(),
+            "KV budget": cells["kv_budget"].map(budget_text).tolist(),
+            "Arm": cells["label"].tolist(),
+            "n": texts(cells["n_problems"]),
+            "Pass@1 (%) with 95 % interval": intervals(cells, ["pass_at_1", "pass_low", "pass_high"]),
+            "Mean output (tokens)": texts(cells["mean_tokens"]),
+            "Truncated (%)": texts(100 * cells["truncated_share"], "{:.1f}"),
+            "Mean live slots": texts(cells["mean_live_slots"]),
+            "Cache (KiB per row)": texts(cells["kib_per_row"]),
+            "Seconds per solved problem": texts(cells["seconds_per_solved"], "{:.3g}"),
+            "Round (µs per row)": texts(cells["round_us_per_row"]),
         }
-    ).reset_index(drop=True)
+    )
 
 
 def difference_figure(differences: pd.DataFrame, baseline: str, model: str, datasets: Sequence[str] = ()) -> Figure:
@@ -148,7 +146,7 @@ def difference_figure(differences: pd.DataFrame, baseline: str, model: str, data
             ax.plot([row.low, row.high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
             ax.plot(row.difference, y, look["marker"], color=color, markersize=7.5, markeredgewidth=1.6,
                     markerfacecolor=color if sure else "white")  # fmt: skip
-            for x, words in ((0.1, _signed(row)), (1.85, f"{row.wins} : {row.losses}")):
+            for x, words in ((0.1, signed_interval(row)), (1.85, f"{row.wins} : {row.losses}")):
                 ax.annotate(words, (1, y), (72 * x, 0), xycoords=("axes fraction", "data"),
                             textcoords="offset points", va="center", size=9.5, color=INK)  # fmt: skip
         for x, words in ((0.1, "points (95 % interval)"), (1.85, "wins : losses")):
@@ -169,17 +167,19 @@ def difference_table(differences: pd.DataFrame, cells: pd.DataFrame | None = Non
     """
     rows = required(differences, DIFFERENCE_COLUMNS, "the differences", DIFFERENCE_COLUMNS[1:])
     rows = rows.sort_values("difference", ascending=False, kind="stable")
-    memory = {} if cells is None else _checked_cells(cells).groupby("label")["kib_per_row"].mean()
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
-            "Arm": rows["arm"],
-            "Difference (points) with 95 % interval": [_signed(row) for row in rows.itertuples()],
-            "Problems won": rows["wins"].map(str),
-            "Problems lost": rows["losses"].map(str),
-            "n": rows["n_problems"].map(str),
-            **({"Mean cache (KiB per row)": rows["arm"].map(memory).map("{:.0f}".format)} if len(memory) else {}),
+            "Arm": rows["arm"].tolist(),
+            "Difference (points) with 95 % interval": [signed_interval(row) for row in rows.itertuples()],
+            "Problems won": texts(rows["wins"]),
+            "Problems lost": texts(rows["losses"]),
+            "n": texts(rows["n_problems"]),
         }
-    ).reset_index(drop=True)
+    )
+    if cells is not None:
+        memory = _checked_cells(cells).groupby("label")["kib_per_row"].mean()
+        table["Mean cache (KiB per row)"] = texts(table["Arm"].map(memory), missing="nan")
+    return table
 
 
 def _pass_panel(here: pd.DataFrame, x: str) -> Panel:
@@ -234,42 +234,15 @@ def lines_figure(
                 ax.set_xlim(-0.5, len(ticks) - 0.5)
             ax.grid(axis="y")
             ax.spines["right"].set_visible(False)
-        handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        place = (1 - (edge - 0.1) / fig.get_size_inches()[0], axes[0].get_position().y1)
-        names = [name for name in styles if name in handles]
-        fig.legend([handles[name] for name in names], names, loc="upper left", bbox_to_anchor=place, frameon=False,
-                   borderaxespad=0, handlelength=2.6)  # fmt: skip
+        legend(fig, axes, edge, styles, handlelength=2.6)
     return fig
-
-
-def required(df: pd.DataFrame, columns: list[str], what: str, numbers: list[str]) -> pd.DataFrame:
-    missing = [name for name in columns if name not in df]
-    if missing or df.empty:
-        lacking = f"column {', '.join(missing)}" if missing else "rows"
-        raise ConfigError(f"{what} lack {lacking}; pass one row per point with the columns {', '.join(columns)}")
-    for name in numbers:
-        values = pd.to_numeric(df[name], errors="coerce")
-        if not np.isfinite(values).all():
-            row = df[~np.isfinite(values)].iloc[0]
-            place = ", ".join(str(row[column]) for column in ("dataset", "arm", "kv_budget") if column in df)
-            raise ConfigError(
-                f"{name} of {place} is {row[name]}; leave out what was not measured, every point is drawn"
-            )
-    return df
-
-
-def once(rows: pd.DataFrame, key: list[str]) -> None:
-    twice = rows[rows.duplicated(key)]
-    if len(twice):
-        raise ConfigError(f"{', '.join(str(twice.iloc[0][name]) for name in key)} is there twice; pass it once")
 
 
 def _checked_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells with their labels, checked so that whatever is drawn can be trusted."""
     numbers = ["n_problems", "n_samples", "pass_at_1", "pass_low", "pass_high", "mean_tokens", "truncated_share"]
     cells = required(cells, CELL_COLUMNS, "the cells", numbers)
-    if cells["model"].nunique() > 1:
-        raise ConfigError(f"one model per chart, got {', '.join(cells['model'].unique())}; pass the rows of one")
+    alike(cells, ["model"])
     labels = [FULL if pd.isna(row.kv_budget) else arm_label(row.arm, bool(row.protected)) for row in cells.itertuples()]
     # An arm on fewer problems than the rest is not compared like with like: its name says so.
     fewer = cells["kv_budget"].notna() & (cells["n_problems"] < cells.groupby("dataset")["n_problems"].transform("max"))
@@ -293,18 +266,4 @@ def _heading(what: str, cells: pd.DataFrame) -> str:
 
 
 def _samples(cells: pd.DataFrame) -> str:
-    low, high = cells["n_samples"].min(), cells["n_samples"].max()
-    samples = f"{low} sample{'s' if low > 1 else ''}" if low == high else f"{low} to {high} samples"
-    return f"{samples} per problem, at most {cells['max_new_tokens'].max()} new tokens"
-
-
-def budget_text(budget: float) -> str:
-    return FULL if pd.isna(budget) else f"{budget:.0f}"
-
-
-def _signed(row) -> str:
-    return f"{row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f})".replace("-", "−")
-
-
-def _number(value: float, form: str) -> str:
-    return "–" if pd.isna(value) else form.format(value)
+    return f"{samples_text(cells['n_samples'])}, at most {cells['max_new_tokens'].max()} new tokens"

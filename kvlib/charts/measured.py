@@ -4,7 +4,6 @@ Knows columns and colours. It does not know where records lie, how an answer is 
 or how an interval is computed, and it never imports torch or pyplot.
 """
 
-import itertools
 import math
 import textwrap
 
@@ -12,12 +11,16 @@ import matplotlib.patheffects
 import pandas as pd
 
 from kvlib.charts.published import BAR_WIDTH, PAPER, draw_beside, draw_line, print_value, two_axes
+from kvlib.charts.rows import alike, budget_text, interval, once, place, refuse, required, samples_text
 from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, budget_places, caveat_of, sheet, style
-from kvlib.errors import Spoken
+from kvlib.errors import ConfigError, Spoken
 
 PASS = ["pass_at_1", "pass_low", "pass_high"]
 SPEED = ["throughput", "throughput_low", "throughput_high"]
-MEASURED_COLUMNS = ["model", "dataset", "policy", "kv_budget", *PASS, "n_problems", "n_samples", "device"]
+MEASURED_COLUMNS = [
+    "model", "dataset", "policy", "device", "grader", "kv_budget", *PASS, "n_problems", "n_samples", "max_new_tokens",
+    "mean_tokens", "truncated_share", "batch_halved",
+]  # fmt: skip
 TIMED_COLUMNS = [*SPEED, "throughput_definition", "throughput_interval", "batch_size", "n_repeats", "too_busy"]
 
 EXACT, PUBLISHED_RULES = "exact checker", "published rules"
@@ -33,42 +36,45 @@ class IncompleteError(Spoken, ValueError):
     """Cells that the grid asks for have no row; the message names them and the next step."""
 
 
-def measured_figure(df, expected, *, allow_incomplete=False, published=None):
+def measured_figure(df, expected, *, allow_incomplete=False, published=()):
     """The form of the published panel for values measured here; both axes start at 0.
 
     df: one row per (dataset, kv_budget), of one model and policy, with the columns
-        model, dataset, policy, device            str
+        model, dataset, policy, device, grader    str
         kv_budget                                 slots; NaN or None = full cache
         pass_at_1, pass_low, pass_high            percent; the 95 % interval
         n_problems, n_samples                     problems; samples per problem
+        max_new_tokens, mean_tokens               tokens per answer, at most and on average
+        truncated_share                           of the answers, cut at the length limit, from 0 to 1
+        batch_halved                              bool, whether the GPU's memory held half the rows only
       and, unless the study asks for no timing, when only bars are drawn,
         throughput, throughput_low, _high         tokens/s; median and interval; all NaN: not yet timed
         throughput_definition, _interval          str, the right axis label; what the interval is
         n_repeats, too_busy                       int; bool, whether the timing's control failed
         batch_size                                rows decoded together in the timing run
-        Named in the note if there: grader, max_new_tokens, and the cells whose batch_halved (bool) is set.
     expected: list of (dataset, kv_budget) that the chart promises, in the order of the panels; None = full cache.
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
-    published: rows of load_published of the same model, drawn hatched beside the measured bars and as a dashed line.
+    published: what load_published returned, any model's. Where model and datasets are the same and the grading by the
+        published rules, its values are drawn hatched beside the measured bars and as a dashed line.
 
-    Raises IncompleteError naming the missing cells; ValueError for a missing column, a NaN or impossible value (naming
+    Raises IncompleteError naming the missing cells; ConfigError for a missing column, a NaN or impossible value (naming
     its cell), a cell that is there twice or not expected, rows of different models, policies, devices, definitions or
-    sample counts, or published values of another model or beside verdicts that are not by the published rules.
+    sample counts.
     """
     expected = list(dict.fromkeys((dataset, _budget(budget)) for dataset, budget in expected))
     if all(budget is None for _, budget in expected):
-        raise ValueError("expected names no KV budget, so there is nothing to put on the x axis")
+        raise ConfigError("expected names no KV budget, so there is nothing to put on the x axis")
     rows = _measured_rows(df)
     unexpected = [cell for cell in rows if cell not in expected]
     if unexpected:
-        raise ValueError(f"not part of this grid: {_name_cells(unexpected)}; pass only the rows to be drawn")
+        raise ConfigError(f"not part of this grid: {_name_cells(unexpected)}; pass only the rows to be drawn")
     timed = "throughput" in df
     marks = _incomplete(rows, expected, timed)
     if marks and not (allow_incomplete and rows):
         raise IncompleteError("; ".join([*(f"{count}: {_name_cells(cells)}" for count, cells in marks.items()),
                                          "run `make charts` again"]))  # fmt: skip
     one = next(iter(rows.values()))
-    beside = {} if published is None else _published_rows(published, one.model, getattr(one, "grader", EXACT))
+    beside = _beside(published, rows, expected)
     datasets = list(dict.fromkeys(dataset for dataset, _ in expected))
     budgets = sorted({budget for _, budget in expected if budget is not None})
     speeds = [row.throughput_high for row in rows.values() if timed and row.throughput_high > 0]
@@ -103,10 +109,9 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=None):
 def measured_table(df):
     """The numbers of measured_figure as text, one row per cell, full cache last in each dataset.
 
-    df: the columns of measured_figure; if present also mean_tokens (tokens per answer),
-    truncated_share (fraction from 0 to 1 of answers cut at the length limit), strict_pass_at_1 (percent) and
-    unanswered_share (fraction without an answer), NaN where they do not apply.
-    Raises ValueError as measured_figure does.
+    df: the columns of measured_figure; of a benchmark also strict_pass_at_1 (percent) and unanswered_share (fraction
+    without an answer), NaN where they do not apply.
+    Raises ConfigError as measured_figure does.
     """
     rows = _measured_rows(df)
     datasets = list(dict.fromkeys(dataset for dataset, _ in rows))
@@ -116,17 +121,16 @@ def measured_table(df):
         row = rows[dataset, budget]
         line = {
             "Dataset": dataset,
-            "KV budget": "full cache" if budget is None else str(budget),
+            "KV budget": budget_text(budget),
             "n": str(row.n_problems),
-            "Pass@1 (%) with 95 % interval": (f"{row.pass_at_1:.1f} ({row.pass_low:.1f} to {row.pass_high:.1f})"),
+            "Pass@1 (%) with 95 % interval": interval(row.pass_at_1, row.pass_low, row.pass_high),
         }
         if "throughput" in df:
-            interval = f" ({row.throughput_low:,.0f} to {row.throughput_high:,.0f})" if row.n_repeats > 1 else ""
-            line[_definition(rows)] = f"{row.throughput:,.0f}{interval}" if _is_timed(row) else "not timed"
-        if hasattr(row, "mean_tokens"):
-            line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
-        if hasattr(row, "truncated_share"):
-            line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
+            low = row.throughput_low if row.n_repeats > 1 else math.nan
+            speed = interval(row.throughput, low, row.throughput_high, "{:,.0f}")
+            line[_definition(rows)] = speed if _is_timed(row) else "not timed"
+        line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
+        line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
         if halved:
             line["Batch halved"] = "yes" if (dataset, budget) in halved else ""
         if hasattr(row, "strict_pass_at_1"):  # of a benchmark; a chain has an exact checker
@@ -225,8 +229,7 @@ def _draw_full_cache(ax, row, x, marker):
 def _notes(rows, one, timed, beside):
     """What the figure cannot say, as sentences under it."""
     interval = "Wilson" if one.n_samples == 1 else "bootstrap over problems"
-    samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} per problem"
-    limit = f", at most {one.max_new_tokens} new tokens" if hasattr(one, "max_new_tokens") else ""
+    samples = samples_text([one.n_samples])
     speed = "Throughput was not measured: the study asks for no timing."
     here = next((row for row in rows.values() if timed and _is_timed(row)), None)
     if here:
@@ -237,11 +240,11 @@ def _notes(rows, one, timed, beside):
     elif timed:
         speed = "Throughput is not measured yet."
     halved, noisy = _halved(rows), _noisy(rows) if timed else []
-    grader = getattr(one, "grader", EXACT)
+    graders = dict.fromkeys(row.grader for row in rows.values())
     return [
-        f"Measured on {one.device}. Policy {one.policy}, {samples}{limit}, n = problems; black whiskers: 95 % interval "
-        f"({interval}); dashed: the full cache. {speed}",
-        *([] if grader == EXACT else [f"Graded by the {grader}."]),
+        f"Measured on {one.device}. Policy {one.policy}, {samples}, at most {one.max_new_tokens} new tokens, n = "
+        f"problems; black whiskers: 95 % interval ({interval}); dashed: the full cache. {speed}",
+        *([] if [*graders] == [EXACT] else [f"Graded by the {' and the '.join(graders)}."]),
         *([BESIDE_NOTE] if beside else []),
         *([f"Ran out of GPU memory and were decoded with half the rows, whose sums round differently: "
            f"{_name_cells(halved)}."] if halved else []),
@@ -286,12 +289,8 @@ def _budget(value):
     return None if pd.isna(value) else int(value)
 
 
-def _name_cell(dataset, budget):
-    return f"{dataset} at {'full cache' if budget is None else f'KV budget {budget}'}"
-
-
 def _name_cells(cells, most=8):
-    names = [_name_cell(*cell) for cell in cells]
+    names = [place({"dataset": dataset, "kv_budget": budget}) for dataset, budget in cells]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -300,50 +299,39 @@ def _measured_rows(df):
     if df.empty:
         return {}
     timed = "throughput" in df
-    absent = [name for name in [*MEASURED_COLUMNS, *(TIMED_COLUMNS if timed else [])] if name not in df]
-    if absent:
-        raise ValueError(f"measured records lack column {', '.join(absent)}")
+    numbers = ["mean_tokens", "truncated_share"]
+    required(df, [*MEASURED_COLUMNS, *(TIMED_COLUMNS if timed else [])], "the measured rows", numbers)
     known = df.dropna(subset=SPEED, how="all") if timed else df
-    for name in ["model", "policy", "n_samples", "device", "max_new_tokens", *TIMED_COLUMNS[3:-1]]:
-        own = known if name in ["device", *TIMED_COLUMNS] else df
-        if name in own and own[name].nunique(dropna=False) > 1:
-            values = ", ".join(map(str, own[name].unique()))
-            raise ValueError(f"one {name} per chart, got {values}; pass only the rows to be drawn")
+    alike(df, ["model", "policy", "n_samples", "max_new_tokens"])
+    alike(known, ["device", *(TIMED_COLUMNS[3:-1] if timed else [])])
     for dataset, group in df.groupby("dataset"):
         if group["n_problems"].nunique(dropna=False) > 1:
-            raise ValueError(f"{dataset} has cells of different n_problems; its bars cannot be compared")
-    rows = {}
-    for index, row in zip(df.index, df.itertuples(index=False), strict=True):
-        cell = (row.dataset, _budget(row.kv_budget))
-        if cell in rows:
-            raise ValueError(f"{_name_cell(*cell)} is there twice; pass one row per cell")
-        triples = [PASS, SPEED] if timed and index in known.index else [PASS]
-        for name in [*itertools.chain(*triples), *({"mean_tokens", "truncated_share"} & {*df})]:
-            value = getattr(row, name)
-            if pd.isna(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} of {_name_cell(*cell)} is {value}; every value drawn must be measured")
-        for name, low, high in triples:
-            # A rounding error of the interval's formula is not a fault.
-            if not getattr(row, low) - 1e-6 <= getattr(row, name) <= getattr(row, high) + 1e-6:
-                raise ValueError(f"{name} of {_name_cell(*cell)} lies outside its interval {low} to {high}")
-        if row.pass_high > 100 + 1e-6 or getattr(row, "truncated_share", 0) > 1:
-            raise ValueError(f"{_name_cell(*cell)}: pass_high is above 100 percent or truncated_share above 1")
-        rows[cell] = row
-    return rows
+            raise ConfigError(f"{dataset} has cells of different n_problems; its bars cannot be compared")
+    once(df, ["dataset", "kv_budget"])
+    for rows, (name, low, high) in [(df, PASS), (known, SPEED)][: 1 + (timed and len(known) > 0)]:
+        required(rows, [], "the measured rows", [name, low, high])
+        # A rounding error of the interval's formula is not a fault.
+        within = (rows[low] - 1e-6 <= rows[name]) & (rows[name] <= rows[high] + 1e-6)
+        refuse(rows[~within], name, f"outside its interval {low} to {high}")
+        numbers += [name, low, high]
+    for name in numbers:
+        refuse(df[df[name] < 0], name, "it cannot be below 0")
+    for name, most in [("pass_high", 100 + 1e-6), ("truncated_share", 1)]:
+        refuse(df[df[name] > most], name, f"it cannot be above {most:.0f}")
+    return {(row.dataset, _budget(row.kv_budget)): row for row in df.itertuples(index=False)}
 
 
 def _halved(rows):
     """The cells whose batch was halved."""
-    return [cell for cell, row in rows.items() if getattr(row, "batch_halved", False)]
+    return [cell for cell, row in rows.items() if row.batch_halved]
 
 
-def _published_rows(published, model, grader):
-    """{(dataset, budget): row} of published values that may stand beside what was measured."""
-    if list(published["model"].unique()) != [model]:
-        raise ValueError(f"published values of {', '.join(published['model'].unique())} do not belong beside {model}")
-    if grader != PUBLISHED_RULES:
-        raise ValueError(f"graded by the {grader}: only verdicts by the {PUBLISHED_RULES} belong beside published bars")
-    return {(row.dataset, row.kv_budget): row for row in published.itertuples(index=False)}
+def _beside(references, rows, expected):
+    """{(dataset, budget): row} of the published values of the same model, where all is graded by the published rules"""
+    ours = {(row.model, row.grader) for row in rows.values()}
+    theirs = [row for reference in references for row in reference.itertuples(index=False)]
+    return {(row.dataset, row.kv_budget): row for row in theirs
+            if ours == {(row.model, PUBLISHED_RULES)} and (row.dataset, row.kv_budget) in expected}  # fmt: skip
 
 
 def _round_up(value):

@@ -1,10 +1,9 @@
 """Every two KV budgets of a dataset compared on the same problems: one triangle per dataset, and its table."""
 
-import math
-
 import pandas as pd
 from matplotlib.patches import Rectangle
 
+from kvlib.charts.rows import budget_text, signed, signed_interval, texts
 from kvlib.charts.sheet import BLUE, INK, ORANGE_TEXT, banner, caveat_of, sheet, style
 
 
@@ -12,10 +11,8 @@ def pairs_figure(pairs, model):
     """Every two KV budgets of a dataset compared on the same problems and noise, one triangle per dataset.
 
     pairs: as kvlib.stats.budget_differences returns them. A dataset of which no budget ever solved a problem that
-    another did not has nothing to compare: a sentence stands for it. Raises ValueError without pairs.
+    another did not has nothing to compare: a sentence stands for it, and one where there is no pair at all.
     """
-    if pairs.empty:
-        raise ValueError("no two KV budgets to compare; the grid needs at least two budgets, or one and the full cache")
     datasets = list(pairs["dataset"].unique())
     told = [name for name in datasets if pairs.loc[pairs["dataset"] == name, ["wins", "losses"]].any(axis=None)]
     notes = [
@@ -26,6 +23,7 @@ def pairs_figure(pairs, model):
     ] * bool(told)  # fmt: skip
     notes += [f"{name}: the same problems are solved, or none, whatever the KV budget; there is nothing to compare."
               for name in datasets if name not in told]  # fmt: skip
+    notes += ["There are no two KV budgets of a dataset to compare."] * pairs.empty
     side = 0.96 * max(pairs.groupby("dataset")["fewer"].nunique()) if told else 0.0
     with style():
         heading = banner("KV budgets compared pairwise", model, datasets)
@@ -43,13 +41,13 @@ def _draw_triangle(ax, pairs, title):
         face = "#F0F0F0" if not row.differs else BLUE if row.difference > 0 else ORANGE_TEXT
         ink, weight = ("white", "bold") if row.differs else (INK, "normal")
         ax.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=face, linewidth=0))
-        ax.text(x, y - 0.13, _signed(row.difference), ha="center", va="center", color=ink, size=10.5, weight=weight)
-        interval = f"{_signed(row.low)} to {_signed(row.high)}"
+        ax.text(x, y - 0.13, signed(row.difference), ha="center", va="center", color=ink, size=10.5, weight=weight)
+        interval = f"{signed(row.low)} to {signed(row.high)}"
         ax.text(x, y + 0.23, interval, ha="center", va="center", color=ink, size=7.2)
     n = pairs["n_problems"].iloc[0]
     ax.set_title(f"{title} (n = {n}): {pairs['differs'].sum()} of {len(pairs)} pairs differ", color=INK, fontsize=11.5)
-    ax.set_xticks(range(len(fewer)), [_budget_name(b) for b in fewer])
-    ax.set_yticks(range(len(more)), [_budget_name(b, "full") for b in more])
+    ax.set_xticks(range(len(fewer)), [budget_text(b) for b in fewer])
+    ax.set_yticks(range(len(more)), [budget_text(b).removesuffix(" cache") for b in more])
     ax.set(xlim=(-0.5, len(fewer) - 0.5), ylim=(len(more) - 0.5, -0.5), xlabel="minus KV budget", ylabel="KV budget")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -60,24 +58,13 @@ def pairs_table(pairs):
     return pd.DataFrame(
         {
             "Dataset": pairs["dataset"],
-            "KV budget": pairs["more"].map(_budget_name),
-            "minus KV budget": pairs["fewer"].map(_budget_name),
-            "n": pairs["n_problems"].map(str),
-            "Difference (points) with 95 % interval": [
-                f"{_signed(r.difference)} ({_signed(r.low)} to {_signed(r.high)})" for r in pairs.itertuples()
-            ],
-            "Problems won": pairs["wins"].map(str),
-            "Problems lost": pairs["losses"].map(str),
+            "KV budget": pairs["more"].map(budget_text),
+            "minus KV budget": pairs["fewer"].map(budget_text),
+            "n": texts(pairs["n_problems"]),
+            "Difference (points) with 95 % interval": [signed_interval(row) for row in pairs.itertuples()],
+            "Problems won": texts(pairs["wins"]),
+            "Problems lost": texts(pairs["losses"]),
             "p": [f"{p:.4f}" if p >= 0.0001 else "< 0.0001" for p in pairs["p"]],
             "Differ (5 %, Holm)": pairs["differs"].map({True: "yes", False: "no"}),
         }
-    ).reset_index(drop=True)
-
-
-def _budget_name(budget, full="full cache"):
-    return full if math.isinf(budget) else str(int(budget))
-
-
-def _signed(value):
-    text = f"{value:+.1f}".replace("-", "−")
-    return text[1:] if float(text[1:]) == 0 else text
+    )

@@ -1,10 +1,10 @@
 """The published KV-budget figures, redrawn from their numbers and marked as not measured here; their bars and line."""
 
-from pathlib import Path
-
 import pandas as pd
 
+from kvlib.charts.rows import alike, texts
 from kvlib.charts.sheet import BLUE, INK, ORANGE, ORANGE_TEXT, PALE, sheet, style
+from kvlib.errors import ConfigError
 
 COLUMNS = ["model", "dataset", "kv_budget", "pass_at_1", "throughput_tps"]
 PASS_RANGE = {"AIME24": (20, 60), "AIME25": (10, 50), "AMC23": (60, 100), "GPQA-D": (30, 70), "Mean": (30, 70)}
@@ -19,36 +19,25 @@ def load_published(path):
     """Read a digitised figure: model, dataset, kv_budget (slots), pass_at_1 (percent), throughput_tps.
 
     throughput_tps (tokens/s) is NaN where the figure could not be read.
-    Raises FileNotFoundError if there is no such file, ValueError naming the fault if it is damaged.
+    Raises ConfigError naming the fault if the file is missing or damaged.
     """
-    path = Path(path)
-    restore = f"restore it with `git checkout -- {path}`"
-    if not path.is_file():
-        raise FileNotFoundError(f"no published numbers at {path}; {restore}")
+    numbers = {"kv_budget": int, "pass_at_1": float, "throughput_tps": float}
     try:
-        df = pd.read_csv(path)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable CSV ({error}); {restore}") from error
-    missing = [name for name in COLUMNS if name not in df]
-    if missing or df.empty:
-        raise ValueError(f"{path} lacks {'column ' + ', '.join(missing) if missing else 'rows'}; {restore}")
-    df = df[COLUMNS]
-    for name in ["kv_budget", "pass_at_1", "throughput_tps"]:
-        try:
-            df = df.assign(**{name: pd.to_numeric(df[name])})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {name} holds something other than numbers ({error}); {restore}") from error
-    if df.drop(columns="throughput_tps").isna().any(axis=None):
-        raise ValueError(f"{path} has an empty field outside throughput_tps; {restore}")
-    if (df["kv_budget"] % 1 != 0).any() or (df["kv_budget"] <= 0).any():
-        raise ValueError(f"{path}: kv_budget must be a positive whole number; {restore}")
-    if not df["pass_at_1"].between(0, 100).all():
-        raise ValueError(f"{path}: pass_at_1 must lie between 0 and 100 percent; {restore}")
-    df = df.astype({"kv_budget": int, "pass_at_1": float, "throughput_tps": float})
-    # A file cut short or pasted twice still parses; the rectangle of cells gives it away.
-    cells = df.groupby(["model", "dataset", "kv_budget"]).size()
-    if len(df) != df["model"].nunique() * df["dataset"].nunique() * df["kv_budget"].nunique() or cells.max() > 1:
-        raise ValueError(f"{path} does not hold each dataset at each KV budget exactly once; {restore}")
+        df = pd.read_csv(path, usecols=COLUMNS, dtype=numbers)[COLUMNS]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); restore it with `git checkout -- {path}`") from error
+    key = ["model", "dataset", "kv_budget"]
+    faults = {
+        "has no rows": df.empty,
+        "has an empty field outside throughput_tps": df.drop(columns="throughput_tps").isna().any(axis=None),
+        "has a kv_budget that is not positive": (df["kv_budget"] <= 0).any(),
+        "has a pass_at_1 that is not between 0 and 100 percent": not df["pass_at_1"].between(0, 100).all(),
+        # A file cut short or pasted twice still parses; the rectangle of cells gives it away.
+        "does not hold each dataset at each KV budget exactly once":
+            df.duplicated(key).any() or len(df) != df[key].nunique().prod(),
+    }  # fmt: skip
+    for fault in (fault for fault, found in faults.items() if found):
+        raise ConfigError(f"{path} {fault}; restore it with `git checkout -- {path}`")
     return df
 
 
@@ -57,24 +46,23 @@ def published_figure(df):
 
     df: as load_published returns it, for R1-Qwen or R1-Llama; datasets AIME24, AIME25, AMC23, GPQA-D and Mean, the
         mean of the four. Where only the mean's throughput is known, its line is drawn once, in the last panel.
-    Raises ValueError for a model or dataset without a published axis range, a missing value beside ones that are
+    Raises ConfigError for a model or dataset without a published axis range, a missing value beside ones that are
     there, or a value outside its axis (it would be cut off).
     """
-    if df["model"].nunique() != 1:
-        raise ValueError(f"one model per chart, got {', '.join(df['model'].unique()) or 'none'}")
+    alike(df, ["model"])
     model = df["model"].iloc[0]
     if model not in THROUGHPUT_RANGE:
-        raise ValueError(f"no published axis range for {model}; known: {', '.join(THROUGHPUT_RANGE)}")
+        raise ConfigError(f"no published axis range for {model}; known: {', '.join(THROUGHPUT_RANGE)}")
     fastest = THROUGHPUT_RANGE[model]
     unread = [name for name, rows in df.groupby("dataset") if rows["throughput_tps"].isna().all()]
     for row in df.itertuples():
         if row.dataset not in PASS_RANGE:
-            raise ValueError(f"no published axis range for {row.dataset}; known: {', '.join(PASS_RANGE)}")
+            raise ConfigError(f"no published axis range for {row.dataset}; known: {', '.join(PASS_RANGE)}")
         for name, (low, high) in [("pass_at_1", PASS_RANGE[row.dataset]), ("throughput_tps", fastest)]:
             value = getattr(row, name)
             if not low <= value <= high and not (name == "throughput_tps" and row.dataset in unread):  # NaN fails too
                 cell = f"{row.model}, {row.dataset}, KV budget {row.kv_budget}"
-                raise ValueError(f"{name} of {cell} is {value}, not within the axis {low} to {high}")
+                raise ConfigError(f"{name} of {cell} is {value}, not within the axis {low} to {high}")
     datasets = [name for name in df["dataset"].unique() if name != MEAN]
     lines = {name: name for name in datasets if name not in unread}
     if unread and MEAN in set(df["dataset"]):
@@ -118,16 +106,15 @@ def published_table(df):
 
     df: as load_published returns it. A throughput that could not be read says so.
     """
-    read = df["throughput_tps"].map(lambda value: "not readable" if pd.isna(value) else f"{value:.0f}")
     return pd.DataFrame(
         {
-            "Model": df["model"],
-            "Dataset": df["dataset"],
-            "KV budget": df["kv_budget"].map(str),
-            "Pass@1 (%)": df["pass_at_1"].map("{:.1f}".format),
-            "Throughput (tokens/s, read off the line, about ±30)": read,
+            "Model": df["model"].tolist(),
+            "Dataset": df["dataset"].tolist(),
+            "KV budget": texts(df["kv_budget"]),
+            "Pass@1 (%)": texts(df["pass_at_1"], "{:.1f}"),
+            "Throughput (tokens/s, read off the line, about ±30)": texts(df["throughput_tps"], missing="not readable"),
         }
-    ).reset_index(drop=True)
+    )
 
 
 def two_axes(ax, title, left_label, right_label):

@@ -1,12 +1,12 @@
 """Replays of traces under many arms -> what eviction loses, and which facts are still known, as charts and tables."""
 
-import math
 from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.arms import Panel, budget_figure, budget_text, lines_figure, once, required
+from kvlib.charts.arms import Panel, budget_figure, lines_figure
+from kvlib.charts.rows import budget_text, intervals, once, required, texts
 from kvlib.charts.sheet import FULL, banner, caveat_of
 from kvlib.errors import ConfigError
 from kvlib.stats import mean_interval
@@ -45,20 +45,15 @@ def fidelity_table(fidelity: pd.DataFrame) -> pd.DataFrame:
     """The numbers of fidelity_figure as text."""
     rows = _fidelity_means(fidelity)
     rows = rows.sort_values(["kv_budget", "recall"], ascending=[True, False], na_position="last", kind="stable")
-
-    def interval(name: str) -> list[str]:
-        shown = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
-        return [f"{mean:.1f}" + ("" if math.isnan(low) else f" ({low:.1f} to {high:.1f})") for mean, low, high in shown]
-
     return pd.DataFrame(
         {
-            "KV budget": rows["kv_budget"].map(budget_text),
-            "Arm": rows["arm"],
-            "Traces": rows["n_traces"].map(str),
-            "Attention-mass recall (%) with 95 % interval": interval("recall"),
-            "Output error (%) with 95 % interval": interval("error"),
+            "KV budget": rows["kv_budget"].map(budget_text).tolist(),
+            "Arm": rows["arm"].tolist(),
+            "Traces": texts(rows["n_traces"]),
+            "Attention-mass recall (%) with 95 % interval": intervals(rows, ["recall", "recall_low", "recall_high"]),
+            "Output error (%) with 95 % interval": intervals(rows, ["error", "error_low", "error_high"]),
         }
-    ).reset_index(drop=True)
+    )
 
 
 def _fidelity_means(fidelity: pd.DataFrame) -> pd.DataFrame:
@@ -91,12 +86,7 @@ def fact_figure(facts: pd.DataFrame, model: str) -> Figure:
     ticks = {low: f"{low}–{high - 1}\nn = {counts[low]}" for low, high in bins}
     drawn = rows[rows["n"] >= FEWEST_LOOK_UPS].assign(x=rows["distance_low"], y=rows["right"])
     panels = [
-        Panel(
-            f"KV budget {budget:.0f}",
-            "Known (%)",
-            drawn[(drawn["kv_budget"] == budget) | (drawn["label"] == FULL)],
-            104,
-        )
+        Panel(f"KV budget {budget:.0f}", "Known (%)", drawn[drawn["kv_budget"].fillna(budget) == budget], 104)
         for budget in sorted(rows["kv_budget"].dropna().unique())
     ]
     notes = [
@@ -114,12 +104,10 @@ def fact_table(facts: pd.DataFrame) -> pd.DataFrame:
     rows = rows.sort_values(["kv_budget", "distance_low", "right"], ascending=[True, True, False], kind="stable")
     return pd.DataFrame(
         {
-            "KV budget": rows["kv_budget"].map(budget_text),
+            "KV budget": rows["kv_budget"].map(budget_text).tolist(),
             "Distance (tokens)": [f"{row.distance_low}–{row.distance_high - 1}" for row in rows.itertuples()],
-            "Arm": rows["arm"].where(rows["kv_budget"].notna(), FULL),
-            "n": rows["n"].map(str),
-            "Known (%) with 95 % interval": [
-                f"{row.right:.1f} ({row.low:.1f} to {row.high:.1f})" for row in rows.itertuples()
-            ],
+            "Arm": rows["arm"].where(rows["kv_budget"].notna(), FULL).tolist(),
+            "n": texts(rows["n"]),
+            "Known (%) with 95 % interval": intervals(rows, ["right", "low", "high"]),
         }
-    ).reset_index(drop=True)
+    )

@@ -5,6 +5,7 @@ import csv
 import html
 from pathlib import Path
 
+from kvlib.charts.rows import samples_text
 from kvlib.config import Grid
 from kvlib.record import RecordError, read_record
 
@@ -77,11 +78,10 @@ def answer_text(figures: Path) -> str:
 
 def summary(grid: Grid, seed: int) -> str:
     one = grid.cells(seed)[0]
-    samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} per problem"
     options = ", ".join(f"{name} {value}" for name, value in one.policy_options.items())
     return (
         f"<p>Model {text(one.model)} in {text(one.dtype)}; policy {text(grid.shared.get('policy', one.policy))} "
-        f"{text(f'({options})' if options else '')}; prompt {one.prompt}, {samples}, "
+        f"{text(f'({options})' if options else '')}; prompt {one.prompt}, {samples_text([one.n_samples])}, "
         f"temperature {one.temperature}, top-p {one.top_p}, "
         f"top-k {one.top_k}, at most {one.max_new_tokens} new tokens. Pass@1 with a 95 % interval; throughput in "
         "tokens/s with attention, eviction, sampling and bookkeeping included, unless a table says otherwise.</p>"
@@ -113,9 +113,8 @@ def provenance_table(records: dict[str, dict]) -> str:
     """Per record: what it answers for, when, where and with what it was made."""
     rows = [["Record", "Made (UTC)", "Commit", "Versions", "Machine", "Model", "Fingerprint", "sha256"]]
     for name, record in records.items():
-        made = record.get("provenance", {})
-        made = made.get("finished", made)
-        started = record.get("provenance", {}).get("started", {})
+        provenance = record.get("provenance", {})
+        made, started = provenance.get("finished", provenance), provenance.get("started", {})
         commit = (made.get("git_commit") or "outside git")[:12] + (" + edits" if made.get("git_dirty") else "")
         versions = ", ".join(f"{package} {version}" for package, version in made.get("versions", {}).items())
         machine = record.get("timing", {}).get("device") or made.get("cpu") or "?"

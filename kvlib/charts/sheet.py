@@ -113,6 +113,15 @@ def sheet(
     return fig, axes
 
 
+def legend(fig: Figure, axes: Sequence, edge: float, order: Sequence[str] = (), **options) -> None:
+    """One legend for all axes in the room right of them, `edge` inches wide. order: labels that come first."""
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = [label for label in dict.fromkeys([*order, *handles]) if label in handles]
+    corner = (1 - (edge - 0.1) / fig.get_size_inches()[0], axes[0].get_position().y1)
+    fig.legend([handles[label] for label in labels], labels, loc="upper left", bbox_to_anchor=corner, frameon=False,
+               borderaxespad=0, **options)  # fmt: skip
+
+
 def budget_places(budgets):
     """(x of each budget, axis label). Uneven budgets become equal steps: to scale, their bars would overlap."""
     even = len({b - a for a, b in itertools.pairwise(budgets)}) <= 1

@@ -3,9 +3,10 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from kvlib.charts.measured import EXACT, PUBLISHED_RULES, TIMED_COLUMNS, IncompleteError
+from kvlib.charts.measured import EXACT, PASS, PUBLISHED_RULES, TIMED_COLUMNS, IncompleteError
 from kvlib.charts.sheet import policy_title
 from kvlib.config import Grid, RunConfig, folder_name
 from kvlib.errors import ConfigError
@@ -56,17 +57,14 @@ def measured_cells(
         results, cost = record["results"], record["cost"]
         prefix, graded = graded_by(record, grader, folder)
         marks = _marks(record, prefix, folder)
-        rate, low, high = pass_at_1((name, mark == "1") for name, samples in marks.items() for mark in samples)
         row = {
             "model": model_title(cell.model),
             "dataset": dataset_title(cell.dataset),
             "policy": policy_title(policy),
             "kv_budget": cell.kv_budget,
             "grader": graded,
-            "pass_at_1": 100 * rate,
-            "pass_low": 100 * low,
-            "pass_high": 100 * high,
-            "n_problems": len(marks),
+            **dict(zip(PASS, _pass_at_1(marks), strict=True)),
+            "n_problems": marks["problem"].nunique(),
             "n_samples": cell.n_samples,
             "max_new_tokens": cell.max_new_tokens,
             "device": record["provenance"]["finished"]["cpu"] if cell.device == "cpu" else "a GPU",
@@ -77,9 +75,7 @@ def measured_cells(
             "batch_halved": cost.get("batch_halved", False),
         }
         if "strict_correct" in record["verdicts"]:
-            strict = _marks(record, "strict_", folder)
-            right = pass_at_1((name, mark == "1") for name, samples in strict.items() for mark in samples)[0]
-            row["strict_pass_at_1"] = 100 * right
+            row["strict_pass_at_1"] = _pass_at_1(_marks(record, "strict_", folder))[0]
             row["unanswered_share"] = results[f"{prefix}n_unanswered"] / results["n_samples"]
         if grid.timing is not None:
             row |= _speed(grid, records / folder_name(cell.dataset) / "timing" / f"s{seed}", cell, throughput)
@@ -105,13 +101,19 @@ def _finished(grid: Grid, records: Path, seed: int) -> tuple[list[tuple[RunConfi
     return found, missing
 
 
-def _marks(record: dict, prefix: str, folder: Path) -> dict[str, str]:
-    """{problem: a 1 or 0 per sample}"""
+def _marks(record: dict, prefix: str, folder: Path) -> pd.DataFrame:
+    """The columns problem, sample, correct; a row per sample."""
     marks = record.get("verdicts", {}).get(f"{prefix}correct")
     if marks is None:
         raise RecordError(f"{folder}/record.json holds no verdicts per problem: an older kvlib wrote it. Move it "
                           "away and run the study again: it is rebuilt from its samples")  # fmt: skip
-    return marks
+    rows = [(name, i, mark == "1") for name, samples in marks.items() for i, mark in enumerate(samples)]
+    return pd.DataFrame(rows, columns=["problem", "sample", "correct"])
+
+
+def _pass_at_1(marks: pd.DataFrame) -> list[float]:
+    """Percent, and its 95 % interval."""
+    return [100 * share for share in pass_at_1(zip(marks["problem"], marks["correct"], strict=True))]
 
 
 def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
@@ -166,21 +168,9 @@ def measured_verdicts(
     for cell, record in finished:
         folder = records / cell.cell_path
         marks = _marks(record, graded_by(record, grader, folder)[0], folder)
-        rows = [(name, i, mark == "1") for name, samples in marks.items() for i, mark in enumerate(samples)]
         budget = math.inf if cell.kv_budget is None else float(cell.kv_budget)
-        frame = pd.DataFrame(rows, columns=["problem", "sample", "correct"])
-        frames.append(frame.assign(dataset=dataset_title(cell.dataset), kv_budget=budget))
+        frames.append(marks.assign(dataset=dataset_title(cell.dataset), kv_budget=budget))
     return pd.concat(frames, ignore_index=True)
-
-
-def published_beside(cells: pd.DataFrame, references: list[pd.DataFrame]) -> pd.DataFrame | None:
-    """The published values that may stand beside these cells: of the same model, graded by the published rules."""
-    for reference in references if len(cells) else []:
-        same = cells["model"].eq(reference["model"].iloc[0]).all() and cells["grader"].eq(PUBLISHED_RULES).all()
-        rows = reference[reference["dataset"].isin(cells["dataset"]) & reference["kv_budget"].isin(cells["kv_budget"])]
-        if same and len(rows):
-            return rows
-    return None
 
 
 def what_n_tells(cells: pd.DataFrame) -> list[str]:
@@ -191,7 +181,7 @@ def what_n_tells(cells: pd.DataFrame) -> list[str]:
     """
     sentences = []
     for (n, n_samples), group in cells.groupby(["n_problems", "n_samples"], sort=False):
-        low, high = (100 * half_width(k) for k in (n * n_samples, n))
+        low, high = (50 * float(np.diff(wilson_interval(k // 2, k))[0]) for k in (n * n_samples, n))
         found_low, found_high = (100 * (1.959964 + 0.841621) * math.sqrt(0.5 / k) for k in (n * n_samples, n))
         fewest = next(k for k in range(1, 99) if 2 * 0.5**k < 0.05)
         samples, alone, found = "1 sample", "", f"{found_high:.0f}"
@@ -207,11 +197,6 @@ def what_n_tells(cells: pd.DataFrame) -> list[str]:
             f"of {found} points is found four times in five; less is mostly missed."
         )
     return sentences
-
-
-def half_width(n: int) -> float:
-    low, high = wilson_interval(n // 2, n)
-    return (high - low) / 2
 
 
 def _check_choice(name: str, value: str, known) -> None:

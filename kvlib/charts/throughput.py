@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.sheet import GREY, INK, banner, looks, sheet, style
+from kvlib.charts.rows import alike, intervals, texts
+from kvlib.charts.sheet import GREY, INK, banner, legend, looks, sheet, style
 from kvlib.charts.tables import model_title
 from kvlib.errors import ConfigError
 from kvlib.stats import BUSY
@@ -83,7 +84,8 @@ def _arms(record: dict) -> list[dict]:
         if row["arm"] in CEILINGS:
             continue
         batch, live = row.get("batch", record.get("batch")), row["live_slots"]
-        rounds = [batch * _steps(record, row) / seconds for seconds in row["seconds"]]
+        n_steps = row.get("steps_per_round") or record["steps_per_round"]
+        rounds = [batch * n_steps / seconds for seconds in row["seconds"]]
         budget, policy = row["kv_budget"], row["arm"].partition("@")[0]
         moved = ceilings["weight_bytes"] + ceilings["kv_bytes_per_token"] * batch * live
         found.append(
@@ -108,10 +110,6 @@ def _arms(record: dict) -> list[dict]:
     return found
 
 
-def _steps(record: dict, row: dict) -> int:
-    return row.get("steps_per_round") or record["steps_per_round"]
-
-
 def _policy(name: str) -> str:
     """The policy of an arm, by the name that gives it its look."""
     return name.removeprefix(PEER).removesuffix("-kvpress")
@@ -134,9 +132,7 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
     not be overlooked stands in yellow: a run cut short, and policies that never evicted at their KV budget. Raises
     ConfigError for several models or machines, or where no arm has a KV budget.
     """
-    for name in ONE_PER_CHART:
-        if df[name].nunique() != 1:
-            raise ConfigError(f"one {name} per chart, got {', '.join(map(str, df[name].unique()))}; pass one at a time")
+    alike(df, ONE_PER_CHART)
     evicting = df[df["kv_budget"].notna()]
     if evicting.empty:
         raise ConfigError("no arm has a KV budget, so there is nothing to put on the x axis; measure one, e.g. knorm")
@@ -152,8 +148,10 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
     marks += [f"NOTHING WAS EVICTED at KV budget {budget:.0f}: {', '.join(map(arm_title, here['policy'].unique()))}"
               for budget, here in idle.groupby("kv_budget")]  # fmt: skip
     weights = "" if one["weights"] == "real" else f", {one['weights']}"
+    n = df["rounds"].min()
+    rounds = f"{n} rounds, whiskers: slowest to fastest" if n > 1 else "one round, so without an interval"
     notes = [
-        f"{one['device']}, {one['dtype']}{weights}; {_rounds(df)}. "
+        f"{one['device']}, {one['dtype']}{weights}; {rounds}. "
         "All-inclusive steps. Policies stand side by side at their KV budget; hollow: by kvpress. HF's linear layers: "
         "alone, as the model has them. Roofline: the least bytes of a step (weights, live keys and values once) at the "
         "copy bandwidth measured in the same call."
@@ -167,16 +165,8 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
             _draw(ax, df[df["batch"] == batch], budgets)
             ax.set_title(f"batch {batch}", color=INK)
         axes[0].set_ylabel("Throughput (tokens/s, log scale)")
-        handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        place = (1 - 2.9 / fig.get_size_inches()[0], axes[0].get_position().y1)
-        fig.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=place, frameon=False,
-                   borderaxespad=0)  # fmt: skip
+        legend(fig, axes, 3.0)
     return fig
-
-
-def _rounds(df: pd.DataFrame) -> str:
-    n = df["rounds"].min()
-    return f"{n} rounds, whiskers: slowest to fastest" if n > 1 else "one round, so without an interval"
 
 
 def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
@@ -217,24 +207,23 @@ def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
 def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
     """The numbers of throughput_figure as text, one row per arm, by batch and KV budget; those that keep all last."""
     df = df.sort_values(["batch", "kv_budget", "tokens_per_s"], ascending=[True, True, False], kind="stable")
+    rounds = zip(
+        intervals(df, ["tokens_per_s", "low", "high"], "{:,.1f}"), df["tokens_per_s"], df["rounds"], strict=True
+    )
     return pd.DataFrame(
         {
-            "Batch": df["batch"].map(str),
+            "Batch": texts(df["batch"]),
             "KV budget": [_budget(row) for row in df.itertuples()],
-            "Arm": df["policy"].map(arm_title),
+            "Arm": df["policy"].map(arm_title).tolist(),
             "Tokens/s (slowest to fastest round)": [
-                f"{row.tokens_per_s:,.1f} ("
-                + (f"{row.low:,.1f} to {row.high:,.1f})" if row.rounds > 1 else "one round)")
-                for row in df.itertuples()
+                spread if n > 1 else f"{speed:,.1f} (one round)" for spread, speed, n in rounds
             ],
-            "Mean live slots": df["live_slots"].map("{:.0f}".format),
-            "Roofline (tokens/s)": df["roof"].map("{:,.1f}".format),
-            "Of the roofline": (df["tokens_per_s"] / df["roof"]).map("{:.0%}".format),
-            "Of the linear layers": (df["tokens_per_s"] / df["linears"]).map(
-                lambda value: "not measured" if pd.isna(value) else f"{value:.0%}"
-            ),
+            "Mean live slots": texts(df["live_slots"]),
+            "Roofline (tokens/s)": texts(df["roof"], "{:,.1f}"),
+            "Of the roofline": texts(df["tokens_per_s"] / df["roof"], "{:.0%}"),
+            "Of the linear layers": texts(df["tokens_per_s"] / df["linears"], "{:.0%}", "not measured"),
         }
-    ).reset_index(drop=True)
+    )
 
 
 def _budget(row) -> str:

@@ -75,7 +75,7 @@ def compare_traces(
     if not any(rounds.values()):
         raise ConfigError("no policy had a round on this trace; use a smaller KV budget, and decode with trace=True")
     steps = sorted({seen for several in rounds.values() for seen, _ in several})
-    chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(most_rounds, len(steps)))})
+    chosen = _evenly(len(steps), most_rounds)
     # Details of one name close each other, where a viewer leaves them the name; each view has its own.
     name = "kv" + hashlib.sha256(repr((words, list(rounds), steps)).encode()).hexdigest()[:8]
     parts = [
@@ -114,6 +114,11 @@ def _runs(words: Sequence[str], states: Sequence[str], n_prompt: int) -> str:
     return " ".join(html)
 
 
+def _evenly(n: int, most: int) -> list[int]:
+    """At most so many of range(n), the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(most, n))})
+
+
 def held_map(rounds: Sequence[tuple[int, Collection[int]]], n_prompt: int, n_seen: int) -> np.ndarray:
     """Bool `[n_seen, n_seen - n_prompt + 1]`: whether position p (row) is held with n_prompt + j tokens (column) seen.
 
@@ -140,26 +145,20 @@ def keep_map_figure(
     if not kept:
         raise ConfigError("no round evicted anything; use a smaller KV budget, and decode with trace=True")
     n_layers, n_heads = len(kept[0][1]), len(kept[0][1][0])
-    layers = sorted({round(i) for i in np.linspace(0, n_layers - 1, min(MOST_LAYERS, n_layers))})
+    layers = _evenly(n_layers, MOST_LAYERS)
     heads = range(min(MOST_HEADS, n_heads))
     note = f"Held: dark; evicted: light; dashed: end of the prompt. {len(layers)} of {n_layers} layers"
     notes = [f"{note}, {len(heads)} of {n_heads} KV heads." if n_layers > 1 else f"{note[: note.index('.')]}."]
-    written = np.tri(n_seen, dtype=bool).T[:, n_prompt - 1 :]
+    written = held_map([], n_prompt, n_seen)
     with style():
         fig, axes = sheet(heading, notes, len(layers) * len(heads), (2.9, 1.9), (0.7, 0.1, 0.35, 0.5), len(heads))
         for ax, (layer, head) in zip(axes, itertools.product(layers, heads), strict=True):
             held = held_map([(seen, sets[layer][head]) for seen, sets in kept], n_prompt, n_seen)
             # Cell (p, j) is centred on position p at n_prompt + j tokens.
-            ax.imshow(
-                written.astype(int) + held,
-                cmap=ListedColormap(["white", "#D5D5D5", "#0B3C5D"]),
-                vmin=0,
-                vmax=2,
-                origin="lower",
-                aspect="auto",
-                interpolation="nearest",
-                extent=(n_prompt - 0.5, n_seen + 0.5, -0.5, n_seen - 0.5),
-            )
+            extent = (n_prompt - 0.5, n_seen + 0.5, -0.5, n_seen - 0.5)
+            colors = ListedColormap(["white", "#D5D5D5", "#0B3C5D"])
+            ax.imshow(written.astype(int) + held, colors, vmin=0, vmax=2, origin="lower", aspect="auto",
+                      interpolation="nearest", extent=extent)  # fmt: skip
             ax.axhline(n_prompt - 0.5, color=ORANGE, linewidth=1.3, linestyle="--")
             name = {1: "all layers"}.get(n_layers, f"layer {layer}"), {1: "all heads"}.get(n_heads, f"KV head {head}")
             ax.set_title(", ".join(name), size=10, color=INK)

@@ -1,10 +1,10 @@
 """Eviction policies: one file each. `make_policy` builds a named preset, pinned to its source."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from functools import partial
 
+from kvlib.config import check_names
 from kvlib.errors import ConfigError
 from kvlib.policies.base import Policy
 from kvlib.policies.base import View as View
@@ -82,11 +82,7 @@ def make_policy(name: str, **options) -> Policy:
 
     Raises ConfigError for an unknown preset or setting, and for a setting of another type than its default.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        raise ConfigError(
-            f"unknown policy {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(PRESETS)})"
-        )
+    check_names([name], list(PRESETS), "policy")
     preset = PRESETS[name]
     check_options(getattr(preset, "func", preset), options, name)
     return preset(**options)
@@ -95,11 +91,8 @@ def make_policy(name: str, **options) -> Policy:
 def check_options(kind: type[Policy], options: Mapping, name: str) -> None:
     """Raise ConfigError for a setting that a kind of policy does not have, or of another type than its default."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    check_names(options, list(fields), f"setting of policy {name!r}")
     for option, value in options.items():
-        if option not in fields:
-            near = difflib.get_close_matches(str(option), fields, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"policy {name!r} has no setting {option!r}{hint} (known: {', '.join(fields)})")
         default = fields[option].default
         wanted = (int, float) if isinstance(default, float) else type(default)
         if default not in (None, dataclasses.MISSING) and (

@@ -1,9 +1,12 @@
 """What every policy shares, and what a policy sees in a round."""
 
-from dataclasses import dataclass, field, fields
+import inspect
+from bisect import bisect_left
+from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 from types import SimpleNamespace
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -20,6 +23,18 @@ MOST_SLOTS = 2**20
 Share = Literal["head", "layer", "head_across_layers", "model"]
 
 
+Whole = Annotated[int, "a whole number, 0 or more", lambda x: isinstance(x, Integral) and x >= 0]
+Count = Annotated[int, "a whole number, 1 or more", lambda x: isinstance(x, Integral) and x >= 1]
+Odd = Annotated[int, "an odd number of slots", lambda x: isinstance(x, Integral) and x >= 1 and x % 2 == 1]
+Part = Annotated[float, "a share from 0 to 1", lambda x: isinstance(x, Real) and 0 <= x <= 1]
+SomePart = Annotated[float, "a share above 0, at most 1", lambda x: isinstance(x, Real) and 0 < x <= 1]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least, which scores are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Settings that every policy has; a policy adds its hyper-parameters and `score`.
@@ -31,9 +46,9 @@ class Policy:
     newest at its true position (StreamingLLM, section 3.2), instead of at their original positions.
     """
 
-    n_sink: int = 0
+    n_sink: Whole = 0
     protect_prompt: bool = False
-    n_recent: int = 0
+    n_recent: Whole = 0
     buffer: int | None = 0
     share: Share = "head"
     reindex: bool = False
@@ -50,16 +65,25 @@ class Policy:
     """`score` reads inv_freq."""
 
     def __post_init__(self):
-        self.require(self.n_sink >= 0, f"n_sink is {self.n_sink}; use 0 or more")
-        self.require(self.n_recent >= 0, f"n_recent is {self.n_recent}; use 0 or more")
+        # A plain type beside another default keeps the rule of the class that this one is derived from.
+        rules = {
+            name: hint
+            for kind in reversed(type(self).__mro__)
+            for name, hint in inspect.get_annotations(kind).items()
+            if get_origin(hint) in (Annotated, Literal)
+        }
+        for name, hint in rules.items():
+            value, rule = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Annotated:
+                _, words, holds = rule
+            else:
+                known = self.shares if name == "share" else rule
+                words, holds = f"one of {', '.join(known)}", known.__contains__
+            self.require(holds(value), f"{name} is {value!r}; use {words}")
         self.require(
             self.buffer is None or (type(self.buffer) is int and self.buffer >= 0),
             f"buffer is {self.buffer!r}; use a whole number of tokens, 0 or more",
         )
-        choices = {field.name: get_args(field.type) for field in fields(self) if get_origin(field.type) is Literal}
-        for name, known in {**choices, "share": self.shares}.items():
-            value = getattr(self, name)
-            self.require(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise ConfigError with this policy's name unless `holds`."""
@@ -97,7 +121,7 @@ class Policy:
         """Positions that `protection` spares when n_seen tokens have been seen."""
         positions = torch.arange(n_seen, device="cpu").view(1, 1, 1, -1)
         row = SimpleNamespace(kv_budget=kv_budget, positions=positions, n_prompt=torch.tensor([n_prompt], device="cpu"))
-        return [i for i, spared in enumerate(self.protection(row).flatten().tolist()) if spared]
+        return self.protection(row).flatten().nonzero()[:, 0].tolist()
 
     def check(self, kv_budget: int, n_prompt: int, problem: str) -> None:
         """Raise ConfigError, with the least budget that will do, unless n_prompt tokens can be decoded under this one.
@@ -107,16 +131,13 @@ class Policy:
         trouble = self._trouble(kv_budget, n_prompt)
         if trouble is None:
             return
-        fails, works = kv_budget, max(1, 2 * kv_budget)
-        while self._trouble(works, n_prompt) and works < MOST_SLOTS:
-            fails, works = works, 2 * works
-        if self._trouble(works, n_prompt):
+        larger = range(kv_budget + 1, MOST_SLOTS)
+        first = bisect_left(larger, True, key=lambda works: self._trouble(works, n_prompt) is None)
+        if first == len(larger):
             step = "no kv_budget will do: lower n_recent, buffer or the share that is kept"
         else:
-            while works - fails > 1:
-                middle = (fails + works) // 2
-                fails, works = (middle, works) if self._trouble(middle, n_prompt) else (fails, middle)
-            step = f"use {works} or more" + ("" if n_prompt else ", before a prompt is counted") + ", or protect less"
+            before = "" if n_prompt else ", before a prompt is counted"
+            step = f"use {larger[first]} or more{before}, or protect less"
         raise ConfigError(
             f"kv_budget {kv_budget} of {type(self).__name__} is too small for {problem} ({n_prompt}-token prompt, "
             f"protect_prompt={self.protect_prompt}, n_sink={self.n_sink}, n_recent={self.recent(kv_budget)}, "

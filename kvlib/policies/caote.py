@@ -2,11 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
-from kvlib.policies.base import Policy, Share
+from kvlib.policies.base import Policy, Share, wide
 from kvlib.policies.h2o import H2O
 from kvlib.policies.rpc import RPC
 from kvlib.policies.snapkv import SnapKV
@@ -36,7 +35,9 @@ class CAOTE(Policy):
     reindex: bool | None = None
 
     def __post_init__(self):
-        base = self._named
+        from kvlib.policies import make_policy  # presets are made of this class
+
+        base = make_policy(self.base) if isinstance(self.base, str) else self.base
         self.require(
             type(base) in (H2O, RPC, SnapKV, TOVA),
             f"base is {self.base!r}; use a policy that scores by attention: H2O, RPC, SnapKV, TOVA",
@@ -46,17 +47,8 @@ class CAOTE(Policy):
             self.require(ours is None or type(ours) is type(its), f"{name} is {ours!r}; the base has {its!r}")
             object.__setattr__(self, name, its if ours is None else ours)
         super().__post_init__()
-        _ = self._base
-
-    @cached_property
-    def _named(self) -> Policy:
-        from kvlib.policies import make_policy  # presets are made of this class
-
-        return make_policy(self.base) if isinstance(self.base, str) else self.base
-
-    @cached_property
-    def _base(self) -> Policy:
-        return dataclasses.replace(self._named, **{name: getattr(self, name) for name in SHARED})
+        own = {name: getattr(self, name) for name in SHARED}
+        object.__setattr__(self, "_base", dataclasses.replace(base, **own))
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -77,7 +69,7 @@ class CAOTE(Policy):
 
     def score(self, view, state):
         scores, state = self._base.score(view, state)
-        values = view.values.to(torch.promote_types(view.values.dtype, torch.float32))
+        values = wide(view.values)
         scores = scores.to(values.dtype).expand(values.shape[:-1])
         ranked = scores.isfinite()
         paid = scores.masked_fill(~ranked, 0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvlib.kernels.noise import uniform
-from kvlib.policies.base import Policy, View
+from kvlib.policies.base import Policy, View, Whole, wide
 
 Leverage = Literal["kv_product", "kv_avg", "key", "value"]
 N_COLUMNS = 20
@@ -48,22 +48,17 @@ class CUR(Policy):
 
     n_sink: int = 4
     buffer: int | None = 128
-    local_window: int = 16
+    local_window: Whole = 16
     leverage: Leverage = "kv_product"
     resample: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.local_window >= 0, f"local_window is {self.local_window}; use 0 or more slots")
 
     def projection(self, view: View) -> Tensor:
         return gaussian_projection(view)
 
     def score(self, view, state):
-        wide = torch.promote_types(view.keys.dtype, torch.float32)
-        keys, values = view.keys.to(wide), view.values.to(wide)
+        keys, values = wide(view.keys), wide(view.values)
         if self.resample:
-            projection = self.projection(view).to(wide)
+            projection = self.projection(view).to(keys.dtype)
             keys, values = keys @ projection, values @ projection
         of_keys, of_values = keys.square().sum(-1), values.square().sum(-1)
         if self.local_window:

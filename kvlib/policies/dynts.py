@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kvlib.policies.base import Policy, Share
+from kvlib.policies.base import Policy, Share, SomePart
 
 IMPORTANCE = "importance"
 
@@ -58,7 +58,7 @@ class DynTS(Policy):
     """
 
     n_recent: int = 2000
-    ratio: float = 0.4
+    ratio: SomePart = 0.4
     protect_prompt: bool = True
     buffer: int | None = None
     share: Share = "model"
@@ -67,10 +67,6 @@ class DynTS(Policy):
     state_names: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
     needs: ClassVar[tuple[str, ...]] = ("predictor",)
     reads_heads: ClassVar[bool] = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(0 < self.ratio <= 1, f"ratio is {self.ratio}; use a share above 0, at most 1")
 
     def keep(self, kv_budget: int, n_prompt: int, n_seen: int) -> int:
         if self.buffer is not None:

@@ -1,16 +1,18 @@
 """Expected Attention: what queries like the last ones will pay to a slot from later positions (arXiv 2510.00636)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Real
+from typing import Annotated, ClassVar
 
 import torch
 
 from kvlib.kernels.rope import rotate
-from kvlib.policies.base import Policy
+from kvlib.policies.base import Count, wide
+from kvlib.policies.observe import Observing
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(Policy):
+class ExpectedAttention(Observing):
     """Keep by the expected attention of the next n_future queries, times the value's norm.
 
     Future queries are normal, with the mean and covariance of the last n_obs queries before RoPE, at the average
@@ -22,31 +24,20 @@ class ExpectedAttention(Policy):
     n_sink: int = 4
     n_obs: int = 256
     buffer: int | None = 512
-    n_future: int = 512
+    n_future: Count = 512
     use_covariance: bool = True
     use_vnorm: bool = True
-    epsilon: float = 0.0
+    epsilon: Annotated[float, "0 or more", lambda x: isinstance(x, Real) and x >= 0] = 0.0
     reads_rope: ClassVar[bool] = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
-        self.require(self.n_future >= 1, f"n_future is {self.n_future}; use 1 or more positions")
-        self.require(self.epsilon >= 0, f"epsilon is {self.epsilon}; use 0 or more")
-
-    @property
-    def n_queries(self) -> int:
-        return self.n_obs
-
     def score(self, view, state):
-        wide = torch.promote_types(view.keys.dtype, torch.float32)
-        keys, queries = view.keys.to(wide), view.queries[..., -self.n_obs :, :].to(wide)
+        keys, queries = wide(view.keys), wide(view.queries[..., -self.n_obs :, :])
         L, R, H, _, D = keys.shape
         ago = torch.arange(self.n_obs, 0, -1, device=keys.device)
         queries = rotate(queries, -(view.n_seen[:, None, None] - ago), view.inv_freq)
         ahead = torch.arange(self.n_future, device=keys.device)
         phase = (view.n_seen[:, None] + ahead).double()[..., None] * view.inv_freq.double()
-        cos, sin = (mean.to(wide)[:, None, None] for mean in (phase.cos().mean(1), phase.sin().mean(1)))
+        cos, sin = (mean.to(keys.dtype)[:, None, None] for mean in (phase.cos().mean(1), phase.sin().mean(1)))
         first, second = queries.chunk(2, -1)
         queries = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         mean = queries.mean(-2)
@@ -60,5 +51,5 @@ class ExpectedAttention(Policy):
         sinks = view.positions < self.n_sink
         scores = logits.masked_fill(sinks[:, :, :, None], -torch.inf).softmax(-1).mean(3)
         if self.use_vnorm:
-            scores = (scores + self.epsilon) * view.values.to(wide).norm(dim=-1)
+            scores = (scores + self.epsilon) * wide(view.values).norm(dim=-1)
         return scores, state

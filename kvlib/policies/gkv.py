@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvlib.kernels.redundancy import redundancy
-from kvlib.policies.base import Policy, View
-from kvlib.policies.observe import attention, keep_window, observe, pool
+from kvlib.policies.base import Odd, Part, View
+from kvlib.policies.observe import Observing, attention, keep_window, observe, pool
 
 SCORE = "gkv_score"
 SCORED = "gkv_scored"
@@ -17,7 +17,7 @@ Smooth = Literal["max", "mean", "sum", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GKV(Policy):
+class GKV(Observing):
     """Keep by `mix_lambda * F - (1 - mix_lambda) * redundancy`, and the newest n_recent tokens.
 
     F carries what a slot received over the rounds: the maximum, mean or sum (`smooth`) of decay * F and the round's
@@ -31,36 +31,21 @@ class GKV(Policy):
     """
 
     n_obs: int = 16
-    mix_lambda: float = 0.5
-    decay: float = 0.8
+    mix_lambda: Part = 0.5
+    decay: Part = 0.8
     smooth: Smooth = "max"
     normalise: bool = True
-    kernel: int = 1
+    kernel: Odd = 1
     threshold: float = 0.5
     n_recent: int = 16
     buffer: int | None = 128
     state_names: ClassVar[tuple[str, ...]] = (SCORE, SCORED)
     shares: ClassVar[tuple[str, ...]] = ("head",)
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
-        self.require(0 <= self.mix_lambda <= 1, f"mix_lambda is {self.mix_lambda}; use 0 to 1")
-        self.require(0 <= self.decay <= 1, f"decay is {self.decay}; use 0 to 1")
-        self.require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
-
-    @property
-    def n_queries(self) -> int:
-        return self.n_obs
-
     def remembered(self, view: View, state: dict[str, Tensor]) -> Tensor:
         """F of the slots older than the window, `[L, R, H, N - n_obs]`. A newcomer starts from its own attention."""
         n_older = view.positions.shape[-1] - self.n_obs
-
-        def paid(logits: Tensor, visible: Tensor) -> Tensor:
-            return attention(logits, visible).amax(2).mean(-2)[..., :n_older]
-
-        now = torch.stack([paid(*layer) for layer in observe(view, self.n_obs)])
+        now = torch.stack([attention(*layer).amax(2).mean(-2)[..., :n_older] for layer in observe(view, self.n_obs)])
         if self.smooth == "none":
             return now
         if self.normalise:

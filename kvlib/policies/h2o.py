@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvlib.policies.base import MASS, Policy
+from kvlib.policies.base import MASS, Part, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class H2O(Policy):
     (`ObservedAttentionPress`, NVIDIA/kvpress; there of the prompt's queries only, here carried on while decoding).
     """
 
-    recent_ratio: float = 0.5
+    recent_ratio: Part = 0.5
     per_query: bool = False
     state_names: ClassVar[tuple[str, ...]] = (MASS,)
     reads_heads: ClassVar[bool] = False

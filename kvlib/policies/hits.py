@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvlib.policies.base import Policy, View
+from kvlib.policies.base import Policy, SomePart, View
 from kvlib.policies.observe import query_positions
 
 
@@ -22,12 +22,8 @@ class Hits(Policy):
     of buffer + 1 queries misses none.
     """
 
-    alpha: float = 1e-4
+    alpha: SomePart = 1e-4
     shares: ClassVar[tuple[str, ...]] = ("head",)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(0 < self.alpha <= 1, f"alpha is {self.alpha}; use a share of attention above 0, at most 1")
 
     @property
     def n_queries(self) -> int:

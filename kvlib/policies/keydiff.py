@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch.nn import functional as F
 
-from kvlib.policies.base import Policy
+from kvlib.policies.base import Policy, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +17,5 @@ class KeyDiff(Policy):
     buffer: int | None = 128
 
     def score(self, view, state):
-        wide = torch.promote_types(view.keys.dtype, torch.float32)
-        keys = F.normalize(view.keys.to(wide), dim=-1)
+        keys = F.normalize(wide(view.keys), dim=-1)
         return -F.cosine_similarity(keys, keys.mean(-2, keepdim=True), dim=-1), state

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from kvlib.policies.base import Policy
+from kvlib.policies.base import Policy, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,4 +16,4 @@ class KNorm(Policy):
     buffer: int | None = 128
 
     def score(self, view, state):
-        return -view.keys.norm(dim=-1, dtype=torch.promote_types(view.keys.dtype, torch.float32)), state
+        return -wide(view.keys).norm(dim=-1), state

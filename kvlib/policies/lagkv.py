@@ -1,12 +1,14 @@
 """LagKV: how unusual a token's channels are on the scale of the next lag of tokens (arXiv 2504.04704)."""
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvlib.policies.base import Policy
+from kvlib.policies.base import Policy, wide
 
 
 def lag_scores(x: Tensor) -> Tensor:
@@ -31,27 +33,21 @@ class LagKV(Policy):
     """
 
     n_sink: int = 4
-    lag_size: int = 128
+    lag_size: Annotated[int, "2 or more slots", lambda x: isinstance(x, Integral) and x >= 2] = 128
     cross_scoring: bool = False
     buffer: int | None = 128
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.lag_size >= 2, f"lag_size is {self.lag_size}; use 2 or more slots")
-
     def score(self, view, state):
         L, R, H, N, D = view.keys.shape
-        wide = torch.promote_types(view.keys.dtype, torch.float32)
+        keys, values = wide(view.keys), wide(view.values)
         n_lags = (N - self.n_sink) // self.lag_size
         if n_lags < 2:
-            order = torch.arange(N, device=view.keys.device, dtype=wide) - self.n_sink
+            order = torch.arange(N, device=view.keys.device, dtype=keys.dtype) - self.n_sink
             return torch.where(order < 0, 1, order / max(1, N - self.n_sink)).expand(1, R, 1, N), state
         lags = slice(self.n_sink, self.n_sink + n_lags * self.lag_size)
-        keys, values = (
-            x[..., lags, :].to(wide).view(L, R, H, n_lags, self.lag_size, D) for x in (view.keys, view.values)
-        )
+        keys, values = (x[..., lags, :].reshape(L, R, H, n_lags, self.lag_size, D) for x in (keys, values))
         scores = (lag_scores(keys) + lag_scores(values)) / 2
         if not self.cross_scoring:
-            scores = scores.argsort(dim=-1, stable=True).argsort(-1).to(wide) / self.lag_size
+            scores = scores.argsort(dim=-1, stable=True).argsort(-1).to(keys.dtype) / self.lag_size
         scores = scores.flatten(-2)
         return F.pad(scores, (self.n_sink, N - self.n_sink - scores.shape[-1]), value=1), state

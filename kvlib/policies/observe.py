@@ -1,15 +1,27 @@
 """What the last queries attend to among the slots that are held: shared by the policies that score by attention."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvlib.policies.base import View
+from kvlib.policies.base import Count, Policy, View, wide
 
 Pooling = Literal["max", "avg"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observing(Policy):
+    """n_obs: how many of the last queries `score` reads."""
+
+    n_obs: Count = 32
+
+    @property
+    def n_queries(self) -> int:
+        return self.n_obs
 
 
 def query_positions(view: View, n_queries: int) -> Tensor:
@@ -30,10 +42,9 @@ def observe(view: View, n_obs: int, among: Tensor | None = None) -> Iterator[tup
     visible = view.positions[:, :, :, None, None] <= asked
     if among is not None:
         visible = visible & among[:, :, :, None, None]
-    wide = torch.promote_types(keys.dtype, torch.float32)
     for asking, held, seen in zip(queries, keys, visible.expand(len(keys), *visible.shape[1:]), strict=True):
-        grouped = asking.to(wide).unflatten(1, (H, -1))
-        logits = grouped.flatten(2, 3) @ held.to(wide).mT * view.scaling
+        grouped = wide(asking).unflatten(1, (H, -1))
+        logits = grouped.flatten(2, 3) @ wide(held).mT * view.scaling
         yield logits.unflatten(2, grouped.shape[2:4]), seen
 
 

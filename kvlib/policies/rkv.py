@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from kvlib.kernels.redundancy import redundancy
+from kvlib.policies.base import Part
 from kvlib.policies.observe import keep_window
 from kvlib.policies.snapkv import SnapKV
 
@@ -15,7 +16,7 @@ class RKV(SnapKV):
     window 8, kernel 7, threshold 0.5, a round every 128 tokens.
     """
 
-    mix_lambda: float = 0.1
+    mix_lambda: Part = 0.1
     threshold: float | None = 0.5
 
     def score(self, view, state):

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlib.policies.base import Policy, Share
-from kvlib.policies.observe import Pooling, attention, keep_window, observe, pool
+from kvlib.policies.base import Count, Odd, Share
+from kvlib.policies.observe import Observing, Pooling, attention, keep_window, observe, pool
 
 
 @dataclass(frozen=True, kw_only=True)
-class RPC(Policy):
+class RPC(Observing):
     """Every `interval` tokens, keep the prompt, the newest n_obs tokens and 1 of `compression` tokens between.
 
     Follows `RPCCluster.compress_kv` (jiwonsong-dev/ReasoningPathCompression, rpc/rpc_utils.py; P = interval,
@@ -24,10 +24,9 @@ class RPC(Policy):
     of the oldest of the R.
     """
 
-    n_obs: int = 32
-    interval: int = 1024
+    interval: Count = 1024
     compression: int = 4
-    kernel: int = 7
+    kernel: Odd = 7
     pooling: Pooling = "avg"
     last_query_twice: bool = False
     protect_prompt: bool = True
@@ -37,16 +36,10 @@ class RPC(Policy):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
         self.require(
             1 <= self.compression <= self.interval,
             f"compression is {self.compression}; use 1 to interval={self.interval}",
         )
-        self.require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
-
-    @property
-    def n_queries(self) -> int:
-        return self.n_obs
 
     def limit(self, kv_budget: int, n_prompt: int, n_held: int) -> int:
         first = self.n_obs if n_held == n_prompt else 0

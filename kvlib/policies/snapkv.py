@@ -6,15 +6,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvlib.policies.base import Policy, View
-from kvlib.policies.observe import Pooling, attention, keep_window, observe, pool
+from kvlib.policies.base import Odd, View
+from kvlib.policies.observe import Observing, Pooling, attention, keep_window, observe, pool
 
 Group = Literal["logit_max", "mean", "max"]
 Domain = Literal["older", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(Observing):
     """Keep what the last n_obs queries attend to, and the newest n_recent tokens.
 
     The published variants are settings. kernel: neighbouring slots pooled, by their "max" or "avg" (1: none).
@@ -30,21 +30,12 @@ class SnapKV(Policy):
     """
 
     n_obs: int = 8
-    kernel: int = 7
+    kernel: Odd = 7
     pooling: Pooling = "max"
     group: Group = "logit_max"
     domain: Domain = "older"
     n_recent: int = 8
     buffer: int | None = 128
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.n_obs >= 1, f"n_obs is {self.n_obs}; use 1 or more queries")
-        self.require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}; use an odd number of slots")
-
-    @property
-    def n_queries(self) -> int:
-        return self.n_obs
 
     def importance(self, view: View) -> Tensor:
         """Pooled attention of the last n_obs queries to the slots older than the window: `[L, R, H, N - n_obs]`."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from kvlib.policies.base import Policy, Share
 from kvlib.policies.observe import attention, observe
@@ -24,7 +23,4 @@ class TOVA(Policy):
         return 1
 
     def score(self, view, state):
-        def paid(logits: Tensor, visible: Tensor) -> Tensor:
-            return attention(logits, visible).mean((2, 3))
-
-        return torch.stack([paid(*layer) for layer in observe(view, 1)]), state
+        return torch.stack([attention(*layer).mean((2, 3)) for layer in observe(view, 1)]), state

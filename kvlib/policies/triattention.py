@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from kvlib.policies.base import Policy, Share, View
+from kvlib.policies.base import Count, Policy, Share, View, wide
 
 
 class QueryStatistics(nn.Module):
@@ -33,10 +33,9 @@ def query_scores(view: View, calibration: QueryStatistics, max_offset: int, redu
     The published sum over frequencies, `|q||k| cos(w (n - p + d) + arg q - arg k)` and `(E|q| - |q|) |k|` with k
     before RoPE, equals `Re (q e^(iw (n + d)) conj(k))` with k as cached, so no key is rotated back.
     """
-    wide = torch.promote_types(view.keys.dtype, torch.float32)
-    keys = view.keys.to(wide)
+    keys = wide(view.keys)
     L, _, H, _, D = keys.shape
-    mean_abs = calibration.mean_abs.to(wide).view(L, 1, H, -1, D // 2)
+    mean_abs = calibration.mean_abs.to(keys.dtype).view(L, 1, H, -1, D // 2)
     re, im = (x.double().view(L, 1, H, -1, D // 2) for x in (calibration.mean_re, calibration.mean_im))
     offsets = 2 ** torch.arange(max_offset.bit_length(), device=keys.device)
     phase = (view.n_seen[:, None] + offsets).double()[..., None] * view.inv_freq.double()
@@ -46,11 +45,11 @@ def query_scores(view: View, calibration: QueryStatistics, max_offset: int, redu
     scores = None
     for c, s in zip(cos.unbind(1), sin.unbind(1), strict=True):
         c, s = c[:, None, None], s[:, None, None]
-        query = torch.cat([re * c - im * s, re * s + im * c], -1).to(wide)
+        query = torch.cat([re * c - im * s, re * s + im * c], -1).to(keys.dtype)
         attended = query @ keys.transpose(-1, -2)
         scores = attended if scores is None else torch.maximum(scores, attended)
     first, second = keys.chunk(2, -1)
-    excess = mean_abs - torch.hypot(re, im).to(wide)
+    excess = mean_abs - torch.hypot(re, im).to(keys.dtype)
     return scores + excess @ torch.hypot(first, second).transpose(-1, -2)
 
 
@@ -80,16 +79,12 @@ class TriAttention(Policy):
     share: Share = "head_across_layers"
     normalise: bool = True
     group_reduce: Literal["max", "mean"] = "max"
-    max_offset: int = 2**16
+    max_offset: Count = 2**16
     offset_reduce: Literal["mean", "max"] = "mean"
     calibration: QueryStatistics | str | None = None
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
     shares: ClassVar[tuple[str, ...]] = ("head", "head_across_layers", "model")
     reads_rope: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.max_offset >= 1, f"max_offset is {self.max_offset}; use 1 or more positions")
 
     def score(self, view, state):
         scores = query_scores(view, self.calibration, self.max_offset, self.offset_reduce)

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvlib.policies.base import Policy
+from kvlib.policies.base import Policy, wide
 
 LOG_BETA = "log_beta"
 FIRST_BIAS = 5.0
@@ -69,5 +68,5 @@ class TrimKV(Policy):
     def score(self, view, state):
         score = state[LOG_BETA] * (view.n_seen[None, :, None, None] + 1 - view.positions)
         if self.use_knorm:
-            score = score + view.keys.norm(dim=-1, dtype=torch.promote_types(view.keys.dtype, torch.float32)).log()
+            score = score + wide(view.keys).norm(dim=-1).log()
         return score, state

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvlib.policies.base import Part, wide
 from kvlib.policies.observe import Pooling, keep_window
 from kvlib.policies.snapkv import Group, SnapKV
 
@@ -14,7 +15,7 @@ Magnitude = Literal["range", "variance", "l2"]
 
 def value_magnitude(values: Tensor, kind: Magnitude) -> Tensor:
     """`[..., D]` -> `[...]`."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    values = wide(values)
     if kind == "range":
         return values.amax(-1) - values.amin(-1)
     return values.var(-1) if kind == "variance" else values.norm(dim=-1)
@@ -38,14 +39,10 @@ class VaSE(SnapKV):
     kernel: int = 5
     pooling: Pooling = "avg"
     group: Group = "mean"
-    large: float = 0.25
+    large: Part = 0.25
     magnitude: Magnitude = "range"
     draw: bool = True
     shares: ClassVar[tuple[str, ...]] = ("head",)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(0 <= self.large <= 1, f"large is {self.large}; use a share from 0 to 1")
 
     def score(self, view, state):
         scores, older = self.importance(view), slice(0, -self.n_obs)

@@ -21,7 +21,7 @@ from kvlib.errors import ConfigError
 from kvlib.study.decode import all_faults, decode, measure_throughput, work
 from kvlib.study.draw import draw, drawn, make_report, publish
 from kvlib.study.layout import Study, known_fingerprints, present, timing_fingerprints
-from kvlib.study.plan import estimate, known_problems, plan_text, planned_seconds
+from kvlib.study.plan import decoding_seconds, estimate, known_problems, plan_text
 from kvlib.study.processes import StudyError, alone, exit_code
 from kvlib.study.status import CellState, cell_state, is_locked, seconds_left, status_text, timing_state
 from kvlib.study.verify import owner, verdict_text, verify, verify_benches, verify_published
@@ -103,7 +103,7 @@ def show_status(study: Study, given: argparse.Namespace) -> None:
     prints = known_fingerprints(study)
     cells = cell_states(study, prints)
     timings = [timing_state(study.folder, folder, mark) for folder, mark in timing_fingerprints(study).items()]
-    planned = planned_seconds(study.grid, study.cells.values())
+    planned = decoding_seconds(study.grid, study.cells.values())
     at_work = is_locked(study.folder / ".engine.lock")
     n_running = sum(cell.state == "running" for cell in cells)
     time_left = seconds_left(cells, planned, n_running or study.workers(given.jobs))

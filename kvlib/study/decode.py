@@ -24,7 +24,7 @@ from kvlib.study.layout import (  # fmt: skip
     timing_fingerprints,
     unfinished,
 )
-from kvlib.study.plan import estimate, model_gb, planned_seconds
+from kvlib.study.plan import decoding_seconds, estimate, model_gb
 from kvlib.study.preflight import (  # fmt: skip
     check_disk,
     check_gpus,
@@ -57,7 +57,7 @@ def decode(study: Study, jobs: int | None, charts: bool = False) -> None:
         prints = cell_fingerprints(study)
     left = unfinished(prints)
     text = f"{len(prints) - len(left)} of {len(prints)} cells done"
-    seconds = planned_seconds(study.grid, [study.cells[folder] for folder in left])
+    seconds = decoding_seconds(study.grid, [study.cells[folder] for folder in left])
     if seconds:
         n = study.workers(jobs)
         text += f"; the others take about {clock(seconds / n)}, {n} at a time, if this machine is like the plan's"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import kvlib
 from kvlib.charts.report import answer_text, report_html
+from kvlib.config import Cell
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.record import canonical, explained, load_samples, read_record, sha256
@@ -139,32 +140,33 @@ def publish(study: Study, results: Path) -> None:
 
 
 def publish_comparison(study: Study, results: Path) -> None:
-    """Write cells.jsonl: of every cell its config, results, cost and verdicts; and where they come from."""
+    """Write cells.jsonl, a published_cell a line; and sources.json: where they come from."""
     lines, sources = [], {}
     for cell in study.grid.comparison.cells:
-        folder = study.folder / cell.path
-        record = read_record(folder)
-        _, samples, _ = load_samples(folder / "samples.jsonl")
-        finished = {k: v for k, v in record["provenance"]["finished"].items() if k not in ("utc", "command")}
-        source = sources.setdefault(canonical(finished).decode(), len(sources))
-        ordered = [samples[name] for name in sorted(samples, key=lambda name: [int(n) for n in name.split("/")[1:]])]
-        line = {
-            "model": cell.config.model,
-            "dataset": cell.config.dataset,
-            "arm": cell.arm,
-            "protected": cell.protected,
-            "config": record["config"],
-            "results": record["results"],
-            "cost": record["cost"],
-            "record_sha256": record["sha256"],
-            "source": source,
-            "problems": [sample["problem"].split("/")[1] for sample in ordered],
-            "correct": [int(sample["correct"]) for sample in ordered],
-            "n_tokens": [sample["n_tokens"] for sample in ordered],
-            "truncated": [int(sample["stop"] == "length") for sample in ordered],
-        }
-        lines.append(json.dumps(line, separators=(",", ":"), sort_keys=True) + "\n")
-    write_atomically(results / "cells.jsonl", "".join(lines).encode())
+        line = published_cell(cell, study.folder / cell.path)
+        source = {k: v for k, v in line.pop("provenance")["finished"].items() if k not in ("utc", "command")}
+        line["source"] = sources.setdefault(canonical(source).decode(), len(sources))
+        lines.append(canonical(line) + b"\n")
+    write_atomically(results / "cells.jsonl", b"".join(lines))
     table = {number: json.loads(text) for text, number in sources.items()}
     write_atomically(results / "sources.json", (json.dumps(table, indent=1, sort_keys=True) + "\n").encode())
     print(f"{len(lines)} cells written to {results / 'cells.jsonl'}")
+
+
+def published_cell(cell: Cell, folder: Path) -> dict:
+    """Of a comparison's finished cell: what its record says, and of every sample the verdict, length and stop."""
+    record = read_record(folder)
+    samples = load_samples(folder / "samples.jsonl")[1]
+    ordered = [samples[name] for name in sorted(samples, key=lambda name: [int(n) for n in name.split("/")[1:]])]
+    return {
+        "model": cell.config.model,
+        "dataset": cell.config.dataset,
+        "arm": cell.arm,
+        "protected": cell.protected,
+        **{name: record[name] for name in ("config", "results", "cost", "provenance")},
+        "record_sha256": record["sha256"],
+        "problems": [sample["problem"].split("/")[1] for sample in ordered],
+        "correct": [int(sample["correct"]) for sample in ordered],
+        "n_tokens": [sample["n_tokens"] for sample in ordered],
+        "truncated": [int(sample["stop"] == "length") for sample in ordered],
+    }

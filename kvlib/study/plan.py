@@ -140,12 +140,26 @@ def step_seconds(config: RunConfig, expected: Expected, n_rows: int, n_tokens: f
     return shape and expected.step.seconds(shape, ITEMSIZES[config.dtype], n_rows, live)
 
 
-def cell_seconds(config: RunConfig, expected: Expected, n_samples: int, n_tokens: float) -> float | None:
-    if expected.step is None:
-        return n_samples * n_tokens / expected.decode_rate
-    n_rows = min(config.batch_size, n_samples)
-    step = step_seconds(config, expected, n_rows, n_tokens)
-    return step and n_samples * n_tokens / (n_rows * expected.step.live_rows) * step
+def decoding_seconds(grid: Grid, cells: Iterable[RunConfig], n_tokens: float | None = None) -> float | None:
+    """Of these cells of the grid, one after another, at n_tokens an output or, without, as many as are expected.
+
+    None where a dataset's problems, a model's shape or `expected` are not known.
+    """
+    expected, problems, seconds = load_expected(grid), known_problems(grid), 0.0
+    for config in cells:
+        n_samples = problems.get(config.dataset, 0) * config.n_samples
+        if not expected or not n_samples:
+            return None
+        each = n_tokens or expected.output_tokens.get(config.dataset, config.max_new_tokens)
+        rate = expected.decode_rate
+        if expected.step:
+            n_rows = min(config.batch_size, n_samples)
+            step = step_seconds(config, expected, n_rows, each)
+            rate = step and n_rows * expected.step.live_rows / step
+        if rate is None:
+            return None
+        seconds += n_samples * each / rate
+    return seconds
 
 
 def timing_seconds(config: RunConfig, expected: Expected, timing: dict) -> float | None:
@@ -164,10 +178,8 @@ def gpu_memory_gb(config: RunConfig, expected: Expected, n_rows: int) -> float |
     return model_gb(config) + kv_bytes(shape, ITEMSIZES[config.dtype]) * n_rows * slots / 1e9 + WORKSPACE_GB
 
 
-def hours_of(seconds: Iterable[float | None]) -> float | None:
-    """Their sum in hours; None if one is not known."""
-    found = list(seconds)
-    return None if None in found else sum(found) / 3600
+def in_hours(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds / 3600
 
 
 def known_problems(grid: Grid) -> dict[str, int]:
@@ -176,16 +188,6 @@ def known_problems(grid: Grid) -> dict[str, int]:
     if n_problems:
         return dict.fromkeys(grid.datasets, n_problems)
     return dict(expected.problems) if expected else {}
-
-
-def planned_seconds(grid: Grid, cells: Iterable[RunConfig]) -> float | None:
-    """Of decoding these cells of the grid one after another; None where that cannot be reckoned."""
-    expected, problems, seconds = load_expected(grid), known_problems(grid), []
-    for cell in cells if expected else ():
-        n_problems = problems.get(cell.dataset)
-        each = expected.output_tokens.get(cell.dataset, cell.max_new_tokens)
-        seconds.append(cell_seconds(cell, expected, n_problems * cell.n_samples, each) if n_problems else None)
-    return None if None in seconds or not expected else sum(seconds)
 
 
 def model_gb(config: RunConfig) -> float | None:
@@ -208,9 +210,7 @@ def estimate(grid: Grid, seed: int) -> Estimate:
         n_samples = n_problems * own[0].n_samples if n_problems else None
         most = own[0].max_new_tokens
         each = expected.output_tokens.get(dataset, most) if expected else most
-        timed, known = expected and grid.timing, expected and n_samples
-        seconds = {n: [cell_seconds(cell, expected, n_samples, n) for cell in own] if known else [None]
-                   for n in (each, most)}  # fmt: skip
+        timing = [timing_seconds(cell, expected, grid.timing) for cell in own] if expected and grid.timing else [None]
         costs.append(
             Cost(
                 dataset=dataset,
@@ -218,9 +218,9 @@ def estimate(grid: Grid, seed: int) -> Estimate:
                 n_cells=len(own),
                 n_samples=n_samples,
                 output_tokens=each,
-                hours=hours_of(seconds[each]),
-                most_hours=hours_of(seconds[most]),
-                timing_hours=hours_of(timing_seconds(cell, expected, grid.timing) for cell in own) if timed else None,
+                hours=in_hours(decoding_seconds(grid, own)),
+                most_hours=in_hours(decoding_seconds(grid, own, most)),
+                timing_hours=None if None in timing else sum(timing) / 3600,
             )
         )
         tokens += (n_samples or 0) * each * len(own)

@@ -14,16 +14,7 @@ from kvlib.errors import ConfigError
 from kvlib.record import RecordError, explained, locked
 from kvlib.study.gpus import named_gpus, nvidia_smi
 
-RIVAL = """
-import sys
-from pathlib import Path
-from kvlib.record import LockedError, locked
-try:
-    with locked(Path(sys.argv[1]), wait=False):
-        sys.exit(0)
-except LockedError:
-    sys.exit(3)
-"""
+RIVAL = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
 
 @dataclass(frozen=True)
@@ -47,10 +38,10 @@ def find_faults(checks: Iterable[Callable[[], None]]) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def check_disk(folder: Path, need_gb: float, free_gb: float | None = None) -> None:
-    """Raise ConfigError if the disk that holds folder has less than need_gb free. free_gb: as found, unless given."""
+def check_disk(folder: Path, need_gb: float) -> None:
+    """Raise ConfigError if the disk that holds folder has less than need_gb free."""
     folder = existing(folder)
-    free = shutil.disk_usage(folder).free / 1e9 if free_gb is None else free_gb
+    free = shutil.disk_usage(folder).free / 1e9
     if free < need_gb:
         raise ConfigError(
             f"the disk of {folder} has {free:.1f} GB free and about {need_gb:.1f} GB are needed: free some, or have "
@@ -139,7 +130,7 @@ def other_process_gets(path: Path) -> bool:
     return done.returncode == 0
 
 
-def check_locks(folder: Path, other_gets: Callable[[Path], bool] = other_process_gets) -> None:
+def check_locks(folder: Path) -> None:
     """Raise ConfigError if two processes can hold one lock in folder, RecordError if the folder has no locks.
 
     Of a folder that is not there yet, the nearest one above it is tried, and nothing made.
@@ -148,7 +139,7 @@ def check_locks(folder: Path, other_gets: Callable[[Path], bool] = other_process
     path = folder / ".lock-check"
     with explained(folder):
         with locked(path, wait=False):
-            both = other_gets(path)
+            both = other_process_gets(path)
         path.unlink(missing_ok=True)
     if both:
         raise ConfigError(

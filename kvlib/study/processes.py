@@ -56,7 +56,7 @@ def tied(module: str, *arguments, output, **environment: str):
         stdout=output,
         stderr=output,
         start_new_session=True,
-        env=os.environ | environment,
+        env={"USER": str(os.getuid()), **os.environ, **environment},  # a container's user may have no name
     )
     try:
         yield process

@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvlib.errors import ConfigError
@@ -87,11 +87,6 @@ LETTERS = "ABCDE"
 CHOICE_SEED = 0  # of the order in which the options of GPQA are asked
 
 
-def check_dataset(name: str) -> None:
-    """Raise ConfigError unless the dataset can be loaded; a benchmark is fetched for that if it is not cached."""
-    load_problems(name)
-
-
 def load_problems(name: str, n_problems: int | None = None) -> list[Problem]:
     """The first n_problems (default all) of a dataset.
 
@@ -135,11 +130,9 @@ def content_sha256(problems: list[Problem], kinds: bool = True) -> str:
     """Hash of ids, questions and answers, and, beyond chains, of kinds and choices, unless these decide nothing."""
     entries = []
     for problem in problems:
-        entry = asdict(replace(problem, scorer=None))
-        del entry["scorer"]
-        if problem.kind == "chain" or not kinds:
-            del entry["kind"], entry["choices"]
-        entries.append(entry)
+        plain = problem.kind == "chain" or not kinds
+        fields = ("id", "question", "answer") if plain else ("id", "question", "answer", "kind", "choices")
+        entries.append({name: getattr(problem, name) for name in fields})
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
@@ -283,7 +276,7 @@ def _problems(rows: list[dict], prefix: str, path: Path) -> list[Problem]:
         apart = next((columns[name] for name in OPTION_COLUMNS if name in columns), None)
         if apart and not all(re.search(r"\bB\b", problem.question) for problem in problems):
             raise ConfigError(f"{path}: the column {apart} is not asked; list the options in {question}, as in B) 42")
-        return [Problem(p.id, p.question, p.answer, "choice", tuple(LETTERS)) for p in problems]
+        return [replace(problem, kind="choice", choices=tuple(LETTERS)) for problem in problems]
     return problems
 
 

@@ -42,8 +42,8 @@ class Comparer:
     generator: the name and, as JSON, the settings of a generator of reasoning-gym whose scorer is to be asked.
     """
 
-    def __init__(self, cpu_seconds: int = CPU_SECONDS, wall_seconds: float = WALL_SECONDS, generator: tuple = ()):
-        self.cpu_seconds, self.wall_seconds, self.generator = cpu_seconds, wall_seconds, generator
+    def __init__(self, cpu_seconds: int = CPU_SECONDS, generator: tuple = ()):
+        self.cpu_seconds, self.generator = cpu_seconds, generator
         self.process = None
         self.lock = threading.Lock()
 
@@ -97,7 +97,7 @@ class Comparer:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self._start()
-            watch = threading.Timer(self.wall_seconds, self.process.kill)
+            watch = threading.Timer(WALL_SECONDS, self.process.kill)
             watch.start()
             try:
                 self.process.stdin.write(json.dumps([rules, gold, answer, self.cpu_seconds]) + "\n")

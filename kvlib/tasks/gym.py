@@ -3,7 +3,6 @@
 The generator runs in the process that also scores (`kvlib.tasks.judge`): nothing of reasoning-gym is imported here.
 """
 
-import difflib
 import functools
 import json
 
@@ -13,7 +12,6 @@ from kvlib.errors import ConfigError
 from kvlib.tasks.equality import Comparer
 
 PREFIX = "reasoning-gym/"
-INSTALL = "pip install 'kvlib[gym]', then pip install --no-deps reasoning-gym (it pins another version of tabulate)"
 SEED, SIZE = 0, 500  # without a seed, a generator draws one
 
 
@@ -46,14 +44,4 @@ def generated(name: str) -> tuple[Comparer, list, dict]:
     if "problems" in said:
         return judge, said["problems"], said["settings"]
     judge.close()
-    if "missing" in said:
-        raise ConfigError(f"{name} needs the package reasoning-gym ({said['missing']}); {INSTALL}")
-    if "refused" in said:
-        raise ConfigError(f"reasoning-gym refuses {name!r}: {said['refused'][:300]}; correct the settings")
-    (kind, known), wrong = next(iter(said.items())), generator
-    if kind == "settings":
-        wrong = next(key for key in settings if key not in known)
-    near = difflib.get_close_matches(wrong, known, 3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
-    where = "reasoning-gym has no generator" if kind == "generators" else f"the generator {generator} has no setting"
-    raise ConfigError(f"{where} {wrong!r}; {hint}")
+    raise ConfigError(f"dataset {name!r}: {said['fault']}")

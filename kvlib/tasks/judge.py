@@ -10,6 +10,7 @@ libraries and problems are loaded, the process can open no file, start no progra
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ MEMORY_BYTES = 4 << 30
 TOLERANCE = 1e-4  # relative, of the published grader
 DIGITS = 1000  # after the point, to which expressions, tuples and sets are compared: more than an answer can hold
 PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
+INSTALL = "pip install 'kvlib[gym]', then pip install --no-deps reasoning-gym (it pins another version of tabulate)"
 REFUSED = ("open", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "tempfile.", "webbrowser.")
 
 
@@ -135,17 +137,18 @@ def limit(kind: int, most: int) -> None:
 
 
 def generated(name: str, settings: dict) -> tuple[dict, list]:
-    """The problems of a generator, or what is wrong with its name or settings; and a scorer for each problem."""
+    """The problems of a generator, or the fault of its name or settings, a clause; and a scorer for each problem."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        return {"missing": str(error)}, []
+        return {"fault": f"it needs the package reasoning-gym ({error}); {INSTALL}"}, []
     if name not in DATASETS:
-        return {"generators": sorted(DATASETS)}, []
+        return {"fault": f"reasoning-gym has no generator {name!r}; {hint(name, sorted(DATASETS))}"}, []
     kind, config = DATASETS[name]
     known = [field.name for field in dataclasses.fields(config)]
-    if set(settings) - set(known):
-        return {"settings": known}, []
+    strange = next((setting for setting in settings if setting not in known), None)
+    if strange is not None:
+        return {"fault": f"the generator {name} has no setting {strange!r}; {hint(strange, known)}"}, []
     try:
         made = config(**settings)
         made.validate()
@@ -154,10 +157,16 @@ def generated(name: str, settings: dict) -> tuple[dict, list]:
         source = kind(config=made)
         entries = [source[i] for i in range(len(source))]
     except Exception as error:
-        return {"refused": " ".join((str(error) or type(error).__name__).split())}, []
+        said = " ".join((str(error) or type(error).__name__).split())[:300]
+        return {"fault": f"reasoning-gym refuses it ({said}); correct the settings"}, []
     problems = [[entry["question"], entry["answer"]] for entry in entries]
     settings = {name: repr(getattr(made, name)) for name in known}
     return {"problems": problems, "settings": settings}, [(source, entry) for entry in entries]
+
+
+def hint(wrong: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, 3)
+    return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
 
 
 def serve(*generator: str) -> None:

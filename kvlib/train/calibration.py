@@ -6,13 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from kvlib.engine.attention import observe_trace
+from kvlib.errors import ConfigError
 from kvlib.kernels.rope import rotate
 from kvlib.policies.triattention import QueryStatistics
 
 
 def query_statistics(model: nn.Module, traces: Sequence[Sequence[int]]) -> QueryStatistics:
-    """Statistics over all tokens of the traces, given as ids; accumulated in float64."""
-    config, inv_freq = model.config, model.base_model.rotary_emb.inv_freq
+    """Statistics over all tokens of the traces, given as ids; accumulated in float64.
+
+    Raises ConfigError for a model without one RoPE for all layers.
+    """
+    config, inv_freq = model.config, getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
+    if inv_freq is None:
+        raise ConfigError(
+            f"triattention reads queries before RoPE, and a {config.model_type} model has no one RoPE for all layers; "
+            "use another policy"
+        )
     shape = (3, config.num_hidden_layers, config.num_attention_heads, len(inv_freq))
     total = torch.zeros(shape, dtype=torch.float64, device=inv_freq.device)
 

@@ -43,23 +43,13 @@ def fit(
     if out is not None and not model.name_or_path:
         raise ConfigError("the model's name_or_path is empty, so a file could not say whose it is; leave out `out`")
     sha256 = None if out is None else weights_sha256(model.name_or_path)
-    module = FITTERS[need](model, tokenizer, traces)
+    if need == "predictor":
+        module = _predictor(model, tokenizer, traces)
+    else:
+        module = query_statistics(model, traces) if need == "calibration" else train_gate(model, traces)
     if out is not None:
         save_fitted(need, module, Path(out), sha256, n_traces=len(traces))
     return dataclasses.replace(preset, **{need: module.to(next(model.parameters()).device)})
-
-
-def _statistics(model: nn.Module, tokenizer, traces: Sequence[Sequence[int]]) -> nn.Module:
-    if not hasattr(getattr(model.base_model, "rotary_emb", None), "inv_freq"):
-        raise ConfigError(
-            f"triattention reads queries before RoPE, and a {model.config.model_type} model has no one RoPE for all "
-            "layers; use another policy"
-        )
-    return query_statistics(model, traces)
-
-
-def _gate(model: nn.Module, tokenizer, traces: Sequence[Sequence[int]]) -> nn.Module:
-    return train_gate(model, traces)
 
 
 def _predictor(model: nn.Module, tokenizer, traces: Sequence[Sequence[int]]) -> nn.Module:
@@ -76,6 +66,3 @@ def _predictor(model: nn.Module, tokenizer, traces: Sequence[Sequence[int]]) -> 
         labelled = features_and_labels(model, Trace(tuple(ids), n_prompt, answer_at))
         data.append(tuple(part.cpu() for part in labelled))
     return train_head(data, device=str(next(model.parameters()).device))
-
-
-FITTERS = {"calibration": _statistics, "gate": _gate, "predictor": _predictor}

@@ -1,19 +1,19 @@
 """What the head learns from: hidden states of thinking tokens, and the attention the answer pays to each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm.auto import trange
 
 from kvlib.engine import noise
 from kvlib.engine.attention import observe_trace
-from kvlib.files import write_atomically
 from kvlib.kernels.noise import uniform
 from kvlib.record import fingerprint
+from kvlib.tensors import read_tensors, write_tensors
 from kvlib.train.traces import Trace
 
 ANSWER_ROWS = 256
@@ -48,20 +48,16 @@ def features_and_labels(model: nn.Module, trace: Trace, n_rows: int = ANSWER_ROW
 
 
 def label_traces(
-    model: nn.Module,
-    traces: Sequence[Trace],
-    folder: Path,
-    mark: str,
-    most_tokens: int | None = None,
-    n_whole: int = 0,
-) -> Iterator[list[Labelled]]:
-    """Labelled traces in shards, in order, each written to `folder` once and read back memory-mapped.
+    model: nn.Module, traces: Sequence[Trace], folder: Path, mark: str, most_tokens: int | None = None, n_whole: int = 0
+) -> list[Labelled]:
+    """Labelled traces, in order, in shards that are written to `folder` once and read back memory-mapped.
 
     mark: fingerprint of what made the traces; a shard of another mark, or a damaged one, is made again.
     most_tokens: keep a random draw of that many thinking tokens of a trace, but all of the last n_whole traces.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(traces), TRACES_PER_SHARD):
+    found: list[Labelled] = []
+    for start in trange(0, len(traces), TRACES_PER_SHARD, desc="labels", unit="shard", mininterval=10):
         path = folder / f"{start // TRACES_PER_SHARD:05}.safetensors"
         shard = range(start, min(start + TRACES_PER_SHARD, len(traces)))
         limits = [None if i >= len(traces) - n_whole else most_tokens for i in shard]
@@ -70,13 +66,14 @@ def label_traces(
         if data is None:
             made = [drawn(features_and_labels(model, traces[i]), n, i) for i, n in zip(shard, limits, strict=True)]
             tensors = {
-                "features": torch.cat([features for features, _ in made]).cpu(),
-                "labels": torch.cat([labels for _, labels in made]).cpu(),
+                "features": torch.cat([features for features, _ in made]),
+                "labels": torch.cat([labels for _, labels in made]),
                 "lengths": torch.tensor([len(labels) for _, labels in made]),
             }
-            write_atomically(path, save(tensors, {"mark": shard_mark}))
+            write_tensors(path, tensors, {"mark": shard_mark})
             data = read_shard(path, shard_mark)
-        yield data
+        found += data
+    return found
 
 
 def drawn(labelled: Labelled, n: int | None, index: int) -> Labelled:
@@ -90,9 +87,9 @@ def drawn(labelled: Labelled, n: int | None, index: int) -> Labelled:
 
 def read_shard(path: Path, mark: str) -> list[Labelled] | None:
     """The shard's traces; None if there is no whole shard of this mark."""
-    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        if file.metadata()["mark"] == mark:
-            lengths = file.get_tensor("lengths").tolist()
-            features, labels = (file.get_tensor(name).split(lengths) for name in ("features", "labels"))
-            return list(zip(features, labels, strict=True))
+    with suppress(OSError, SafetensorError):
+        tensors, metadata = read_tensors(path)
+        if metadata.get("mark") == mark:
+            lengths = tensors["lengths"].tolist()
+            return list(zip(tensors["features"].split(lengths), tensors["labels"].split(lengths), strict=True))
     return None

@@ -1,26 +1,25 @@
 """The importance predictor of DynTS (arXiv 2601.18383, section 3): its training, and its quality on held-out traces."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 
 from kvlib.errors import ConfigError
 from kvlib.fitted import save_fitted
-from kvlib.models import Reasoner, check_model, load_reasoner
+from kvlib.models import check_model, load_reasoner
 from kvlib.policies.dynts import ImportanceHead
 from kvlib.record import fingerprint, locked
 from kvlib.tasks.training import training_problems
-from kvlib.tensors import read_tensors, write_tensors
 from kvlib.train.labels import Labelled, label_traces
 from kvlib.train.recipe import Profile
-from kvlib.train.traces import Trace, stage_traces
+from kvlib.train.resume import restore, store
+from kvlib.train.traces import stage_traces
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,14 @@ class HeldOut:
     top20_recall: float
 
 
-def _ranks(x: Tensor) -> Tensor:
-    return x.argsort().argsort().double()
-
-
 def evaluate_head(head: ImportanceHead, held_out: Sequence[Labelled], device: str = "cpu") -> HeldOut:
     """Rank correlation (Spearman) and top-20 % recall, averaged over traces."""
     correlations, recalls = [], []
     for features, labels in held_out:
         with torch.inference_mode():
             predicted = head(features.to(device)).cpu()
-        pair = torch.stack([_ranks(predicted), _ranks(labels)])
-        correlations.append(torch.corrcoef(pair)[0, 1].item())
+        pair = pd.DataFrame({"predicted": predicted.float(), "label": labels.float()})
+        correlations.append(float(pair.corr("spearman").loc["predicted", "label"]))
         k = max(1, round(0.2 * len(labels)))
         hits = torch.isin(predicted.topk(k).indices, labels.topk(k).indices)
         recalls.append(hits.double().mean().item())
@@ -91,8 +86,11 @@ def train_head(
     optimiser = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     n_steps = n_epochs * -(-len(targets) // batch_tokens)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=n_steps, pct_start=0.1)
-    first = _restore(checkpoint, mark, head, optimiser, schedule, generator) if checkpoint else 0
-    epochs = tqdm(range(first, n_epochs), "epochs", n_epochs, initial=first, mininterval=10)
+    done = restore(checkpoint, mark, head, [optimiser], generator) if checkpoint else None
+    if done:
+        schedule.load_state_dict(done["schedule"])
+    first = done["epoch"] if done else 0
+    epochs = trange(first, n_epochs, desc="epochs", total=n_epochs, initial=first, mininterval=10)
     for epoch in epochs:
         for index in torch.randperm(len(targets), generator=generator).split(batch_tokens):
             loss = F.mse_loss(head(rows_of(parts, index).to(device)), targets[index].to(device))
@@ -103,49 +101,10 @@ def train_head(
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the predictor's loss is {loss.item()}; its features or labels are not finite")
         if checkpoint:
-            _store(checkpoint, mark, epoch + 1, head, optimiser, schedule, generator)
+            numbers = {"epoch": epoch + 1, "schedule": schedule.state_dict()}
+            store(checkpoint, mark, head, [optimiser], generator, **numbers)
         epochs.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return head.eval().requires_grad_(False)
-
-
-def _store(path: Path, mark: str, epoch: int, head, optimiser, schedule, generator: torch.Generator) -> None:
-    kept = optimiser.state_dict()
-    tensors = {f"head/{name}": tensor for name, tensor in head.state_dict().items()}
-    tensors |= {f"optimiser/{i}/{name}": tensor for i, own in kept["state"].items() for name, tensor in own.items()}
-    numbers = {"groups": kept["param_groups"], "schedule": schedule.state_dict(), "epoch": epoch}
-    tensors["generator"] = generator.get_state()
-    write_tensors(path, tensors, {"mark": mark, "numbers": json.dumps(numbers)})
-
-
-def _restore(path: Path, mark: str, head, optimiser, schedule, generator: torch.Generator) -> int:
-    """Take up what an earlier training of this mark left; epochs done, 0 if there is nothing to continue."""
-    try:
-        tensors, metadata = read_tensors(path)
-    except (OSError, SafetensorError):
-        return 0
-    if metadata.get("mark") != mark:
-        return 0
-    numbers = json.loads(metadata["numbers"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part, *rest = name.split("/")
-        if part == "optimiser":
-            state.setdefault(int(rest[0]), {})[rest[1]] = tensor
-    head.load_state_dict({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("head/")})
-    optimiser.load_state_dict({"state": state, "param_groups": numbers["groups"]})
-    schedule.load_state_dict(numbers["schedule"])
-    generator.set_state(tensors["generator"])
-    return numbers["epoch"]
-
-
-def stage_labels(profile: Profile, reasoner: Reasoner, traces: list[Trace], folder: Path, mark: str) -> list[Labelled]:
-    """Features and labels of every trace, from shards in `folder`."""
-    data: list[Labelled] = []
-    with tqdm(desc="labelled", total=len(traces), mininterval=10) as bar:
-        for shard in label_traces(reasoner.model, traces, folder, mark, profile.label_tokens, profile.n_held_out):
-            data += shard
-            bar.update(len(shard))
-    return data
 
 
 def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple[ImportanceHead, HeldOut]:
@@ -165,7 +124,8 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
     with locked(work / ".lock"):
         reasoner = load_reasoner(profile.model, profile.dtype, profile.device)
         traces, mark = stage_traces(profile, reasoner, problems, work / "traces")
-        data = stage_labels(profile, reasoner, traces, work / "labels", mark)
+        limits = {"most_tokens": profile.label_tokens, "n_whole": profile.n_held_out}
+        data = label_traces(reasoner.model, traces, work / "labels", mark, **limits)
         n_train = len(data) - profile.n_held_out
         print(f"{sum(len(labels) for _, labels in data[:n_train])} thinking tokens to train on", flush=True)
         head = train_head(

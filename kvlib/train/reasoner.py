@@ -8,8 +8,6 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -18,9 +16,9 @@ from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from kvlib.errors import ConfigError
-from kvlib.files import write_atomically
-from kvlib.models import update_manifest
+from kvlib.files import update_manifest, write_atomically
 from kvlib.tasks.chains import DIGITS, VOCABULARY, definition_drill, make_chain, solution_words, value_drill
+from kvlib.train.resume import restore, store
 
 ID = {word: i for i, word in enumerate(VOCABULARY)}
 PAD, EOS = ID["<pad>"], ID["<eos>"]
@@ -133,27 +131,19 @@ def learning_rate_factor(step: int, n_steps: int) -> float:
 
 
 class Trainer:
-    """Model, optimisers and step counter; `save` and `load` move all of it through safetensors."""
+    """Model, optimisers and step counter; `save` and `load` move all of it through a file."""
 
     def __init__(self, seed: int, n_steps: int = N_STEPS):
         torch.manual_seed(seed)
         self.seed, self.n_steps, self.step = seed, n_steps, 0
         self.model = Qwen2ForCausalLM._from_config(Qwen2Config(**SHAPE), attn_implementation="sdpa")
-        named = dict(self.model.named_parameters())
-        matrices = {n: p for n, p in named.items() if p.ndim == 2 and "embed" not in n}
-        rest = {n: p for n, p in named.items() if n not in matrices}
-        self.optimisers = {
-            "muon": (
-                torch.optim.Muon(matrices.values(), lr=MUON_LR, momentum=0.95, weight_decay=0.0),
-                matrices,
-                MUON_LR,
-            ),
-            "adamw": (
-                torch.optim.AdamW(rest.values(), lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0),
-                rest,
-                ADAMW_LR,
-            ),
-        }
+        matrices, rest = [], []
+        for name, parameter in self.model.named_parameters():
+            (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
+        self.optimisers = [
+            torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
 
     def train_step(self) -> float:
         ids, weights = batch(self.seed, self.step, self.step / self.n_steps)
@@ -166,38 +156,27 @@ class Trainer:
             raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; restart with another --seed")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimiser, _, lr in self.optimisers.values():
+        for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = lr * learning_rate_factor(self.step, self.n_steps)
+                group["lr"] = optimiser.defaults["lr"] * learning_rate_factor(self.step, self.n_steps)
             optimiser.step()
             optimiser.zero_grad()
         self.step += 1
         return loss.item()
 
+    @property
+    def _parts(self) -> tuple:
+        mark = f"{self.n_steps} steps with seed {self.seed}"
+        return mark, self.model, self.optimisers, torch.default_generator
+
     def save(self, path: Path) -> None:
-        tensors = {f"model/{n}": p.detach() for n, p in self.model.named_parameters()}
-        for name, (optimiser, parameters, _) in self.optimisers.items():
-            for n, p in parameters.items():
-                for key, value in optimiser.state.get(p, {}).items():
-                    tensors[f"{name}/{n}/{key}"] = torch.as_tensor(value)
-        meta = {"step": str(self.step), "n_steps": str(self.n_steps), "seed": str(self.seed)}
-        write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, meta))
+        store(path, *self._parts, step=self.step)
 
     def load(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata()
-        if (int(meta["n_steps"]), int(meta["seed"])) != (self.n_steps, self.seed):
-            raise ConfigError(
-                f"{path} belongs to a run of {meta['n_steps']} steps with seed {meta['seed']}, "
-                f"not {self.n_steps} and {self.seed}; delete it or choose another --out"
-            )
-        self.step = int(meta["step"])
-        tensors = load_file(path)
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")}, strict=False)
-        for name, (optimiser, parameters, _) in self.optimisers.items():
-            for n, p in parameters.items():
-                prefix = f"{name}/{n}/"
-                optimiser.state[p] = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        numbers = restore(path, *self._parts)
+        if numbers is None:
+            raise ConfigError(f"{path} is damaged, or not of {self._parts[0]}; delete it or choose another --out")
+        self.step = numbers["step"]
 
 
 @torch.no_grad()
@@ -242,11 +221,11 @@ def export(model: Qwen2ForCausalLM, folder: Path, accuracy: dict[str, float], ma
     update_manifest(folder, shipped)
 
 
-def train_reasoner(out: Path, n_steps: int | None, seed: int) -> None:
-    """Train for n_steps (None: N_STEPS), from the checkpoint in `out` if there is one, and export the weights."""
+def train_reasoner(out: Path, n_steps: int, seed: int) -> None:
+    """Train for n_steps, from the checkpoint in `out` if there is one, and export the weights."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.safetensors"
-    trainer = Trainer(seed, n_steps or N_STEPS)
+    trainer = Trainer(seed, n_steps)
     if checkpoint.exists():
         trainer.load(checkpoint)
     steps, mean_loss = trange(trainer.step, trainer.n_steps, initial=trainer.step, total=trainer.n_steps), None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 
-from kvlib.config import check_names, read_yaml
+from kvlib.config import check_keys, check_names, read_yaml
 from kvlib.errors import ConfigError
 from kvlib.fitted import FITTED
 
@@ -60,18 +60,8 @@ class Profile:
 
     def of_traces(self) -> dict:
         """What decides a trace, besides the model's weights and the problems themselves."""
-        names = (
-            "instruction",
-            "n_traces",
-            "n_rows",
-            "max_new_tokens",
-            "temperature",
-            "top_p",
-            "seed",
-            "dtype",
-            "device",
-        )
-        settings = {name: getattr(self, name) for name in names}
+        names = ["instruction", "n_traces", "n_rows", "max_new_tokens", "temperature", "top_p", "seed", "dtype"]
+        settings = {name: getattr(self, name) for name in [*names, "device"]}
         return {**settings, "top_k": self.top_k} if self.top_k else settings  # traces from before it was a setting
 
     def of_head(self) -> dict:
@@ -89,19 +79,25 @@ def load_profile(path: Path, name: str) -> tuple[Profile, Expected | None]:
     check_names([name], list(profiles), f"profile (in {path})")
     settings = dict(profiles[name])
     expected = settings.pop("expected", None)
-    types = {field.name: field.type for field in dataclasses.fields(Profile)}
-    check_names(settings, list(types), f"setting of profile {name!r} in {path}")
-    for setting, value in settings.items():
-        wanted = {float: (float, int), int | None: (int, NoneType)}.get(types[setting], (types[setting],))
+    profile = _typed(Profile, settings, [], f"{path}: {name}")
+    if expected is None:
+        return profile, None
+    needed = [field.name for field in dataclasses.fields(Expected)]
+    return profile, _typed(Expected, expected, needed, f"{path}: {name}.expected")
+
+
+def _typed(kind: type, given, needed: list[str], where: str):
+    """The dataclass with these fields, if they exist and are of its types; numbers of Expected are above 0."""
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    check_keys(given, needed, [name for name in types if name not in needed], f"setting of {where}")
+    for name, value in given.items():
+        wanted = {float: (float, int), int | None: (int, NoneType)}.get(types[name], (types[name],))
         if type(value) not in wanted:
             names = " or ".join(kind.__name__ for kind in wanted)
-            raise ConfigError(f"{path}: {name}.{setting}={value!r} must be of type {names}; correct it")
-    if expected is None:
-        return Profile(**settings), None
-    known = [field.name for field in dataclasses.fields(Expected)]
-    if not isinstance(expected, dict) or set(expected) != set(known):
-        raise ConfigError(f"{path}: {name}.expected must have exactly the keys {', '.join(known)}; or leave it out")
-    return Profile(**settings), Expected(**expected)
+            raise ConfigError(f"{where}.{name}={value!r} must be of type {names}; correct it")
+        if kind is Expected and not isinstance(value, str) and not value > 0:
+            raise ConfigError(f"{where}.{name}={value!r} must be above 0; correct it")
+    return kind(**given)
 
 
 def plan(profile: Profile, expected: Expected | None, name: str, work: Path, out: Path) -> str:
@@ -120,13 +116,10 @@ def plan(profile: Profile, expected: Expected | None, name: str, work: Path, out
     kept = min(e.tokens_per_trace, profile.label_tokens or e.tokens_per_trace)
     trained = max(0, usable - profile.n_held_out) * kept
     stored = trained + min(usable, profile.n_held_out) * e.tokens_per_trace
-    hours = [
-        tokens / e.decode_rate / 3600,
-        read / e.label_rate / 3600,
-        profile.n_epochs * trained / e.train_rate / 3600,
-    ]
+    seconds = tokens / e.decode_rate, read / e.label_rate, profile.n_epochs * trained / e.train_rate
+    hours = [each / 3600 for each in seconds]
     parameters = 2 * d * d + 2 * d * (d // 2) + d // 2
-    disk = {"traces": 11 * tokens, "labels": stored * (d * e.bytes_per_feature + 4), "training": 12 * parameters}
+    labels = stored * (d * e.bytes_per_feature + 4)
     return "\n".join(
         [
             *lines,
@@ -137,8 +130,8 @@ def plan(profile: Profile, expected: Expected | None, name: str, work: Path, out
             f"training  {profile.n_epochs} epochs x {trained / 1e6:.2f} M tokens (at most {kept} of a trace), a head "
             f"of {parameters / 1e6:.2f} M parameters, at {e.train_rate:g} tokens/s: {hours[2]:.2f} h",
             f"total     {sum(hours):.1f} h",
-            f"disk      traces {disk['traces'] / 1e9:.2f} GB, features and labels {disk['labels'] / 1e9:.2f} GB, "
-            f"checkpoint {disk['training'] / 1e9:.2f} GB",
+            f"disk      traces {11 * tokens / 1e9:.2f} GB, features and labels {labels / 1e9:.2f} GB, "
+            f"checkpoint {12 * parameters / 1e9:.2f} GB",
             f"head      {4 * parameters / 1e6:.1f} MB",
             f"reckoned with: {' '.join(e.source.split())}",
         ]

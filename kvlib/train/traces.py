@@ -1,5 +1,6 @@
 """Finished outputs of a model on problems of its own, decoded under the full cache: what everything is fitted to."""
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,14 +103,7 @@ def words_begin(tokens: list[int], words: str, reasoner: Reasoner) -> int | None
     at = reasoner.decode(tokens).find(words)
     if at < 0:
         return None
-    low, high = 0, len(tokens) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if len(reasoner.decode(tokens[: middle + 1])) > at:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_right(range(len(tokens)), at, key=lambda i: len(reasoner.decode(tokens[: i + 1])))
 
 
 def usable_traces(profile: Profile, reasoner: Reasoner, entries: Iterable[dict]) -> list[Trace]:

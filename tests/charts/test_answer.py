@@ -153,7 +153,7 @@ def test_the_terminal_says_what_the_charts_hold(tmp_path):
 @pytest.mark.parametrize(
     "right, full, sentence",
     [
-        (np.ones((200, 1)), None, "there is no full cache to compare with; set full_cache: true in the study"),
+        (np.ones((200, 1)), None, "there is no full cache to compare with; run its cell, with full_cache: true"),
         (np.zeros((200, 1)), np.zeros((200, 1)), "the full cache solves 0.0 % of these 200 problems, no more than"),
         (np.ones((1, 1)), np.ones((1, 1)), "these 1 problems cannot tell whether a KV budget loses at most 5"),
         (np.ones((40, 3)), np.ones((40, 3)), "these 40 problems cannot tell whether a KV budget loses at most 5"),
@@ -164,6 +164,12 @@ def test_the_terminal_says_what_the_charts_hold(tmp_path):
 def test_where_no_budget_can_be_named_a_sentence_says_why(right, full, sentence):
     row = answer({128: right}, full)
     assert math.isnan(row["kv_budget"]) and f"D: {sentence}" in row["sentence"]
+
+
+def test_a_study_of_which_only_the_full_cache_is_done_says_so():
+    full = np.ones((40, 1))
+    assert "no KV budget to compare" in answers(verdicts({}, full), cells([]))["sentence"][0]
+    assert needs_table(verdicts({}, full)).iloc[0].to_dict() == {"Dataset": "D", "full cache only": "40", "never": "0"}
 
 
 def test_several_samples_with_the_full_cache_at_100_percent_are_named_once_problems_suffice():

@@ -230,7 +230,7 @@ def test_tables_hold_the_numbers_of_the_charts(cells, fidelity, facts):
 @pytest.mark.parametrize("column", cf.CELL_COLUMNS)
 def test_a_missing_column_is_refused_by_name(column, cells):
     for draw in (cf.pareto_figure, cf.length_figure, cf.cells_table):
-        with pytest.raises(ConfigError, match=f"the cells lack column {column}; pass one row per point"):
+        with pytest.raises(ConfigError, match=f"the cells lack column {column}; pass rows with"):
             draw(cells.drop(columns=column))
 
 
@@ -252,9 +252,12 @@ def test_what_the_other_charts_lack_is_refused_by_name(differences, fidelity, fa
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda df: pd.concat([df, df.iloc[[4]]]), r"Chain-A, Recency\+prompt, 48.* is there twice"),
+        (lambda df: pd.concat([df, df.iloc[[4]]]), r"Chain-A, Recency\+prompt at KV budget 48 is there twice"),
         (lambda df: df.assign(model=["Other"] + ["Tiny"] * (len(df) - 1)), "one model per chart, got Other, Tiny"),
-        (lambda df: df.assign(pass_at_1=df["pass_at_1"].where(df.index != 4)), "pass_at_1 of Chain-A, Recency, 48"),
+        (
+            lambda df: df.assign(pass_at_1=df["pass_at_1"].where(df.index != 4)),
+            "pass_at_1 of Chain-A, Recency at KV budget 48",
+        ),
         (lambda df: df[df["kv_budget"].isna()], "no cell has a KV budget"),
     ],
     ids=["twice", "models", "nan", "full only"],

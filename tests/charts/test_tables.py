@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from kvlib.charts.measured import SPEED, IncompleteError, measured_table
-from kvlib.charts.published import load_published
-from kvlib.charts.tables import measured_cells, measured_verdicts, model_title, published_beside, what_n_tells
+from kvlib.charts.tables import measured_cells, measured_verdicts, model_title, what_n_tells
 from kvlib.config import load_grid
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, publish
@@ -141,16 +140,6 @@ def test_the_exact_checker_of_the_chains_is_not_the_strict_grader():
     grid = load_grid(ROOT / "notebooks" / "tiny.yml")
     with pytest.raises(ConfigError, match="no verdicts by the strict rules"):
         measured_cells(grid, ROOT / "results" / "tiny" / "records", 0, "strict")
-
-
-def test_published_values_are_found_for_the_same_model_and_grader_only():
-    references = [load_published(ROOT / "results" / "published" / f"r1-{name}.csv") for name in ("qwen", "llama")]
-    cells = pd.DataFrame({"model": "R1-Llama", "dataset": ["AMC23", "AIME24"], "kv_budget": [2500, 3000]})
-    found = published_beside(cells.assign(grader="published rules"), references)
-    assert set(found["model"]) == {"R1-Llama"} and len(found) == 4
-    assert published_beside(cells.assign(grader="strict rules"), references) is None
-    assert published_beside(pd.DataFrame(), references) is None
-    assert published_beside(cells.assign(grader="published rules", model="SmolLM2-135M"), references) is None
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from oracle_cases import kept_by, view_of
 from torch import Tensor
 
 from kvlib.errors import ConfigError
+from kvlib.files import checked_file
 from kvlib.fitted import FITTED, held_out_of, load_fitted, save_fitted
 from kvlib.kernels.rope import rotate
-from kvlib.models import TINY, checked_file, weights_sha256
+from kvlib.models import TINY, weights_sha256
 from kvlib.policies.base import Policy, View
 from kvlib.policies.cur import CUR
 from kvlib.policies.expected import ExpectedAttention

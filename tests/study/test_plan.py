@@ -87,7 +87,9 @@ def test_a_comparison_is_reckoned_as_any_grid():
     cost = estimate(study, 0)
     assert sum(row.n_cells for row in cost.costs) == 818 and all(row.hours > 0.1 for row in cost.costs)
     text = plan_text(study, 0, cost, 2, 0)
-    assert "818 cells" in text and "arms, KV budgets 96, 136, 176" in text and "seeds 0, 1, 2, 3" in text
+    assert (
+        "818 cells" in text and "arms, KV budgets 96, 116, 136, 156, 176, 196," in text and "seeds 0, 1, 2, 3" in text
+    )
 
 
 def test_a_row_never_holds_more_than_its_budget_on_average():

@@ -1,10 +1,23 @@
 """What stands in the way is said before anything starts: all of it, each with the next step."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 
 from kvlib.errors import ConfigError
-from kvlib.record import RecordError
-from kvlib.study.preflight import GPU, check_disk, check_gpus, check_locks, check_toolchain, find_faults, gpus_of
+from kvlib.record import RecordError, locked
+from kvlib.study import preflight
+from kvlib.study.preflight import (  # fmt: skip
+    GPU,
+    check_disk,
+    check_gpus,
+    check_locks,
+    check_toolchain,
+    find_faults,
+    gpus_of,
+    other_process_gets,
+)
 
 SMALL, LARGE = GPU("0", "A", 24.0, 20.0), GPU("1", "B", 80.0, 79.0)
 
@@ -23,12 +36,13 @@ def test_all_faults_are_found_and_each_is_said_once():
     assert find_faults(checks) == ["no model", "no data", "no locks"]
 
 
-def test_a_full_disk(tmp_path):
-    check_disk(tmp_path / "not" / "yet", 5, free_gb=6)
-    with pytest.raises(ConfigError, match=r"disk of .* has 4.0 GB free and about 5.0 GB are needed: free some"):
-        check_disk(tmp_path / "not" / "yet", 5, free_gb=4)
+def test_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="needed"):
         check_disk(tmp_path, 1e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4e9))
+    check_disk(tmp_path / "not" / "yet", 3.9)
+    with pytest.raises(ConfigError, match=r"disk of .* has 4.0 GB free and about 5.0 GB are needed: free some"):
+        check_disk(tmp_path / "not" / "yet", 5)
 
 
 def test_too_few_or_too_small_gpus():
@@ -66,11 +80,17 @@ def test_gpus_are_those_that_the_environment_leaves(visible, seen):
     assert all(gpu.total_gb == pytest.approx(85.5, abs=0.1) for gpu in found)
 
 
-def test_locks_are_tried_by_two_processes(tmp_path):
+def test_locks_are_tried_by_two_processes(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    with locked(path):
+        assert not other_process_gets(path)
+    assert other_process_gets(path)
+    path.unlink()
     check_locks(tmp_path / "runs" / "tiny")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(preflight, "other_process_gets", lambda path: True)
     with pytest.raises(ConfigError, match=r"file locks do not hold in .*two processes got the same one"):
-        check_locks(tmp_path, other_gets=lambda path: True)
+        check_locks(tmp_path)
 
 
 def test_what_tritons_first_launch_needs_is_said_before_it(tmp_path, monkeypatch):

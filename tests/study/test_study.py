@@ -1,5 +1,6 @@
 """One command brings a study to its charts, from whatever was left, and says what stands in the way."""
 
+import os
 import re
 import shutil
 import signal
@@ -220,3 +221,16 @@ def test_the_progress_line_counts_only_samples_of_this_config(tmp_path, home):
     progress.start -= 60
     assert re.search(r"samples 1 of 4, 1 min 00 s, about 3 min 00 s left", progress.line())
     assert [clock(5), clock(172), clock(3725)] == ["5 s", "2 min 52 s", "1 h 02 min"]
+
+
+def test_what_a_study_starts_has_a_user_although_the_container_knows_no_name_for_it(tmp_path, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    nameless = "import getpass, pwd\npwd.getpwuid = {}.__getitem__  # KeyError, as for an unknown uid\n"
+    (tmp_path / "nameless.py").write_text(nameless + "print(getpass.getuser())\n")
+    with (
+        open(tmp_path / "log", "wb") as log,
+        processes.tied("nameless", output=log, PYTHONPATH=str(tmp_path)) as process,
+    ):
+        process.wait(60)
+    assert (tmp_path / "log").read_text() == f"{os.getuid()}\n"

@@ -14,7 +14,6 @@ from kvlib.tasks import datasets
 from kvlib.tasks.datasets import (
     BENCHMARKS,
     Problem,
-    check_dataset,
     content_sha256,
     dataset_source,
     dataset_title,
@@ -111,13 +110,13 @@ def test_worked_answers_are_read_for_what_they_end_in(tmp_path):
 def test_a_benchmark_without_a_seen_revision_is_read_from_a_file_only(tmp_path):
     for name, title in (("math-500", "MATH-500"), ("gsm8k", "GSM8K"), ("aime26", "AIME26"), ("hmmt25", "HMMT25")):
         with pytest.raises(ConfigError, match=f"{name} is read from a file only.*data/{name}.jsonl"):
-            check_dataset(name)
+            load_problems(name)
         assert dataset_title(f"data/{name}.jsonl") == title
     path = jsonl(tmp_path / "AIME26.JSONL", ROWS_OF_SUMS)
     assert load_problems(path)[3].answer == "6" and dataset_title(path) == "AIME26"
     assert dataset_source(path)["rows_as_pinned"] is None
     with pytest.raises(ConfigError, match="has 3 problems and HMMT25 has 30"):
-        check_dataset(jsonl(tmp_path / "hmmt25.jsonl", ROWS_OF_SUMS[:3]))
+        load_problems(jsonl(tmp_path / "hmmt25.jsonl", ROWS_OF_SUMS[:3]))
 
 
 def test_letters_alone_are_choices(tmp_path):
@@ -176,7 +175,7 @@ def test_gpqas_own_csv_is_shuffled_by_a_seed_that_the_hash_knows(tmp_path, monke
 def test_what_is_wrong_with_a_file_is_said_in_a_sentence(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=sentence) as refused:
-        check_dataset(str(tmp_path / name))
+        load_problems(str(tmp_path / name))
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400 + len(str(tmp_path))
 
 
@@ -189,9 +188,9 @@ def test_a_broken_parquet_file_is_refused(tmp_path):
 
 def test_unknown_names_missing_files_and_impossible_sizes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'aime24'"):
-        check_dataset("aime2024")
+        load_problems("aime2024")
     with pytest.raises(ConfigError, match=r"there is no file nowhere\.jsonl"):
-        check_dataset("nowhere.jsonl")
+        load_problems("nowhere.jsonl")
     path = jsonl(tmp_path / "sums.jsonl", ROWS_OF_SUMS)
     with pytest.raises(ConfigError, match="use 1 to 30"):
         load_problems(path, 31)
@@ -217,13 +216,13 @@ def test_a_benchmark_is_read_from_the_hubs_cache_offline(hub):
     assert [(p.question, p.answer) for p in load_problems("aime25")] == [(p.question, p.answer) for p in SUMS]
     assert dataset_source("aime25")["source"] == f"{spec.hub_id}@{spec.revision}"
     with pytest.raises(ConfigError, match=r"is not whole in the cache .* `hf download"):
-        check_dataset("aime24")
+        load_problems("aime24")
 
 
 def test_a_changed_file_in_the_cache_is_refused(hub):
     hub.write_bytes(hub.read_bytes().replace(b"What", b"how "))
     with pytest.raises(ConfigError, match=r"its sha256 differs.*; delete it"):
-        check_dataset("aime25")
+        load_problems("aime25")
 
 
 def test_pins_are_whole_and_row_hashes_are_as_many_as_rows():

@@ -6,11 +6,10 @@ from conftest import as_requests, decode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvlib.errors import ConfigError
-from kvlib.fitted import FITTED, check_fitted, load_fitted
-from kvlib.fitted import fit as filled
+from kvlib.fitted import FITTED, check_fitted, fill, load_fitted
 from kvlib.models import TINY, load_reasoner, weights_sha256
 from kvlib.policies import make_policy
-from kvlib.train import fit
+from kvlib.train.fitting import fit
 
 TEXTS = ["a b +3 ; so a 2 ; b c +a ; c ? <think> so a 2 . use b a +3 so b 5 . </think> ans 5 <eos>"] * 3
 
@@ -45,7 +44,7 @@ def test_a_plain_model_gets_its_policy_and_stays_as_it_was(plain, policy, tmp_pa
     requests = as_requests([tuple(range(3, 15))])
     outputs = [
         decode(reasoner.model, one, 40, requests, 1, max_new_tokens=60, trace=True)["0"]
-        for one in (made, filled(named, "tiny", reasoner), filled(made, "tiny", reasoner))
+        for one in (made, fill(named, "tiny", reasoner), fill(made, "tiny", reasoner))
     ]
     assert outputs[0].rounds and outputs[0] == outputs[1] == outputs[2]
     assert check_fitted(made, "tiny").keys() == {need}
@@ -74,7 +73,7 @@ def test_separators_come_from_the_tokenizer(plain):
         ("triattention", [], "cannot be fitted to an empty text"),
         ("dynts", [TEXTS[0], "a b +3 ; so a 2"], "text 1 is no finished trace: .* the token </think>"),
         ("dynts", ["<think> so </think> ans 5"], "text 0 is no finished trace"),
-        ("trimkw", TEXTS, "did you mean 'trimkv'"),
+        ("trimkw", TEXTS, "did you mean trimkv"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_a_sentence(plain, policy, texts, message):

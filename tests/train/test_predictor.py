@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvlib.errors import ConfigError
-from kvlib.fitted import check_fitted, fit, load_fitted, save_fitted
+from kvlib.fitted import check_fitted, fill, load_fitted, save_fitted
 from kvlib.models import TINY, Reasoner, load_reasoner
 from kvlib.policies import make_policy
 from kvlib.policies.dynts import ImportanceHead
@@ -17,6 +17,7 @@ from kvlib.record import SampleLog
 from kvlib.tasks.training import right_answer, training_problems
 from kvlib.train import labels as labels_module
 from kvlib.train import predictor as predictor_module
+from kvlib.train import reasoner as reasoner_module
 from kvlib.train.__main__ import main
 from kvlib.train.labels import features_and_labels, label_traces
 from kvlib.train.predictor import HeldOut, evaluate_head, rows_of, train_head
@@ -24,6 +25,10 @@ from kvlib.train.recipe import Profile, load_profile
 from kvlib.train.traces import Trace, as_trace, stage_traces
 
 PROFILES = Path(__file__).parents[2] / "notebooks" / "predictors.yml"
+
+
+RECKONED = dict.fromkeys(("hidden_size", "bytes_per_feature", "tokens_per_trace", "prompt_tokens"), 8)
+RECKONED |= dict.fromkeys(("usable", "decode_rate", "label_rate", "train_rate"), 0.5) | {"source": "made up"}
 
 
 class Interrupted(Exception):
@@ -34,8 +39,8 @@ def interrupted_after(n: int, original):
     """original, raising Interrupted once it has run n times."""
     calls = []
 
-    def call(*arguments):
-        original(*arguments)
+    def call(*arguments, **named):
+        original(*arguments, **named)
         calls.append(arguments)
         if len(calls) == n:
             raise Interrupted
@@ -80,13 +85,13 @@ def test_a_head_learns_what_can_be_learned_and_is_reproducible():
 
 def stored_epochs(monkeypatch) -> list[int]:
     """The epochs that trainings from now on finish, in order."""
-    epochs, store = [], predictor_module._store
+    epochs, store = [], predictor_module.store
 
-    def noted(path, mark, epoch, *rest):
+    def noted(*parts, epoch, **numbers):
         epochs.append(epoch)
-        store(path, mark, epoch, *rest)
+        store(*parts, epoch=epoch, **numbers)
 
-    monkeypatch.setattr(predictor_module, "_store", noted)
+    monkeypatch.setattr(predictor_module, "store", noted)
     return epochs
 
 
@@ -96,7 +101,7 @@ def test_an_interrupted_training_ends_in_the_same_head(tmp_path, monkeypatch, af
     undisturbed = train_head(data, **settings)
     checkpoint = tmp_path / "training.safetensors"
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(predictor_module, "_store", interrupted_after(after, predictor_module._store))
+        patch.setattr(predictor_module, "store", interrupted_after(after, predictor_module.store))
         train_head(data, **settings, checkpoint=checkpoint, mark="a")
     epochs = stored_epochs(monkeypatch)
     resumed = train_head(data, **settings, checkpoint=checkpoint, mark="a")
@@ -113,6 +118,23 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_not_continued(tmp_pa
     assert epochs == [1, 2, 1, 2, 1, 2]
 
 
+def test_a_reasoners_training_is_taken_up_where_it_stopped_and_no_other_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(reasoner_module, "TOKENS_PER_BATCH", 256)
+    path, undisturbed, first, resumed = tmp_path / "c.safetensors", *(reasoner_module.Trainer(3, 60) for _ in range(3))
+    losses = [undisturbed.train_step() for _ in range(4)]
+    assert losses[:2] == [first.train_step() for _ in range(2)]
+    first.save(path)
+    resumed.load(path)
+    assert losses[2:] == [resumed.train_step() for _ in range(2)]
+    pairs = zip(undisturbed.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(ConfigError, match=r"c.safetensors is damaged, or not of 61 steps with seed 3; delete it or"):
+        reasoner_module.Trainer(3, 61).load(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"c.safetensors is damaged, or not of 60 steps with seed 3; delete it or"):
+        first.load(path)
+
+
 def test_rows_of_parts_are_rows_of_the_whole():
     parts = [torch.randn(n, 3) for n in (4, 1, 7)]
     index = torch.randperm(12)
@@ -127,6 +149,8 @@ def test_quality_is_rank_correlation_and_recall_of_the_top_fifth():
     labels = torch.arange(10.0)
     assert evaluate_head(Given(), [(labels[:, None], labels)]) == HeldOut(1, pytest.approx(1.0), 1.0)
     assert evaluate_head(Given(), [(-labels[:, None], labels)]) == HeldOut(1, pytest.approx(-1.0), 0.0)
+    tied = torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1, 1])  # equals share a rank: 5 / sqrt(82.5 * 62.5 / 25)
+    assert evaluate_head(Given(), [(tied[:, None], labels)]).spearman == pytest.approx(0.8704, abs=1e-4)
 
 
 def test_a_saved_head_comes_back_the_same_file_and_damage_is_named(tmp_path):
@@ -159,7 +183,7 @@ def test_shards_are_made_once_and_again_when_damaged_or_of_other_traces(qwen2, t
             return features_and_labels(*arguments)
 
         monkeypatch.setattr(labels_module, "features_and_labels", counted)
-        return [pair for shard in label_traces(qwen2, traces, tmp_path, mark, **options) for pair in shard], len(calls)
+        return label_traces(qwen2, traces, tmp_path, mark, **options), len(calls)
 
     for n_calls in (5, 0):
         data, n = calls_of("a")
@@ -196,7 +220,8 @@ def test_traces_resume_after_a_kill_without_loss_or_duplicates(tiny, tmp_path, m
         stage_traces(dataclasses.replace(profile, n_held_out=10), tiny, problems, tmp_path / "undisturbed")
 
 
-def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path, capsys):
+def other_weights(tmp_path) -> Path:
+    """The tiny model's, as those of another training."""
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in (
@@ -208,6 +233,21 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path,
     ):
         (weights / name).write_bytes((TINY / name).read_bytes())
     (weights / "manifest.json").write_text("{}")
+    return weights
+
+
+def test_what_is_fitted_to_another_model_never_lands_beside_the_shipped_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kvlib.train.__main__.N_CALIBRATION", 3)
+    weights, file = other_weights(tmp_path), "triattention-calibration.safetensors"
+    shipped = (TINY / file).read_bytes()
+    assert main(["calibration", "--model", str(weights)]) == 0
+    assert (TINY / file).read_bytes() == shipped and file in json.loads((weights / "manifest.json").read_text())
+    assert main(["calibration", "--model", "smollm2"]) == 2
+    assert "'smollm2' is no folder of weights; name its --profile" in capsys.readouterr().err
+
+
+def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path, capsys):
+    weights = other_weights(tmp_path)
     profiles = tmp_path / "profiles.yml"
     profiles.write_text(
         "small: {n_traces: 8, n_held_out: 2, n_rows: 8, n_epochs: 2, max_new_tokens: 40, ends_thinking: ., "
@@ -222,7 +262,7 @@ def test_the_command_writes_a_head_beside_the_weights_of_another_model(tmp_path,
     assert json.loads((weights / "manifest.json").read_text())[head.name]
     policy = make_policy("dynts", n_recent=8)
     assert set(check_fitted(policy, str(weights))) == {"predictor"}
-    assert fit(policy, str(weights), load_reasoner(str(weights))).predictor.d == 128
+    assert fill(policy, str(weights), load_reasoner(str(weights))).predictor.d == 128
     head.unlink()
     assert main([*options, "--work", str(tmp_path / "work"), "--out", str(weights)]) == 0
     assert head.read_bytes() == first
@@ -253,7 +293,10 @@ def test_a_plan_needs_no_weights(tmp_path, monkeypatch, capsys):
         ("other: {}", "unknown profile"),
         ("tiny: {n_trace: 3}", "did you mean n_traces"),
         ("tiny: {n_traces: many}", "n_traces='many' must be of type int"),
-        ("tiny: {expected: {usable: 1}}", "tiny.expected must have exactly the keys hidden_size, "),
+        ("tiny: {expected: {usable: 1}}", "tiny.expected 'hidden_size' is missing; add it"),
+        ("tiny: {expected: 3}", "a mapping with the keys hidden_size, .* is needed, got 3"),
+        (f"tiny: {{expected: {RECKONED | {'usable': 'half'}}}}", "tiny.expected.usable='half' must be of type float"),
+        (f"tiny: {{expected: {RECKONED | {'label_rate': 0}}}}", "tiny.expected.label_rate=0 must be above 0"),
         ("tiny: 3", "must map names of profiles to mappings"),
         ("tiny: [", "is not valid YAML"),
     ],

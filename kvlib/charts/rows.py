@@ -1,0 +1,85 @@
+"""What charts ask of the rows they draw, and how numbers read in their tables. Never imports torch or pyplot."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from kvlib.charts.sheet import FULL
+from kvlib.errors import ConfigError
+from kvlib.stats import require
+
+
+def required(df: pd.DataFrame, columns: list[str], what: str, numbers: Iterable[str]) -> pd.DataFrame:
+    """df itself. Raises ConfigError for a missing column, no rows, or a value of `numbers` that is not finite."""
+    require(df, columns, what)
+    for name in numbers:
+        finite = np.isfinite(pd.to_numeric(df[name], errors="coerce"))
+        refuse(df[~finite], name, "leave out what was not measured, every point is drawn")
+    return df
+
+
+def refuse(rows: pd.DataFrame, name: str, why: str) -> None:
+    """Raises ConfigError with the value of `name` in the first of these rows, if there is one."""
+    if len(rows):
+        raise ConfigError(f"{name} of {place(rows.iloc[0])} is {rows[name].iloc[0]}: {why}")
+
+
+def once(rows: pd.DataFrame, key: Sequence[str]) -> None:
+    """Raises ConfigError where two rows have the same key."""
+    twice = rows[rows.duplicated(key)]
+    if len(twice):
+        raise ConfigError(f"{place(twice.iloc[0], key)} is there twice; pass it once")
+
+
+def alike(df: pd.DataFrame, names: Iterable[str]) -> None:
+    """Raises ConfigError where the rows of one chart differ in one of these columns."""
+    for name in names:
+        if df[name].nunique(dropna=False) > 1:
+            got = ", ".join(map(str, df[name].unique()))
+            raise ConfigError(f"one {name} per chart, got {got}; pass the rows of one")
+
+
+def place(row: Mapping, names: Sequence[str] = ("dataset", "arm")) -> str:
+    """ "Chain-A, snapkv at KV budget 96" """
+    words = ", ".join(str(row[name]) for name in names if name in row and name != "kv_budget")
+    if "kv_budget" not in row:
+        return words
+    budget = budget_text(row["kv_budget"])
+    return f"{words} at {budget if budget == FULL else f'KV budget {budget}'}"
+
+
+def budget_text(budget: float | None) -> str:
+    return FULL if pd.isna(budget) or math.isinf(budget) else f"{budget:.0f}"
+
+
+def interval(mean: float, low: float, high: float, form: str = "{:.1f}") -> str:
+    """ "mean (low to high)", or the mean alone where there is no interval: NaN."""
+    return form.format(mean) + ("" if math.isnan(low) else f" ({form.format(low)} to {form.format(high)})")
+
+
+def intervals(rows: pd.DataFrame, names: Sequence[str], form: str = "{:.1f}") -> list[str]:
+    """By row, the columns of a mean and its interval."""
+    return [interval(*values, form) for values in rows[list(names)].itertuples(index=False)]
+
+
+def texts(values: Iterable[float], form: str = "{:.0f}", missing: str = "–") -> list[str]:
+    return [missing if pd.isna(value) else form.format(value) for value in values]
+
+
+def signed(value: float) -> str:
+    """A difference to one digit, with a true minus, and no sign where it is 0."""
+    text = f"{value:+.1f}".replace("-", "−")
+    return text[1:] if float(text[1:]) == 0 else text
+
+
+def signed_interval(row) -> str:
+    return f"{signed(row.difference)} ({signed(row.low)} to {signed(row.high)})"
+
+
+def samples_text(counts: Iterable[int]) -> str:
+    """ "1 sample per problem", "2 to 4 samples per problem" """
+    low, high = min(counts), max(counts)
+    number = low if low == high else f"{low} to {high}"
+    return f"{number} sample{'s' if high > 1 else ''} per problem"
