@@ -288,7 +288,9 @@ def tokenizer_of(place: str):
     folder = Path(place)
     # Of a folder without one, transformers may make a tokenizer that knows no word.
     if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
-        raise ConfigError(f"there is no tokenizer in {folder.absolute()}, where the model came from; pass tokenizer=...")
+        raise ConfigError(
+            f"there is no tokenizer in {folder.absolute()}, where the model came from; pass tokenizer=..."
+        )
     return from_pretrained(AutoTokenizer, place, place)
 
 

@@ -195,7 +195,7 @@ def test_the_tokenizer_is_looked_for_where_the_model_came_from(tokenizer, tmp_pa
     settings = {"policy": "window", "max_new_tokens": 6}
     bare = kvlib.generate(model, [5, 9, 33], **settings)
     assert bare.text is None, "ids need no tokenizer"
-    with pytest.raises(ConfigError, match="there is no tokenizer in .*, where the model came from; pass tokenizer="):
+    with pytest.raises(ConfigError, match=r"there is no tokenizer in .*, where the model came from; pass tokenizer="):
         kvlib.generate(model, "w5 w9 w33", **settings)
     tokenizer.save_pretrained(tmp_path)
     made = kvlib.generate(model, "w5 w9 w33", **settings)
