@@ -297,7 +297,7 @@ def clock_name(one_thread: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kvlib.study.timing", description=__doc__)
     parser.add_argument("--grid", type=Path, required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--seed", type=int, default=0)
