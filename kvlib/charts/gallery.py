@@ -73,6 +73,7 @@ def page(notebook: Path, pages: Path) -> None:
     (pages / named["output_files_dir"]).mkdir(parents=True, exist_ok=True)
     for name, data in resources["outputs"].items():
         (pages / name).write_bytes(smaller(data) if name.endswith(".png") else data)
+    body = body.replace(f"{ROOT}/", "")  # where this clone lies is nobody's business
     text = f"{head}{body.rstrip()}\n\n<!-- made from {made_from(notebook)} -->\n"
     (pages / f"{notebook.stem}.md").write_text(text, encoding="utf-8")
 
