@@ -53,8 +53,14 @@ def damaged_file(folder: Path) -> str | None:
 
 def tensors(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a .safetensors file, from its header; ValueError if the file is not whole."""
+    return {name: shape for name, (shape, _) in headers(path).items()}
+
+
+def headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, dtype as safetensors writes it, "F32") of the tensors of a file; ValueError if it is not whole."""
     try:
         with safe_open(path, "np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except SafetensorError as error:
         raise ValueError(str(error).removeprefix("Error while deserializing header: ")) from error

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from kvlib.checkpoint import damaged_file, missing_files, shards, tensors
+from kvlib.checkpoint import damaged_file, headers, missing_files, shards, tensors
 from kvlib.engine.attention import text_config
 from kvlib.engine.fast import why_not_fast
 from kvlib.engine.probe import probe
@@ -189,13 +189,22 @@ def check_folder(name: str, folder: Path) -> None:
             f"the model folder {folder.absolute()} holds an adapter; merge it into its model and save that"
         )
     config = checked_config(name, folder)
-    found = {key: shape for file in shards(folder) for key, shape in tensors(folder / file).items()}
+    stored = {key: header for file in shards(folder) for key, header in headers(folder / file).items()}
+    found = {key: shape for key, (shape, _) in stored.items()}
+    integers = sorted(key for key, (_, dtype) in stored.items() if key.endswith("weight") and "F" not in dtype)
+    if integers:
+        raise ConfigError(
+            f"model {name!r} holds weights as integers ({integers[0]}: {stored[integers[0]][1]}), which mean nothing "
+            "without the scales of their quantisation; use its unquantised safetensors"
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+    except Exception as error:  # what a strange config makes a family raise is without end
+        known = type(config) in AutoModelForCausalLM._model_mapping
+        what = f"could not be made of its config.json ({type(error).__name__}: {error})"
         raise ConfigError(
-            f"model {name!r} is of type {config.model_type}, which is no causal language model"
+            f"model {name!r} {what if known else f'is of type {config.model_type}, which is no causal language model'}"
         ) from error
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     base = f"{model.base_model_prefix}."

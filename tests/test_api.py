@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -377,6 +378,14 @@ def gelu(model):
     model.model.layers[0].mlp.act_fn = ACT2FN["gelu"]
 
 
+def epsilon(model):
+    model.model.layers[1].input_layernorm.variance_epsilon = 3.0
+
+
+def scaled(model):
+    model.model.layers[1].self_attn.scaling = 2.0
+
+
 def pruned(model):
     model.model.layers = model.model.layers[1:]
 
@@ -391,6 +400,8 @@ WHY = {
     flat_biases: "share a storage",
     unbiased: "whether they have a bias",
     gelu: "GELU",
+    epsilon: "epsilon of its own",
+    scaled: "scale attention differently",
     pruned: "numbered",
 }
 
@@ -410,6 +421,38 @@ def test_what_the_fast_step_would_read_wrongly_takes_the_general_one_or_is_refus
     assert [list(one.tokens) for one in kvlib.generate(model, PROMPTS, **settings)] == [
         alone(model, p) for p in PROMPTS
     ]
+    assert_same(before, state_of(model))
+
+
+def test_a_hook_on_all_modules_is_seen():
+    model = ordinary()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, given, made: 1.3 * made if type(module) is nn.Linear else None
+    )
+    try:
+        made = kvlib.generate(model, PROMPTS, policy="window", max_new_tokens=N)
+        assert [list(one.tokens) for one in made] == [alone(model, p) for p in PROMPTS]
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("change", [lambda model: None, hooked], ids=["fast step", "general step"])
+def test_threads_that_share_a_model_do_not_meet(change):
+    model = ordinary().train()
+    change(model)
+    wanted, before = [alone(model.eval(), p) for p in PROMPTS], state_of(model.train())
+
+    def call(_) -> list:
+        made = kvlib.generate(model, PROMPTS, policy="window", max_new_tokens=N, progress=False)
+        return [list(one.tokens) for one in made]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(made == wanted for made in pool.map(call, range(12)))
+    finally:
+        sys.setswitchinterval(interval)
     assert_same(before, state_of(model))
 
 

@@ -57,6 +57,7 @@ def with_more(**more):
         (with_more(model__layers__0__self_attn__q_norm__weight=6), "1 not the model's (model.layers.0.self_attn.q_n"),
         (with_more(model__layers__2__mlp__up_proj__weight=6), "1 not the model's (model.layers.2"),
         (with_more(lm_head__bias=262), "1 not the model's (lm_head.bias)"),
+        (lambda weights: {**weights, LOST: weights[LOST].to(torch.int8)}, f"weights as integers ({LOST}: I8)"),
     ],
 )  # fmt: skip
 def test_weights_that_are_not_the_configs_are_refused_from_the_headers(change, says, tmp_path):
@@ -77,6 +78,8 @@ def test_more_or_fewer_layers_than_the_file_has_are_refused(tmp_path):
         check_model(reconfigure(folder, num_hidden_layers=2, layer_types=["full_attention"] * 2, hidden_size=168))
     reconfigure(folder, hidden_size=84)
     check_model(str(folder))
+    with pytest.raises(ConfigError, match=r"could not be made of its config.json \(KeyError: 'yarnn'"):
+        check_model(reconfigure(folder, rope_parameters={"rope_type": "yarnn", "rope_theta": 1e4}))
 
 
 @pytest.mark.parametrize(

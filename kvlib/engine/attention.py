@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ NEEDLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output
 """Arguments that some layers pass on to attention, and that change nothing where a model evaluates."""
 STEP: ContextVar[Cache] = ContextVar("step")
 """The step whose forward runs: a variable, because some layers pass on no argument that they do not know."""
+CHANGING = RLock()
+"""Held while a model is not as it was given: else another thread would take that for its own state, and restore it."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +66,29 @@ def text_config(model: nn.Module):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model is in evaluation mode inside; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    with CHANGING:
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @contextmanager
 def through_kvlib(model: nn.Module, step: Cache) -> Iterator[None]:
     """The model evaluates with this step's attention, whatever it was loaded with; afterwards it is as before."""
     config = text_config(model)
-    before, token = config._attn_implementation, STEP.set(step)
-    try:
-        config._attn_implementation = IMPLEMENTATION
-        with evaluating(model):
+    with evaluating(model):
+        before, token = config._attn_implementation, STEP.set(step)
+        try:
+            config._attn_implementation = IMPLEMENTATION
             yield
-    finally:
-        STEP.reset(token)
-        config._attn_implementation = before
+        finally:
+            STEP.reset(token)
+            config._attn_implementation = before
 
 
 def causal_mask(n: int, device: torch.device | str) -> Tensor:

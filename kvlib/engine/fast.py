@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import ACT2FN
 
-from kvlib.engine.attention import observe_trace
+from kvlib.engine.attention import CHANGING, observe_trace
 from kvlib.engine.cache import SlotCache, cache_shape
 from kvlib.kernels.append import append
 from kvlib.kernels.attention import decode_attention
@@ -141,8 +141,13 @@ def why_not_fast(model: nn.Module) -> str | None:
     numbers = [layer.self_attn.layer_idx for layer in base.layers]
     if numbers != list(range(config.num_hidden_layers)):
         return f"its layers are numbered {numbers}, and its config says {config.num_hidden_layers}"
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return "all modules have a hook"
     own = (nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
     for name, module in model.named_modules():
+        if getattr(module, "variance_epsilon", config.rms_norm_eps) != config.rms_norm_eps:
+            return f"its module {name} has an epsilon of its own"
         if type(module) not in own and type(module).__module__ != type(model).__module__:
             return f"its module {name} is a {type(module).__name__}"
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -155,6 +160,8 @@ def why_not_fast(model: nn.Module) -> str | None:
         if (part.device, part.dtype) != (first.device, first.dtype):
             return f"its weights differ in device or dtype ({name}: {part.device}, {part.dtype})"
     for attention, mlp in ((layer.self_attn, layer.mlp) for layer in base.layers):
+        if attention.scaling != base.layers[0].self_attn.scaling:
+            return "its layers scale attention differently"
         for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
             biases = [linear.bias for linear in linears if linear.bias is not None]
             if len(biases) not in (0, len(linears)):
@@ -193,14 +200,16 @@ class FastModel:
         self.n_query_heads, self.eps = config.num_attention_heads, config.rms_norm_eps
         linears = [module for module in model.modules() if type(module) is nn.Linear]
         parts = [part for linear in linears for part in (linear.weight, linear.bias) if part is not None]
-        self.alone, self.unpacked = list(filter(_alone, parts)), [one for one in linears if "packed" not in vars(one)]
-        try:
-            self.layers = [Layer.of(layer) for layer in base.layers]
-            self.head = fuse(model.get_output_embeddings())
-            torch.cuda.empty_cache()  # the matrices that were fused; nothing without CUDA
-        except BaseException:
-            self.close()
-            raise
+        with CHANGING:
+            self.alone = list(filter(_alone, parts))
+            self.unpacked = [one for one in linears if "packed" not in vars(one)]
+            try:
+                self.layers = [Layer.of(layer) for layer in base.layers]
+                self.head = fuse(model.get_output_embeddings())
+                torch.cuda.empty_cache()  # the matrices that were fused; nothing without CUDA
+            except BaseException:
+                self.close()
+                raise
 
     def prefill(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Read one unpadded prompt `[P]` into `row`: hidden states `[P, d]`, as in `step`, and last logits `[V]`."""
@@ -254,9 +263,9 @@ class FastModel:
     def close(self) -> None:
         """Leave the model as it was before; a step must not follow."""
         self.layers, self.head = [], None
-        for linear in self.unpacked:
-            vars(linear).pop("packed", None)
-        with torch.inference_mode(False), torch.no_grad():
+        with CHANGING, torch.inference_mode(False), torch.no_grad():
+            for linear in self.unpacked:
+                vars(linear).pop("packed", None)
             for part in self.alone:
                 if not _alone(part):
                     part.data = part.data.clone()

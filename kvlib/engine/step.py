@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from kvlib.engine.attention import CHANGING
 from kvlib.engine.fast import FastModel, why_not_fast
 from kvlib.engine.general import GeneralModel, check_decodes
 from kvlib.policies.base import Policy
@@ -15,8 +16,9 @@ def step_for(model: nn.Module, policy: Policy, n_rows: int, n_slots: int, n_posi
     n_positions: tokens of the longest prompt and all that follow it. Raises ConfigError for a model that does not
     decode through kvlib, or that the policy cannot score.
     """
-    if why_not_fast(model) is None:
-        return FastModel(model, policy, n_rows, n_slots)
+    with CHANGING:
+        if why_not_fast(model) is None:
+            return FastModel(model, policy, n_rows, n_slots)
     return GeneralModel(model, policy, n_rows, n_slots, n_positions)
 
 

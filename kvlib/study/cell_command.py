@@ -132,6 +132,9 @@ def check_parameters(notebook: Path, names, exactly: bool = True) -> None:
     """Raise ConfigError unless the notebook's parameters cell sets these names and, if exactly, no other."""
     import papermill
 
+    if not notebook.exists():
+        raise ConfigError(f"there is no {notebook}, through which cells run; have the grid file beside kvlib's "
+                          "notebooks, in notebooks/")  # fmt: skip
     try:
         found = set(papermill.inspect_notebook(unformatted(notebook)))
     except Exception as error:  # papermill and nbformat raise a dozen kinds

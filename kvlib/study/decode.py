@@ -84,6 +84,8 @@ def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
     checks = [functools.partial(prepare, config) for config in study.cells.values()]
     if charts:
         checks.append(functools.partial(check_compared, study))
+    if not study.grid.comparison:
+        checks.append(functools.partial(check_parameters, study.notebook, [*RULES, "folder"]))
     if study.on_gpu:
         need = study.workers(jobs), cost.gpu_memory_gb, gpus_with_memory()
         checks += [functools.partial(check_gpus, *need), check_toolchain]
@@ -113,7 +115,6 @@ def check_compared(study: Study) -> None:
 
 def run_by_snakemake(study: Study, folders: list[Path], jobs: int | None, progress: Progress) -> Path:
     """Run exactly these cells, whatever is there of them: their records are missing, damaged or outdated."""
-    check_parameters(study.notebook, [*RULES, "folder"])
     if not SNAKEFILE.exists():
         raise StudyError(f"no Snakefile at {SNAKEFILE}; run from a clone, installed with `pip install -e .`")
     threads, jobs = max(config.threads for config in study.cells.values()), study.workers(jobs)

@@ -32,6 +32,9 @@ def _read_text(path: Path, suffix: str) -> list[dict]:
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             rows = list(table)
+            _refuse_twice([(name, None) for name in table.fieldnames or () if name])
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}; its values would hide one another, so rename or remove one") from error
         except csv.Error as error:
             raise ConfigError(f"{path}:{table.line_num} is not valid CSV ({error}); export the table again") from error
         for number, row in enumerate(rows, 1):
@@ -45,7 +48,7 @@ def _read_text(path: Path, suffix: str) -> list[dict]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                entries.append(json.loads(line))
+                entries.append(json.loads(line, object_pairs_hook=_refuse_twice))
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}:{number} is not valid JSON ({error})") from error
     if suffix == ".json":
@@ -54,6 +57,15 @@ def _read_text(path: Path, suffix: str) -> list[dict]:
         wanted = "a list of objects" if suffix == ".json" else "one object a line"
         raise ConfigError(f"{path} does not hold {wanted}; write each problem as an object with named fields")
     return entries
+
+
+def _refuse_twice(pairs: list[tuple]) -> dict:
+    """The pairs as a dict. Raises ValueError for a name that is given twice, of which the last would win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
 
 
 def _read_parquet(path: Path) -> list[dict]:

@@ -181,6 +181,10 @@ def test_bad_input_is_a_sentence_within_seconds(home):
     assert code == 2 and "the charts compare KV budgets and tiny.yml has one" in output and not samples(home)
     assert re.search("decode without charts: .+ -m kvlib.study run --grid notebooks/tiny.yml --seed 0\n", output)
     edit(home, "timing:", "full_cache: true\ntiming:")
+    (home / "notebooks" / "30_run.ipynb").rename(home / "30_run.ipynb")
+    code, output = run(home)
+    assert code == 2 and "30_run.ipynb, through which cells run; have the grid file beside" in output
+    (home / "30_run.ipynb").rename(home / "notebooks" / "30_run.ipynb")
     shutil.rmtree(home / "runs")
     (home / "runs").write_text("")
     code, output = run(home)

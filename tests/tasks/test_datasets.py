@@ -167,6 +167,8 @@ def test_gpqas_own_csv_is_shuffled_by_a_seed_that_the_hash_knows(tmp_path, monke
         ),
         ("x.csv", b"problem,answer\na,1,2\n", "not as many fields"),
         ("x.csv", b"problem,answer\na\n", "not as many fields"),
+        ("x.csv", b"problem,answer,answer\na,1,2\n", "'answer' is given twice"),
+        ("x.jsonl", b'{"problem": "a", "answer": "1", "answer": "2"}\n', "x.jsonl:1 .* .'answer' is given twice"),
         ("x.csv", b'problem,answer\n"a,1\n', "not valid CSV"),
         ("aime24.jsonl", b'{"problem": "a", "answer": "1"}\n', "has 1 problems and AIME24 has 30"),
         ("gpqa_diamond.csv", b"question,answer\na,1\n", "GPQA-D has 198"),
