@@ -132,13 +132,14 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     again = [python(), "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
     command = shlex.join([*again, "--seed", str(seed), "--folder", str(Path(folder).absolute())])
     print(said_of(control, dataset, command), flush=True)
+    said = f"python -m kvlib.study.timing --grid {grid.path.name} --dataset {dataset} --seed {seed}"  # no one's folders
     return publish(
         folder,
         {
             "kind": "timing",
             "fingerprint": timing_fingerprint(grid, dataset, seed),
             "config": {**cells[0].parameters(), "kv_budget": None, "policy": grid.shared.get("policy", "dynts")},
-            "provenance": {"finished": {**provenance(), "command": command}},
+            "provenance": {"finished": {**provenance(), "command": said}},
             "timing": {
                 **grid.timing,
                 "threads": n_threads,
