@@ -278,9 +278,20 @@ def entered(model: nn.Module | Reasoner | str, tokenizer, needs_tokenizer: bool)
     if tokenizer is None and (needs_tokenizer or model.generation_config.stop_strings):
         if not model.name_or_path:
             raise ConfigError("the model does not say where its tokenizer is; pass tokenizer=...")
-        tokenizer = from_pretrained(AutoTokenizer, model.name_or_path)
+        tokenizer = tokenizer_of(model.name_or_path)
     eos = model.generation_config.eos_token_id
     return Reasoner(model, tokenizer, () if eos is None else ids_of(eos))
+
+
+def tokenizer_of(place: str):
+    """The tokenizer where a model came from: a folder, or a name of the hub. Raises ConfigError."""
+    folder = Path(place)
+    # Of a folder without one, transformers may make a tokenizer that knows no word.
+    if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+        raise ConfigError(
+            f"there is no tokenizer in {folder.absolute()}, where the model came from; pass tokenizer=..."
+        )
+    return from_pretrained(AutoTokenizer, place, place)
 
 
 def fitted_policy(policy: Policy, asked: object, reasoner: Reasoner) -> Policy:

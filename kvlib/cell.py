@@ -74,7 +74,7 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
             faults.append(str(error))
 
     attempt(check_model, config.model)
-    attempt(load_problems, config.dataset, config.n_problems)
+    attempt(problems_of, config.dataset, state_of(config.dataset), config.n_problems)
     chosen = policy or attempt(make_policy, config.policy, **config.policy_options)
     if chosen:
         attempt(check_fitted, chosen, config.model)
@@ -132,8 +132,13 @@ def state_of(dataset: str) -> tuple | None:
 
 # A grid asks for hundreds of cells of one dataset.
 @functools.cache
+def problems_of(name: str, state: tuple | None, n_problems: int | None) -> tuple[Problem, ...]:
+    return tuple(load_problems(name, n_problems))
+
+
+@functools.cache
 def dataset_sha256(name: str, state: tuple | None, n_problems: int | None) -> str:
-    return content_sha256(load_problems(name, n_problems))
+    return content_sha256(problems_of(name, state, n_problems))
 
 
 def prompts_of(config: RunConfig) -> tuple[tuple[Problem, ...], tuple[tuple[int, ...], ...]]:
@@ -144,7 +149,7 @@ def prompts_of(config: RunConfig) -> tuple[tuple[Problem, ...], tuple[tuple[int,
 
 @functools.cache
 def _prompts(model: str, weights: str, dataset: str, state: tuple | None, n_problems: int | None, prompt: str):
-    problems, reasoner = tuple(load_problems(dataset, n_problems)), load_tokenizer(model)
+    problems, reasoner = problems_of(dataset, state, n_problems), load_tokenizer(model)
     return problems, tuple(prompt_of(problem, prompt, reasoner) for problem in problems)
 
 

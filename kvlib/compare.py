@@ -20,7 +20,7 @@ import pandas as pd
 
 from kvlib.charts.arms import arm_label
 from kvlib.charts.tables import model_title
-from kvlib.config import Cell, Comparison, load_grid
+from kvlib.config import Cell, Comparison, check_names, load_grid
 from kvlib.errors import ConfigError
 from kvlib.stats import pass_at_1
 from kvlib.study.__main__ import main
@@ -180,6 +180,7 @@ def beside_published(
     theirs = load_comparison(grid).cells
     if arm in {cell.arm for cell in theirs}:
         raise ConfigError(f"{arm!r} is an arm of {grid} already; give your policy another name")
+    check_names(dict.fromkeys(rivals), list(dict.fromkeys(cell.arm for cell in theirs if cell.protected)), "rival")
     asked = {
         (cell.config.dataset, cell.config.kv_budget): cell.config
         for cell in theirs

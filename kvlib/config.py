@@ -352,7 +352,7 @@ def at_home(value):
 def check_names(given: Mapping, known: list[str], what: str) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"unknown {what} {name!r}; {hint}Valid: {', '.join(known)}")
 

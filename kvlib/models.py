@@ -69,7 +69,7 @@ class Reasoner:
             strange = sorted({word for word in text.split() if word not in known})
             shown = f"{', '.join(map(repr, strange[:3]))}{' …' if len(strange) > 3 else ''}" if strange else error
             raise ConfigError(
-                f"the model's tokenizer has no token for {shown}; choose a dataset in its language"
+                f"the model's tokenizer has no token for {shown}; ask in its words, or choose a dataset in them"
             ) from error
 
     def encode_problem(self, text: str, instruction: str = "") -> tuple[int, ...]:

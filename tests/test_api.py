@@ -12,6 +12,7 @@ import torch
 from conftest import prompts, small_policy
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -192,6 +193,19 @@ def test_prompts_of_every_form_are_the_same_prompt(model, tokenizer):
     asked = kvlib.generate(model, [*ids, 7], **settings)
     assert kvlib.generate(model, chat, **settings) == asked
     assert kvlib.generate(model, [chat], **settings) == [asked]
+
+
+def test_the_tokenizer_is_looked_for_where_the_model_came_from(tokenizer, tmp_path):
+    ordinary("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    settings = {"policy": "window", "max_new_tokens": 6}
+    bare = kvlib.generate(model, [5, 9, 33], **settings)
+    assert bare.text is None, "ids need no tokenizer"
+    with pytest.raises(ConfigError, match=r"there is no tokenizer in .*, where the model came from; pass tokenizer="):
+        kvlib.generate(model, "w5 w9 w33", **settings)
+    tokenizer.save_pretrained(tmp_path)
+    made = kvlib.generate(model, "w5 w9 w33", **settings)
+    assert made.tokens == bare.tokens and made.text == "".join(f"w{i}" for i in made.tokens)
 
 
 def test_stop_strings_end_a_sample_and_a_stream_tells_all_of_its_text(model, tokenizer):

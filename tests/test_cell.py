@@ -339,10 +339,10 @@ def test_a_file_that_changes_is_another_cell(tmp_path):
     assert len(first.requests) == len(second.requests) == 1
 
 
-def test_prompts_are_encoded_once_for_all_cells_of_a_dataset(monkeypatch):
+def test_problems_are_read_once_for_all_cells_of_a_dataset(monkeypatch):
     loaded = []
     monkeypatch.setattr(running, "load_problems", lambda *given: loaded.append(given) or load_problems(*given))
-    running.prompts_of.__globals__["_prompts"].cache_clear()
+    running.problems_of.cache_clear()
     for budget in (96, 116, 136):
         prepare(RunConfig(policy="window", kv_budget=budget, n_problems=7))
-    assert len(loaded) <= 2  # prompts and hash
+    assert len(loaded) == 1

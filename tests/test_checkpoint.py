@@ -209,7 +209,8 @@ def test_words_without_a_token_are_named(tmp_path):
     tiny = load_tokenizer("tiny")
     question = "so m 8 ; m ? <think>"
     assert len(tiny.encode(question)) == 7
-    with pytest.raises(ConfigError, match="has no token for 'How', 'are', 'many'; choose a dataset in its language"):
+    told = "has no token for 'How', 'are', 'many'; ask in its words, or choose a dataset in them"
+    with pytest.raises(ConfigError, match=told):
         tiny.encode_problem("How many are m ?")
     r1_tokenizer().save_pretrained(save_model(tmp_path))
     assert load_tokenizer(str(tmp_path)).encode("Zoë, 日本?")

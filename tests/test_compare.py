@@ -174,10 +174,11 @@ def test_every_arm_of_the_shipped_comparison_is_timed_at_one_budget():
 def test_cells_of_a_model_that_is_not_there_are_left_out_with_the_way_to_get_it():
     content = json.loads(json.dumps(CONTENT))
     content["stages"]["seeds"] = {**content["stages"]["screening"], "models": ["./nowhere/weights"]}
-    grid, left_out = present(parse_grid(content, Path("compare.yml")))
+    grid, left_out = present(parse_grid(content, Path("books/compare.yml")))
     assert {cell.config.model for cell in grid.comparison.cells} == {"tiny"}
     (said,) = left_out
     assert "3 cells left out" in said and "make tiny-model TRAIN_SEED=8" in said and "./nowhere/weights" in said
+    assert said.endswith("--out books/nowhere/weights"), "where the grid looks, as seen from here"
     content["stages"].pop("screening")
     with pytest.raises(ConfigError, match="no model of the comparison is there"):
         present(parse_grid(content, Path("compare.yml")))

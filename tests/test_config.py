@@ -95,6 +95,7 @@ def test_what_cannot_be_is_refused_by_name(parameters, part):
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_valid_ones():
     message = refused(kv_bugdet=64)
     assert "'kv_bugdet'" in message and "did you mean kv_budget?" in message
+    assert "did you mean kv_budget?" in refused(KV_BUDGET=64)
     assert all(name in message for name in RULES)
 
 

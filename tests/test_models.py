@@ -126,9 +126,9 @@ def test_another_tokenizer_brings_its_own_end_of_thinking():
 
 def test_a_prompt_beyond_the_models_positions_is_refused_by_the_one_call_too():
     tiny = load_reasoner("tiny")
-    assert len(encoded([[5], [5] * 2048], tiny)[0][1]) == 2048
+    assert len(encoded([5] * 2048, 1, tiny)) == 2048
     with pytest.raises(ConfigError, match=r"prompt 1 has 2049 tokens and the model was trained for 2048 positions"):
-        encoded([[5], [5] * 2049], tiny)
+        encoded([5] * 2049, 1, tiny)
 
 
 @pytest.mark.parametrize("family", MODELS)

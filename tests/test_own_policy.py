@@ -35,3 +35,9 @@ def test_the_name_of_a_published_arm_is_refused_because_their_samples_would_be_p
     terms = {"dataset": "chain-a", "kv_budgets": [196], "rivals": [], "n_problems": 2}
     with pytest.raises(ConfigError, match=r"'recency' is an arm of .*compare.yml already; give your"):
         beside_published(make_policy("random"), "recency", *PUBLISHED, tmp_path, **terms)
+
+
+def test_a_rival_that_the_comparison_has_not_is_refused_with_the_nearest(tmp_path):
+    terms = {"dataset": "chain-a", "kv_budgets": [196], "rivals": ["dyntss"], "n_problems": 2}
+    with pytest.raises(ConfigError, match=r"unknown rival 'dyntss'; did you mean dynts\?"):
+        beside_published(make_policy("random"), "mine", *PUBLISHED, tmp_path, **terms)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kvlib.charts.answer import answers
 from kvlib.charts.measured import measured_table
-from kvlib.charts.tables import expected_cells, measured_cells
+from kvlib.charts.tables import expected_cells, measured_cells, measured_verdicts
 from kvlib.charts.throughput import load_bench, throughput_table
 from kvlib.compare import load_cells, load_comparison
 from kvlib.config import load_grid
@@ -30,6 +31,16 @@ def test_the_table_of_the_tiny_study_is_the_committed_records():
         assert list(csv.reader(file)) == [list(table.columns), *table.values.tolist()]
     for row in table.values.tolist():
         assert f"| {' | '.join(row)} |" in RESULTS
+
+
+def test_the_answer_is_that_of_the_committed_records():
+    grid, records = load_grid(ROOT / "notebooks" / "tiny.yml"), ROOT / "results" / "tiny" / "records"
+    found = answers(measured_verdicts(grid, records, 0), measured_cells(grid, records, 0), 5.0, None)
+    assert [sentence for sentence in found["sentence"] if f"- {sentence}\n" not in RESULTS] == []
+    assert [name for name, budget in zip(found["dataset"], found["kv_budget"], strict=True) if budget == 196] == [
+        "Chain-A"
+    ]
+    assert "196 slots on Chain-A; on the other three none" in README
 
 
 def test_the_speed_is_the_committed_record():

@@ -24,7 +24,7 @@ from kvlib.record import RecordError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m kvlib.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SIZES, default="tiny")
     parser.add_argument("--arms", help="e.g. hf-sdpa,linears,full,full-again,knorm@128,knorm@256,kvpress-knorm")
     for name in ("batch", "n_prompt", "n_new", "kv_budget", "interval"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
+    "55_replay": {"n_traces": 2, "n_drills": 2, "kv_budgets": [96, 136]},
     "80_train_reasoner": {"n_steps": 20},
     "90_train_predictor": {"n_traces": 120, "n_held_out": 20},
     "30_run": {"n_problems": 20, "batch_size": 20},
@@ -24,10 +25,21 @@ WIDEST, MOST_ROWS = 1100, 14  # pixels of a picture, rows of a table
 
 
 def made_from(notebook: Path) -> str:
-    """Hash of what decides a page: the notebook, its settings and the code that draws."""
-    code = sorted((ROOT / "kvlib" / "charts").glob("*.py"))
-    parts = [notebook.read_bytes(), json.dumps(SETTINGS.get(notebook.stem, {})).encode()]
-    return hashlib.sha256(b"\n".join(parts + [path.read_bytes() for path in code])).hexdigest()
+    """Hash of what decides a page: the notebook, its settings and the code that draws for it."""
+    parts = [notebook.read_text(encoding="utf-8"), json.dumps(SETTINGS.get(notebook.stem, {}))]
+    parts += [path.read_text(encoding="utf-8") for path in drawn_by(parts[0])]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def drawn_by(source: str) -> list[Path]:
+    """The files of kvlib.charts that a source imports, and those that these import."""
+    found, left = set(), {source}
+    while left:
+        named = re.findall(r"kvlib\.charts\.(\w+)", left.pop())
+        new = {ROOT / "kvlib" / "charts" / f"{name}.py" for name in named} - found
+        found |= new
+        left |= {path.read_text(encoding="utf-8") for path in new}
+    return sorted(found)
 
 
 def outdated(notebooks: Path, pages: Path) -> list[Path]:
@@ -61,6 +73,7 @@ def page(notebook: Path, pages: Path) -> None:
     (pages / named["output_files_dir"]).mkdir(parents=True, exist_ok=True)
     for name, data in resources["outputs"].items():
         (pages / name).write_bytes(smaller(data) if name.endswith(".png") else data)
+    body = body.replace(f"{ROOT}/", "")  # where this clone lies is nobody's business
     text = f"{head}{body.rstrip()}\n\n<!-- made from {made_from(notebook)} -->\n"
     (pages / f"{notebook.stem}.md").write_text(text, encoding="utf-8")
 

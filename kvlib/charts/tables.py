@@ -127,6 +127,8 @@ def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
         raise RecordError(f"{folder} was timed with other settings than {grid.path} asks for; run the grid again")
     speed = measured[cell.kv_budget, throughput]
     definition = THROUGHPUTS.get(throughput, timing["timing"]["definition"])
+    clock = timing["timing"].get("clock")  # older records, all by wall time, do not say it
+    definition += f", {clock}" if clock else ""
     control = timing["timing"].get("control")  # older records have none
     return {
         "throughput": speed["median"],

@@ -167,7 +167,7 @@ class Policy:
 
         Pure: state tensors are `[L or 1, R, H or 1, N]` in position order, like everything in view.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"policy {type(self).__name__} has no score(view, state)")
 
 
 @dataclass(frozen=True)

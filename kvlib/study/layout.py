@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -42,7 +44,7 @@ class Study:
 
     def command(self, do: str) -> str:
         """What a person types for this study and seed, where they stood when they named it."""
-        return shlex.join(["python", "-m", "kvlib.study", do, *self.typed])
+        return shlex.join([python(), "-m", "kvlib.study", do, *self.typed])
 
     def workers(self, jobs: int | None) -> int:
         """Cells at a time: as asked for, else one on each GPU that can be seen, or as many as the cores carry."""
@@ -50,6 +52,12 @@ class Study:
             return jobs
         threads = max(config.threads for config in self.cells.values())
         return max(1, len(gpus.visible_gpus()) if self.on_gpu else cores() // threads)
+
+
+def python() -> str:
+    """This Python as one types it: `make` runs one that need not be the active one, which may lack kvlib."""
+    this, active = Path(sys.executable), shutil.which("python")
+    return "python" if active and Path(active).parent == this.parent else seen_from_here(this)
 
 
 def seen_from_here(path: Path) -> str:
@@ -71,10 +79,11 @@ def present(grid: Grid) -> tuple[Grid, list[str]]:
         try:
             check_model(model)
         except ConfigError as error:
+            place = os.path.relpath(grid.path.parent / model)  # a grid's paths are seen from its file
             absent[model] = (
                 f"{sum(cell.config.model == model for cell in cells)} cells left out: {error}. For another training of "
                 "the tiny reasoner: make tiny-model TRAIN_SEED=8, then python -m kvlib.train predictor and "
-                f"python -m kvlib.train calibration, with --model and --out {model}"
+                f"python -m kvlib.train calibration, with --model and --out {place}"
             )
     cells = tuple(cell for cell in cells if cell.config.model not in absent)
     if not cells:

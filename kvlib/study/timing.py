@@ -27,6 +27,7 @@ from kvlib.models import Reasoner, load_reasoner
 from kvlib.record import cpu_model, explained, fingerprint, provenance, publish
 from kvlib.stats import Ratio, paired_ratio, too_busy
 from kvlib.study.gpus import leased_gpu
+from kvlib.study.layout import python
 
 DEFINITION = "all-inclusive steps"
 """What the charts draw: rows x steps / time of the steps, with attention, eviction, sampling and bookkeeping."""
@@ -128,16 +129,17 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             print(f"timing {dataset}: round {number + 1} of {repeats}, about {cost.clock(left)} left", flush=True)
         n_threads = torch.get_num_threads()
     control = ratio_of(found[CONTROL], found[reference.cell_path])
-    again = ["python", "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
+    again = [python(), "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
     command = shlex.join([*again, "--seed", str(seed), "--folder", str(Path(folder).absolute())])
     print(said_of(control, dataset, command), flush=True)
+    said = f"python -m kvlib.study.timing --grid {grid.path.name} --dataset {dataset} --seed {seed}"  # no one's folders
     return publish(
         folder,
         {
             "kind": "timing",
             "fingerprint": timing_fingerprint(grid, dataset, seed),
             "config": {**cells[0].parameters(), "kv_budget": None, "policy": grid.shared.get("policy", "dynts")},
-            "provenance": {"finished": {**provenance(), "command": command}},
+            "provenance": {"finished": {**provenance(), "command": said}},
             "timing": {
                 **grid.timing,
                 "threads": n_threads,
@@ -296,7 +298,7 @@ def clock_name(one_thread: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kvlib.study.timing", description=__doc__)
     parser.add_argument("--grid", type=Path, required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--seed", type=int, default=0)

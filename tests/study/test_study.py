@@ -17,7 +17,7 @@ from kvlib.config import load_grid
 from kvlib.cost import clock
 from kvlib.study import processes
 from kvlib.study.draw import DRAWN_BY, code_of
-from kvlib.study.layout import SNAKEFILE
+from kvlib.study.layout import SNAKEFILE, python
 
 GRID = """
 study: small
@@ -179,7 +179,7 @@ def test_bad_input_is_a_sentence_within_seconds(home):
     edit(home, "full_cache: true", "")
     code, output = run(home)
     assert code == 2 and "the charts compare KV budgets and tiny.yml has one" in output and not samples(home)
-    assert "decode without charts: python -m kvlib.study run --grid notebooks/tiny.yml --seed 0\n" in output
+    assert re.search("decode without charts: .+ -m kvlib.study run --grid notebooks/tiny.yml --seed 0\n", output)
     edit(home, "timing:", "full_cache: true\ntiming:")
     (home / "notebooks" / "30_run.ipynb").rename(home / "30_run.ipynb")
     code, output = run(home)
@@ -189,6 +189,16 @@ def test_bad_input_is_a_sentence_within_seconds(home):
     (home / "runs").write_text("")
     code, output = run(home)
     assert code == 1 and "a file is where a folder must be" in output and "Traceback" not in output
+
+
+def test_a_command_to_type_names_a_python_that_has_kvlib(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert python() == "python"
+    other = tmp_path / "python"
+    other.write_text("#!/bin/false")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Path(python()).absolute() == Path(sys.executable), "make needs no active environment"
 
 
 def test_the_snakefile_works_without_the_study_command(home):
