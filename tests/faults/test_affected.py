@@ -37,12 +37,17 @@ def studies(tmp_path):
         for folder, mark in cell_fingerprints(made[-1]).items():
             record.publish(folder, {"fingerprint": mark[0], "config": {}, "results": {}})
     yield made
-    run.dataset_sha256.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    for kept in (run.problems_of, run.dataset_sha256):
+        kept.cache_clear()
 
 
 def again(study) -> set[str]:
     """Which cells would be decoded again, as dataset/policy."""
-    run.dataset_sha256.cache_clear()
+    forget()
     return {"/".join(folder.parts[-4:-2]) for folder in unfinished(cell_fingerprints(study))}
 
 
