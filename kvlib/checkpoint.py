@@ -11,15 +11,15 @@ LFS = b"version https://git-lfs"
 
 def missing_files(folder: Path) -> list[str]:
     """What a folder lacks to be loaded: files by name, among them shards of the weights."""
-    lacks = [] if (folder / "config.json").exists() else ["config.json"]
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    lacks = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         lacks.append("tokenizer.json")
-    return lacks + [shard for shard in shards(folder) if not (folder / shard).exists()]
+    return lacks + [shard for shard in shards(folder) if not (folder / shard).is_file()]
 
 
 def shards(folder: Path) -> list[str]:
     """The files that hold the weights; the index itself, if it cannot be read, is said to be missing."""
-    if not (folder / INDEX).exists():
+    if not (folder / INDEX).is_file():
         return ["model.safetensors"]
     try:
         return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -40,7 +40,7 @@ def damaged_file(folder: Path) -> str | None:
     """The first file that is not what its name says, in a clause; None if all are. Reads headers only."""
     files = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json", *shards(folder))]
     for path in files:
-        if not path.exists():
+        if not path.is_file():
             continue
         if fault := stand_in(path):
             return f"{path.name} {fault}"

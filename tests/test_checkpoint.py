@@ -171,6 +171,15 @@ def test_files_that_are_not_whole_are_named(file, spoil, says, tmp_path):
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("file", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_folder_where_a_file_must_be_is_a_file_that_is_missing(file, tmp_path):
+    folder = save_model(tmp_path)
+    (folder / file).unlink()
+    (folder / file).mkdir()
+    with pytest.raises(ConfigError, match=f"lacks {file}"):
+        check_model(str(folder))
+
+
 def test_one_cut_shard_among_whole_ones_is_named(tmp_path):
     folder = save_model(tmp_path, max_shard_size="20KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
