@@ -35,15 +35,29 @@ def append(
     HQ = n_query_heads
     rows = torch.arange(B, device=qkv.device)
     heads = qkv.view(B, HQ + 2 * H, D)
-    rotated = heads[:, : HQ + H]
-    if q_norm is not None:
-        query, key = F.rms_norm(heads[:, :HQ], (D,), q_norm, eps), F.rms_norm(heads[:, HQ : HQ + H], (D,), k_norm, eps)
-        rotated = torch.cat((query, key), 1)
-    half = torch.cat((-rotated[..., D // 2 :], rotated[..., : D // 2]), -1)
-    rotated = (rotated * cos[:, None] + half * sin[:, None]).to(qkv.dtype)
-    query, key = rotated.split((HQ, H), 1)
+    query, key = rotated_heads(heads, cos, sin, HQ, H, q_norm, k_norm, eps).split((HQ, H), 1)
     keys[rows, :, slots] = key
     values[rows, :, slots] = heads[:, HQ + H :]
     if ring is not None:
         ring[rows, :, positions % ring.shape[2]] = query
     return query
+
+
+def rotated_heads(
+    heads: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_query_heads: int,
+    n_kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Query and key heads `[T, HQ + H, D]`, normed and rotated, of heads `[T, HQ + 2H, D]`; the rest as in `append`."""
+    D, last = heads.shape[-1], n_query_heads + n_kv_heads
+    rotated = heads[:, :last]
+    if q_norm is not None:
+        query, key = heads[:, :n_query_heads], heads[:, n_query_heads:last]
+        rotated = torch.cat((F.rms_norm(query, (D,), q_norm, eps), F.rms_norm(key, (D,), k_norm, eps)), 1)
+    half = torch.cat((-rotated[..., D // 2 :], rotated[..., : D // 2]), -1)
+    return (rotated * cos[:, None] + half * sin[:, None]).to(heads.dtype)

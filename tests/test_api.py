@@ -27,7 +27,7 @@ from transformers.generation import MinLengthLogitsProcessor
 
 import kvlib
 from kvlib import api
-from kvlib.engine import fast
+from kvlib.engine import fast, linear
 from kvlib.errors import ConfigError
 from kvlib.invariants import SHAPE, random_model
 from kvlib.models import FAMILIES
@@ -281,7 +281,7 @@ def raise_at_a_piece(kind: type[BaseException]):
 @pytest.mark.parametrize("ends", [None, Stop, KeyboardInterrupt])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_as_it_was_however_the_call_ends(family, ends, tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(fast, "PACKED_FROM", 0)
+    monkeypatch.setattr(linear, "PACKED_FROM", 0)
     model = ordinary(family, torch.float32, "eager")
     if family == "llama":
         model.config.tie_word_embeddings = True

@@ -19,7 +19,8 @@ from kvlib.charts.throughput import CEILINGS, PARTS
 from kvlib.cost import kv_bytes
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Decoder, Request, decoder_for
-from kvlib.engine.fast import Layer, Linear, fuse
+from kvlib.engine.fast import Layer
+from kvlib.engine.linear import Linear, fuse
 from kvlib.engine.meter import Meter
 from kvlib.engine.paired import Arm
 from kvlib.errors import ConfigError

@@ -1,15 +1,13 @@
 """Prefill and decode steps of a plain Llama, Qwen2 or Qwen3 model: a token per row in, hidden states and logits out.
 
 The weights are the Hugging Face model's own. Matrices that read the same input are fused into one, and the model's
-separate ones become slices of it, so that a step reads every weight once in four products a layer, and prefill,
-which goes through the model itself, needs no second copy. In float32 on a CPU a step reads packed copies of large
-ones, at twice the memory of the weights: there speed runs out first. `FastModel.close` undoes both.
+separate ones become slices of it, so that a step reads every weight once in four products a layer. In float32 on a
+CPU both read packed copies of large ones, at twice the memory of the weights: there speed runs out first.
+`FastModel.close` undoes both.
 """
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,9 +16,10 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import ACT2FN
 
-from kvlib.engine.attention import CHANGING, observe_trace
+from kvlib.engine.attention import CHANGING
 from kvlib.engine.cache import SlotCache, cache_shape
-from kvlib.kernels.append import append
+from kvlib.engine.linear import Int8Linear, Linear, adjacent, alone, fuse
+from kvlib.kernels.append import append, rotated_heads
 from kvlib.kernels.attention import decode_attention
 from kvlib.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
 from kvlib.policies.base import MASS, Policy
@@ -29,24 +28,6 @@ PLAIN = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RECORDS = "transformers.utils.output_capturing"
 """Where the hooks come from that transformers leaves on a model once asked for its hidden states: they only read."""
-PACKED_FROM = 2**20
-"""Bytes of a weight. Smaller ones stay in the CPU's cache, and a step gains nothing from packing them."""
-PACKS = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-"""Where packing was measured; elsewhere oneDNN's float32 products may be no faster, or missing."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """weight `[outputs, inputs]`, bias `[outputs]` or None; packed: the weight as oneDNN reads it fastest, or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    packed: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 @dataclass(frozen=True)
@@ -54,13 +35,13 @@ class Layer:
     """qkv yields query, key and value heads in this order; gate_up yields gate and up. q_norm, k_norm: Qwen3 only."""
 
     attention_norm: Tensor
-    qkv: Linear
+    qkv: Linear | Int8Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Linear
+    output: Linear | Int8Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | Int8Linear
+    down: Linear | Int8Linear
 
     products: ClassVar = ("qkv", "output", "gate_up", "down")
 
@@ -81,54 +62,6 @@ class Layer:
         )
 
 
-def fuse(*linears: nn.Linear) -> Linear:
-    """The linears of one input as one, sharing storage with them. A second call finds what the first one made.
-
-    A packed copy is of the weights as they are now; it is kept on the first linear, for all decoders of the model.
-    """
-    bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
-    weight = _joined([linear.weight for linear in linears])
-    return Linear(weight, bias, _packed(weight, linears))
-
-
-def _packed(weight: Tensor, linears: Sequence[nn.Linear]) -> Tensor | None:
-    """A copy in oneDNN's blocked layout, where it pays: products of a few rows then take half the time."""
-    if not PACKS or weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.nbytes < PACKED_FROM:
-        return None
-    made_of = weight.data_ptr(), weight.shape, [linear.weight._version for linear in linears]
-    kept = getattr(linears[0], "packed", None)
-    if kept is None or kept[0] != made_of:
-        kept = linears[0].packed = made_of, torch.ops.mkldnn._reorder_linear_weight(weight)
-    return kept[1]
-
-
-def _joined(parts: list[nn.Parameter]) -> Tensor:
-    """The parameters as slices, along their first dimension, of the tensor returned."""
-    if not _adjacent(parts):
-        with torch.inference_mode(False), torch.no_grad():  # of inference tensors no gradient could be taken again
-            joined = torch.cat([part.detach() for part in parts])
-            for part, own in zip(parts, joined.split([len(part) for part in parts]), strict=True):
-                part.data = own
-    first = parts[0]
-    size = (sum(map(len, parts)), *first.shape[1:])
-    return first.detach().as_strided(size, first.stride(), first.storage_offset())
-
-
-def _adjacent(parts: list[nn.Parameter]) -> bool:
-    """Whether they follow one another in one storage."""
-    first, start = parts[0], parts[0].storage_offset()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.storage_offset() != start or not part.is_contiguous():
-            return False
-        start += part.numel()
-    return True
-
-
-def _alone(part: nn.Parameter) -> bool:
-    return part.untyped_storage().nbytes() <= part.nbytes
-
-
 def why_not_fast(model: nn.Module) -> str | None:
     """What keeps a model from the fast step, which reads weights instead of calling modules; None for a plain model."""
     if type(model) not in PLAIN:
@@ -144,7 +77,7 @@ def why_not_fast(model: nn.Module) -> str | None:
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "all modules have a hook"
-    own = (nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
+    own = (nn.Linear, Int8Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
     for name, module in model.named_modules():
         if getattr(module, "variance_epsilon", config.rms_norm_eps) != config.rms_norm_eps:
             return f"its module {name} has an epsilon of its own"
@@ -167,7 +100,7 @@ def why_not_fast(model: nn.Module) -> str | None:
             if len(biases) not in (0, len(linears)):
                 return "its projections differ in whether they have a bias"
             for parts in ([linear.weight for linear in linears], biases):
-                if parts and not _adjacent(parts) and not all(map(_alone, parts)):
+                if parts and not adjacent(parts) and not all(map(alone, parts)):
                     return "its weights share a storage, of which a part cannot be moved"
     return None
 
@@ -198,10 +131,10 @@ class FastModel:
         self.scaling = base.layers[0].self_attn.scaling
         self.inv_freq = base.rotary_emb.inv_freq
         self.n_query_heads, self.eps = config.num_attention_heads, config.rms_norm_eps
-        linears = [module for module in model.modules() if type(module) is nn.Linear]
-        parts = [part for linear in linears for part in (linear.weight, linear.bias) if part is not None]
+        linears = [module for module in model.modules() if type(module) in (nn.Linear, Int8Linear)]
+        parts = [part for linear in linears for part in linear.parameters()]
         with CHANGING:
-            self.alone = list(filter(_alone, parts))
+            self.alone = list(filter(alone, parts))
             self.unpacked = [one for one in linears if "packed" not in vars(one)]
             try:
                 self.layers = [Layer.of(layer) for layer in base.layers]
@@ -213,8 +146,24 @@ class FastModel:
 
     def prefill(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Read one unpadded prompt `[P]` into `row`: hidden states `[P, d]`, as in `step`, and last logits `[V]`."""
-        self.cache.begin(row, len(ids))
-        hidden = observe_trace(self.model, ids, partial(self.cache.store_prompt, row))
+        cache, n_kv_heads = self.cache, self.cache.shape.n_kv_heads
+        cache.begin(row, len(ids))
+        x = self.base.embed_tokens(ids)
+        cos, sin = (table[0] for table in self.base.rotary_emb(x, torch.arange(len(ids), device=ids.device)[None]))
+
+        def attend(i: int, layer: Layer, qkv: Tensor) -> Tensor:
+            heads = qkv.unflatten(-1, (self.n_query_heads + 2 * n_kv_heads, -1))
+            rotated = rotated_heads(
+                heads, cos, sin, self.n_query_heads, n_kv_heads, layer.q_norm, layer.k_norm, self.eps
+            )
+            rotated, value = rotated.transpose(0, 1), heads[:, -n_kv_heads:].transpose(0, 1)
+            query, key = rotated.split((self.n_query_heads, n_kv_heads))
+            cache.store_prompt(row, i, query, key, value, self.scaling)
+            whole = query[None], key[None], value[None]
+            out = F.scaled_dot_product_attention(*whole, is_causal=True, scale=self.scaling, enable_gqa=True)
+            return out[0].transpose(0, 1)
+
+        hidden = self._through_layers(x, attend)
         return hidden, self.head(hidden[-1:])[0]
 
     def step(self, tokens: Tensor, positions: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
@@ -229,14 +178,11 @@ class FastModel:
         x = self.base.embed_tokens(tokens)
         cos, sin = (table[:, 0] for table in self.base.rotary_emb(x, positions[:, None]))
         masses, rings = cache.state.get(MASS), cache.ring if cache.shape.n_queries else None
-        y = None
-        for i, (layer, keys, values) in enumerate(zip(self.layers, cache.layer_keys, cache.layer_values, strict=True)):
-            if y is None:
-                normed = rms_norm(x, layer.attention_norm, self.eps)
-            else:
-                normed, x = add_rms_norm(y, x, layer.attention_norm, self.eps)
+
+        def attend(i: int, layer: Layer, qkv: Tensor) -> Tensor:
+            keys, values = cache.layer_keys[i], cache.layer_values[i]
             query = append(
-                layer.qkv(normed),
+                qkv,
                 cos,
                 sin,
                 keys,
@@ -250,11 +196,26 @@ class FastModel:
                 ring=None if rings is None else rings.select(0, i),
             )
             mass = None if masses is None else masses.select(0, i)
-            attended = decode_attention(query, keys, values, lengths, self.scaling, n_max, mass)
+            return decode_attention(query, keys, values, lengths, self.scaling, n_max, mass)
+
+        hidden = self._through_layers(x, attend)
+        return hidden, self.head(hidden)
+
+    def _through_layers(self, x: Tensor, attend: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
+        """Hidden states `[T, d]` (after the final norm) of embedded tokens `[T, d]`.
+
+        attend(i, layer, qkv `[T, (HQ + 2H) D]`): the attention of layer i `[T, HQ, D]`.
+        """
+        y = None
+        for i, layer in enumerate(self.layers):
+            if y is None:
+                normed = rms_norm(x, layer.attention_norm, self.eps)
+            else:
+                normed, x = add_rms_norm(y, x, layer.attention_norm, self.eps)
+            attended = attend(i, layer, layer.qkv(normed))
             normed, x = add_rms_norm(layer.output(attended.flatten(1)), x, layer.mlp_norm, self.eps)
             y = layer.down(silu_mul(layer.gate_up(normed)))
-        hidden = add_rms_norm(y, x, self.base.norm.weight, self.eps)[0]
-        return hidden, self.head(hidden)
+        return add_rms_norm(y, x, self.base.norm.weight, self.eps)[0]
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by kind of layer."""
@@ -267,5 +228,5 @@ class FastModel:
             for linear in self.unpacked:
                 vars(linear).pop("packed", None)
             for part in self.alone:
-                if not _alone(part):
+                if not alone(part):
                     part.data = part.data.clone()

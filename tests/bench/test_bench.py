@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kvlib.bench import __main__ as command
 from kvlib.bench import arms, gate, measure, shapes
-from kvlib.engine import fast
+from kvlib.engine import fast, linear
 from kvlib.errors import ConfigError
 
 SIZES = shapes.Sizes(torch.float32, 2, 24, 16, 40, 8)
@@ -79,9 +79,9 @@ def test_all_arms_decode_the_same_tokens_where_nothing_is_evicted(record, subjec
     assert all(torch.equal(output, outputs["full"]) for output in outputs.values())
 
 
-@pytest.mark.skipif(not fast.PACKS, reason="nothing is packed on this machine")
+@pytest.mark.skipif(not linear.PACKS, reason="nothing is packed on this machine")
 def test_the_unpacked_arm_lacks_the_packing_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(fast, "PACKED_FROM", 0)
+    monkeypatch.setattr(linear, "PACKED_FROM", 0)
     subject, tokens = shapes.load_subject("tiny", SIZES, "cpu"), {}
     for name in ("full", "full-unpacked", "knorm-unpacked@36"):
         arm = arms.build_arm(name, subject, SIZES, None, Path())

@@ -5,9 +5,9 @@ import torch
 from conftest import as_requests, decode, prompts, small_policy
 from torch import nn
 
-from kvlib.engine import fast
+from kvlib.engine import linear
 from kvlib.engine.decoder import Decoder, Request, decoder_for
-from kvlib.engine.fast import fuse
+from kvlib.engine.linear import fuse
 from kvlib.engine.sampling import Sampling
 from kvlib.invariants import random_model
 from kvlib.models import FAMILIES
@@ -28,11 +28,11 @@ def test_fused_weights_are_the_models_own_storage():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_product_is_the_product(bias, monkeypatch):
-    monkeypatch.setattr(fast, "PACKED_FROM", 0)
+    monkeypatch.setattr(linear, "PACKED_FROM", 0)
     torch.manual_seed(0)
     linears = [nn.Linear(37, n, bias=bias) for n in (64, 5, 1)]
     packed = fuse(*linears)
-    assert (packed.packed is not None) == fast.PACKS
+    assert (packed.packed is not None) == linear.PACKS
     for n_rows in (1, 3, 8, 64):
         x = torch.randn(n_rows, 37)
         expected = torch.cat([linear(x) for linear in linears], -1)
@@ -41,19 +41,19 @@ def test_a_packed_product_is_the_product(bias, monkeypatch):
 
 def test_only_large_float32_weights_on_a_cpu_that_can_are_packed(monkeypatch):
     """A small weight would gain nothing, and another order of sums would change what was measured with it."""
-    large = nn.Linear(512, fast.PACKED_FROM // 2048)
-    assert fuse(nn.Linear(512, fast.PACKED_FROM // 2048 - 1)).packed is None
-    assert (fuse(large).packed is not None) == fast.PACKS
-    assert fuse(nn.Linear(512, fast.PACKED_FROM // 2048, device="meta")).packed is None
-    monkeypatch.setattr(fast, "PACKS", False)
+    large = nn.Linear(512, linear.PACKED_FROM // 2048)
+    assert fuse(nn.Linear(512, linear.PACKED_FROM // 2048 - 1)).packed is None
+    assert (fuse(large).packed is not None) == linear.PACKS
+    assert fuse(nn.Linear(512, linear.PACKED_FROM // 2048, device="meta")).packed is None
+    monkeypatch.setattr(linear, "PACKS", False)
     assert fuse(large).packed is None
     monkeypatch.undo()
     assert fuse(large.bfloat16()).packed is None and fuse(large.double()).packed is None
 
 
-@pytest.mark.skipif(not fast.PACKS, reason="nothing is packed on this machine")
+@pytest.mark.skipif(not linear.PACKS, reason="nothing is packed on this machine")
 def test_a_model_is_packed_once_and_again_when_its_weights_change(monkeypatch):
-    monkeypatch.setattr(fast, "PACKED_FROM", 0)
+    monkeypatch.setattr(linear, "PACKED_FROM", 0)
     linears = [nn.Linear(6, n, bias=False) for n in (4, 2)]
     packed = fuse(*linears).packed
     assert fuse(*linears).packed is packed
@@ -75,9 +75,9 @@ def test_a_step_over_packed_weights_is_the_same_step(monkeypatch):
         return made
 
     plain = decoder()
-    monkeypatch.setattr(fast, "PACKED_FROM", 0)
+    monkeypatch.setattr(linear, "PACKED_FROM", 0)
     packed = decoder()
-    assert (packed.model.head.packed is not None) == fast.PACKS
+    assert (packed.model.head.packed is not None) == linear.PACKS
     for _ in range(8):
         packed.token.copy_(plain.token)
         plain.step()
