@@ -5,6 +5,11 @@ from torch import Tensor
 
 from kvlib.kernels.noise import gumbel
 
+HIGHEST = 22.9
+"""Above any Gumbel noise: of 32 random bits, it ends at 33 ln 2."""
+FEW = 4096
+"""Logits a row. Of more, nearly all are too far below the largest to be drawn, and are not looked at one by one."""
+
 
 def sample(logits: Tensor, request: Tensor, step: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """Draw ids `[B]` int64 from logits `[B, V]`; request and step `[B]` int64 key the noise, nothing else changes it.
@@ -22,14 +27,30 @@ def sample(logits: Tensor, request: Tensor, step: Tensor, temperature: float, to
         if 0 < top_k <= LARGEST_TOP_K or (not top_k and top_p == 1):
             return sample_ids(logits, request, step, temperature, top_p, top_k)
     V = logits.shape[-1]
+    if V > FEW and not top_k and top_p == 1:
+        return _within_reach(logits, request, step, temperature)
+    ids = torch.arange(V, device=logits.device).expand_as(logits)
+    mass = (logits.double() / temperature).logsumexp(-1, keepdim=True) if top_p < 1 and not top_k else None
     if top_k or top_p < 1:
-        logits, ids = logits.topk(min(top_k or V, V), -1)
-    else:
-        ids = torch.arange(V, device=logits.device).expand_as(logits)
+        whole = logits
+        logits, ids = whole.topk(min(top_k or FEW, V), -1)
+        if mass is not None and ((logits.double() / temperature - mass).exp().sum(-1) < top_p).any():
+            logits, ids = whole.sort(-1, descending=True)
     logits = logits.double() / temperature
     if top_p < 1:
-        probabilities = logits.softmax(-1)
+        probabilities = (logits - (logits.logsumexp(-1, keepdim=True) if mass is None else mass)).exp()
         above = probabilities.cumsum(-1) - probabilities
         logits = logits.masked_fill(above >= top_p, -torch.inf)
     winner = (logits + gumbel(request[:, None], step[:, None], ids)).argmax(-1, keepdim=True)
     return ids.gather(-1, winner)[:, 0]
+
+
+def _within_reach(logits: Tensor, request: Tensor, step: Tensor, temperature: float) -> Tensor:
+    """What `sample` draws without filters, of the logits alone that the highest noise could bring to the top."""
+    top, first = logits.max(-1)
+    reached = top + temperature * gumbel(request, step, first)
+    rows, ids = (logits >= (reached - temperature * HIGHEST)[:, None]).nonzero(as_tuple=True)
+    noisy = logits[rows, ids].double() / temperature + gumbel(request[rows], step[rows], ids)
+    best = noisy.new_full((len(logits),), -torch.inf).scatter_reduce(0, rows, noisy, "amax")
+    won = noisy == best[rows]
+    return torch.zeros_like(first).scatter_reduce(0, rows[won], ids[won], "amin", include_self=False)

@@ -1,5 +1,7 @@
 """Sampling has transformers' support and probabilities, and noise that only its key decides."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,8 @@ from transformers.generation.logits_process import (
 
 from kvlib.engine import noise
 from kvlib.engine.sampling import Sampling
-from kvlib.kernels.noise import gumbel, uniform
+from kvlib.kernels.noise import MASK, gumbel, uniform
+from kvlib.kernels.sampler import FEW, HIGHEST
 
 
 @pytest.mark.parametrize(
@@ -47,11 +50,12 @@ def in_float64(sampling: Sampling, logits, request, step):
     return ids.gather(-1, winner)[:, 0]
 
 
+@pytest.mark.parametrize(("n", "V"), [(400, 700), (12, 2 * FEW)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [(0.6, 0.95, 20), (0.6, 0.95, 0), (1.3, 1.0, 3), (0.6, 1.0, 0), (3.0, 1.0, 0)])
-def test_draws_are_those_of_float64_token_for_token_ties_included(settings, dtype):
-    draw, n = torch.Generator().manual_seed(7), 400
-    logits = (torch.randn(n, 700, generator=draw) * 3).to(dtype)
+def test_draws_are_those_of_float64_token_for_token_ties_included(settings, dtype, n, V):
+    draw = torch.Generator().manual_seed(7)
+    logits = (torch.randn(n, V, generator=draw) * 3).to(dtype)
     logits[n // 2 :] = (logits[n // 2 :] * 2).round() / 2  # many equals
     request, step = torch.randint(0, 2**32, (n,), generator=draw), torch.arange(n)
     expected = in_float64(Sampling(*settings), logits, request, step)
@@ -91,3 +95,16 @@ def test_noise_keys_tell_their_parts_apart():
     keys = {noise.key(seed, f"chain-a/{i}", sample) for seed in range(5) for i in range(200) for sample in range(4)}
     assert len(keys) == 5 * 200 * 4
     assert noise.key("a", "bc") != noise.key("ab", "c")
+
+
+def test_no_noise_is_above_the_bound_by_which_logits_are_left_out():
+    assert -math.log(-math.log((MASK + 0.5) / 2**32)) < HIGHEST
+    drawn = gumbel(torch.arange(2_000_000))
+    assert drawn.max() < HIGHEST
+
+
+def test_logits_that_are_no_numbers_draw_an_id_of_the_vocabulary():
+    """The engine says so two steps later; the embedding must not fail first."""
+    logits = torch.full((2, 2 * FEW), float("nan"))
+    ids = Sampling(0.6, 1.0, 0)(logits, torch.arange(2), torch.zeros(2, dtype=torch.long))
+    assert ((ids >= 0) & (ids < 2 * FEW)).all()
