@@ -134,9 +134,13 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
             checkpoint=work / "training.safetensors",
             mark=fingerprint({"traces": mark, "profile": asdict(profile)}),
         )
+        stored = head
+        if profile.dtype != "float32":  # half the file, and no less than what its features are told in
+            stored = head.bfloat16()
+            head = ImportanceHead.of(stored.state_dict(), stored.shape).to(profile.device)
         held_out = evaluate_head(head, data[n_train:], profile.device)
         path = save_fitted(
-            "predictor", head, out, reasoner.sha256, held_out=asdict(held_out), profile=name, settings=asdict(profile),
+            "predictor", stored, out, reasoner.sha256, held_out=asdict(held_out), profile=name, settings=asdict(profile),
             n_traces=n_train, seed=profile.seed,
         )  # fmt: skip
     print(

@@ -94,5 +94,5 @@ def test_int8_is_refused_where_it_cannot_be_had(monkeypatch):
     with pytest.raises(ConfigError, match="bfloat16"):
         kvlib.load_model("tiny", "int8", "cuda")
     monkeypatch.setattr(linear, "PACKS", False)
-    with pytest.raises(ConfigError, match="x86.*float32"):
+    with pytest.raises(ConfigError, match=r"x86.*float32"):
         kvlib.load_model("tiny", "int8")
