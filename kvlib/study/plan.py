@@ -14,7 +14,7 @@ from kvlib.cost import SHAPES, Step, kv_bytes, minimum_bytes, model_bytes
 from kvlib.errors import ConfigError
 from kvlib.tasks.datasets import dataset_title
 
-ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2}
+ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "int8": 4}  # of the last, the cache; weights take less
 WORKSPACE_GB = 5
 """GPU memory beside weights and cache: the CUDA context, activations, logits, and a round, which of the policies that
 look at keys holds up to 3.3 GB at R1-Llama's shape and 5,000 slots, whatever the batch (counted in tests/bench)."""

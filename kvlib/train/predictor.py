@@ -140,8 +140,8 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
             head = ImportanceHead.of(stored.state_dict(), stored.shape).to(profile.device)
         held_out = evaluate_head(head, data[n_train:], profile.device)
         path = save_fitted(
-            "predictor", stored, out, reasoner.sha256, held_out=asdict(held_out), profile=name, settings=asdict(profile),
-            n_traces=n_train, seed=profile.seed,
+            "predictor", stored, out, reasoner.sha256, held_out=asdict(held_out), profile=name,
+            settings=asdict(profile), n_traces=n_train, seed=profile.seed,
         )  # fmt: skip
     print(
         f"held out, {held_out.n_traces} traces: rank correlation {held_out.spearman:.3f}, recall of the true top 20 % "
