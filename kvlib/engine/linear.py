@@ -96,10 +96,13 @@ def fuse(*linears: nn.Linear | Int8Linear) -> Linear | Int8Linear:
 
 
 def _fused_int8(linears: Sequence[Int8Linear]) -> Int8Linear:
+    """One layer of all; the separate ones become slices of it."""
     first = linears[0]
     if len(linears) > 1 and not hasattr(first, "packed"):
         held = [[getattr(linear, name) for linear in linears] for name in ("weight", "scale", "bias")]
         first.packed = None, Int8Linear(*(None if parts[0] is None else torch.cat(parts) for parts in held))
+        for linear, own in zip(linears, first.packed[1].weight.split([len(part) for part in held[0]]), strict=True):
+            linear.weight = own
     return first if len(linears) == 1 else first.packed[1]
 
 
