@@ -132,7 +132,8 @@ class Cell:
         """Its folder inside its study."""
         budget = "full" if self.config.kv_budget is None else f"b{self.config.kv_budget}"
         arm = f"{folder_name(self.arm)}{'+prompt' if self.protected else ''}"
-        return f"{folder_name(self.config.model)}/{self.config.dataset}/{arm}/{budget}/s{self.config.seed}"
+        dataset = folder_name(self.config.dataset)
+        return f"{folder_name(self.config.model)}/{dataset}/{arm}/{budget}/s{self.config.seed}"
 
 
 @dataclass(frozen=True)
