@@ -75,16 +75,13 @@ def write_problems(path: Path, tokenizer) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def kvlib_study(folder: Path, command: str) -> float:
+def kvlib_study(folder: Path, *command: str) -> float:
     """Run a command of kvlib.study on the grid; its seconds. Ends this process if it failed."""
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "kvlib.study", command, "--grid", "grid.yml", "--jobs", "1"][: 8 if command == "charts" else 6],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    python = [sys.executable, "-m", "kvlib.study", *command, "--grid", "grid.yml"]
+    done = subprocess.run(python, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
     if done.returncode:
-        sys.exit(f"kvlib.study {command} failed with {done.returncode}")
+        sys.exit(f"kvlib.study {command[0]} failed with {done.returncode}")
     return time.monotonic() - started
 
 
@@ -134,7 +131,7 @@ threads: {os.cpu_count()}
     for notebook in ("30_run.ipynb", "40_charts.ipynb"):
         (folder / notebook).write_bytes((ROOT / "notebooks" / notebook).read_bytes())
     kvlib_study(folder, "plan")
-    seconds = kvlib_study(folder, "charts")
+    seconds = kvlib_study(folder, "charts", "--jobs", "1")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     records = load_records(folder / "runs")
     weights_bytes = sum(file.stat().st_size for file in weights.glob("*.safetensors"))

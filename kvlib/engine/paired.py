@@ -14,8 +14,6 @@ from kvlib.engine.decoder import Decoder, Request
 
 WINDOW = 12
 """Steps of a turn: some tens of milliseconds of a small model, in which a machine's mood hardly changes."""
-SMALL = 2**26
-"""Bytes of weights up to which a CPU times one thread by its own processor time, which other processes cannot take."""
 
 
 class Arm:

@@ -20,7 +20,7 @@ from kvlib import cost
 from kvlib.cell import build_decoder, prepare
 from kvlib.config import Cell, Grid, RunConfig, load_grid
 from kvlib.engine.meter import Meter
-from kvlib.engine.paired import SMALL, Arm, fill, order_of, take_turns, timed, useful_tokens, windows_of
+from kvlib.engine.paired import Arm, fill, order_of, take_turns, timed, useful_tokens, windows_of
 from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.models import Reasoner, load_reasoner
@@ -85,8 +85,8 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
 
     A round starts all arms afresh; on a CPU they stand side by side and advance in windows of a dozen steps in a
     balanced order, on CUDA, which is leased whole and may not hold all caches at once, one after the other. The full
-    cache (the largest budget, in a grid without) is the reference, and the control is a second one. A model of up to
-    SMALL bytes is timed on one thread, by its own processor time; a larger one, or CUDA, by wall time.
+    cache (the largest budget, in a grid without) is the reference, and the control is a second one. Cells of one
+    thread are timed by that thread's processor time, which other processes cannot take; others, and CUDA, by wall time.
 
     Publishes and returns a record. Per budget and definition: median, low, high and every repeat, in tokens/s. steps is
     the reference's level, of the median of the quieter half of the rounds, times the ratio of its pairs with the
@@ -102,7 +102,8 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
         prepare(cell)
     reasoner = load_reasoner(cells[0].model, cells[0].dtype, cells[0].device)
     on_cuda = reasoner.model.device.type == "cuda"
-    one_thread, clock = clock_for(reasoner)
+    n_threads, one_thread = cells[0].threads, cells[0].threads == 1 and not on_cuda
+    clock = clock_of(one_thread)
     names = {cell.cell_path: cell for cell in cells}
     reference = max(cells, key=lambda cell: (cell.kv_budget is None, cell.kv_budget or 0))
     names[CONTROL] = reference
@@ -113,21 +114,22 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
         return arm
 
     found: dict[str, list[Round]] = {name: [] for name in names}
-    with threads(1 if one_thread else torch.get_num_threads()):
-        side_by_side = None if on_cuda else {name: build(name) for name in names}
+    with threads(n_threads):
         started = time.monotonic()
         for number in range(repeats):
-            if side_by_side:
+            order = order_of(list(names), number)
+            if not on_cuda:
+                side_by_side = {name: build(name) for name in order}
                 each = one_round(side_by_side, windows_of(n_steps), number, reasoner, clock)
+                del side_by_side  # before the next: where in memory an arm lies is worth some percent
             else:
                 each = {}
-                for name in order_of(list(names), number):
+                for name in order:
                     each |= one_round({name: build(name)}, [n_steps], number, reasoner, clock)
             for name, its in each.items():
                 found[name].append(its)
             left = (time.monotonic() - started) / (number + 1) * (repeats - number - 1)
             print(f"timing {dataset}: round {number + 1} of {repeats}, about {cost.clock(left)} left", flush=True)
-        n_threads = torch.get_num_threads()
     control = ratio_of(found[CONTROL], found[reference.cell_path])
     again = [python(), "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
     command = shlex.join([*again, "--seed", str(seed), "--folder", str(Path(folder).absolute())])
@@ -155,11 +157,8 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     )
 
 
-def clock_for(reasoner: Reasoner) -> tuple[bool, Callable[[], float]]:
-    """Whether one thread is to be timed, and by what clock: a small model on a CPU by that thread's processor time."""
-    n_bytes = sum(parameter.nbytes for parameter in reasoner.model.parameters())
-    one_thread = reasoner.model.device.type == "cpu" and n_bytes <= SMALL
-    return one_thread, time.thread_time if one_thread else time.perf_counter
+def clock_of(one_thread: bool) -> Callable[[], float]:
+    return time.thread_time if one_thread else time.perf_counter
 
 
 def arm_of(config: RunConfig, reasoner: Reasoner, batch_size: int, n_steps: int, clock: Callable[[], float]) -> Arm:
@@ -250,11 +249,12 @@ def measure_costs(cells: Sequence[Cell], results: Path) -> None:
     """
     configs = costed_cells(cells)
     config = next(config for arm, config in configs.items() if arm != "full")
-    reasoner = load_reasoner(config.model)
-    one_thread, clock = clock_for(reasoner)
+    reasoner = load_reasoner(config.model, config.dtype, config.device)
+    n_threads, one_thread = config.threads, config.threads == 1 and config.device == "cpu"
+    clock = clock_of(one_thread)
     n_steps = config.kv_budget + (COST_REPEATS + 1) * COST_STEPS
     measured: dict[str, list[tuple[float, float | None]]] = {arm: [] for arm in configs}
-    with threads(1 if one_thread else torch.get_num_threads()):
+    with threads(n_threads):
         arms = {}
         for name, its in configs.items():
             arms[name] = arm_of(dataclasses.replace(its, n_problems=COST_ROWS), reasoner, COST_ROWS, n_steps, clock)
@@ -269,7 +269,6 @@ def measure_costs(cells: Sequence[Cell], results: Path) -> None:
                 rounds = n_rounds(arm) - rounds
                 measured[name].append((1e6 * step, 1e6 * (now["evict"] - then["evict"]) / rounds if rounds else None))
             print(f"repeat {repeat} of {COST_REPEATS}", flush=True)
-        n_threads = torch.get_num_threads()
     rows = []
     for arm, values in measured.items():
         row = {"arm": arm}
