@@ -8,18 +8,20 @@ import itertools
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import trange
 
 from kvlib.cell import build_decoder, requests_of
 from kvlib.config import RunConfig
 from kvlib.engine import noise
 from kvlib.engine.attention import causal_mask, observe_trace
-from kvlib.engine.decoder import Request, completions, decoder_for
+from kvlib.engine.decoder import Decoder, Request, completions, decoder_for
 from kvlib.errors import ConfigError
 from kvlib.kernels.attention import attention_probabilities
 from kvlib.models import Reasoner
@@ -84,17 +86,36 @@ def record_trace(reasoner: Reasoner, request: Request, tokens: Sequence[int]) ->
 
 
 class TeacherForcing:
-    """The `sampling` of a Decoder of one row that returns given tokens and notes what the model would have said."""
+    """The `sampling` of a Decoder that returns the recordings' tokens and notes what the model would have said.
 
-    def __init__(self, tokens: Tensor):
-        self.tokens = tokens
-        self.predicted = torch.zeros_like(tokens)
-        self.logprob = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    against: that of the full cache, whose rows stand in the same places and which was asked first; None: this is it.
+    predicted int64, logprob and divergence float64, agrees bool, `[B, T]`; see Replay.
+    """
+
+    def __init__(self, recordings: Sequence[Recording], against: "TeacherForcing | None" = None):
+        device, outputs = recordings[0].keys.device, [torch.tensor(recording.tokens) for recording in recordings]
+        self.keys = torch.tensor([recording.request.noise_key for recording in recordings], device=device)
+        self.tokens = nn.utils.rnn.pad_sequence(outputs, batch_first=True).to(device)
+        self.predicted = torch.zeros_like(self.tokens)
+        self.agrees = torch.ones_like(self.tokens, dtype=torch.bool)
+        self.logprob = torch.zeros_like(self.tokens, dtype=torch.float64)
+        self.divergence = torch.zeros_like(self.logprob)
+        self.against, self.said = against, torch.zeros(0, device=device)
 
     def __call__(self, logits: Tensor, request: Tensor, step: Tensor) -> Tensor:
-        token = self.tokens[step]
-        self.predicted[step] = logits.argmax(-1)
-        self.logprob[step] = wide(logits).log_softmax(-1).gather(-1, token[:, None])[:, 0].double()
+        row = (request[:, None] == self.keys).int().argmax(1)
+        token, said = self.tokens[row, step], wide(logits).log_softmax(-1)
+        self.predicted[row, step] = said.argmax(-1)
+        self.logprob[row, step] = said.gather(-1, token[:, None])[:, 0].double()
+        if self.against:
+            full = self.against
+            theirs = (self.keys[row, None] == full.keys).int().argmax(1)
+            self.agrees[row, step] = said.argmax(-1) == full.predicted[theirs, step]
+            expected = full.said[theirs]
+            self.divergence[row, step] = (expected.exp() * (expected - said)).sum(-1).double()
+        else:
+            self.said = self.said if len(self.said) else said.new_zeros(len(self.keys), said.shape[-1])
+            self.said[row] = said
         return token
 
 
@@ -102,16 +123,18 @@ class TeacherForcing:
 class Replay:
     """A recording of n output tokens read under one policy.
 
-    predicted int64 `[n]`: the model's argmax in place of each output token; logprob `[n]`: that of the recorded token,
-    in nats; kept: as Completion.kept. rounds has one row per round that queries follow, and row 0 for the time before
-    the first: round, n_seen (tokens so far), n_queries (until the next round), recall (attention_recall) and error
-    (output_error).
+    predicted int64 `[n]`: the model's argmax in place of each output token; agrees bool `[n]`: whether the full cache's
+    is the same; logprob `[n]`: that of the recorded token, in nats; divergence `[n]`: KL from the full cache's
+    distribution of the next token, in nats; kept: as Completion.kept. rounds has one row per round that queries follow,
+    and row 0 for the time before the first: round, n_seen (tokens so far), n_queries (until the next round), recall
+    (attention_recall) and error (output_error).
     """
 
     recording: Recording
-    kv_budget: int | None
     predicted: Tensor
+    agrees: Tensor
     logprob: Tensor
+    divergence: Tensor
     kept: tuple[tuple[int, Kept], ...]
     rounds: pd.DataFrame
 
@@ -120,66 +143,68 @@ class Replay:
         """The share of the output's tokens that the model would have said."""
         return (self.predicted == torch.tensor(self.recording.tokens).to(self.predicted)).double().mean().item()
 
-    @property
-    def recall(self) -> float:
-        """Mean over the queries of the output; 1 before the first round."""
-        return self._mean("recall")
-
-    @property
-    def error(self) -> float:
-        """Mean over the queries of the output; 0 before the first round."""
-        return self._mean("error")
-
-    def _mean(self, column: str) -> float:
+    def mean(self, column: str) -> float:
+        """Of recall or error, over the queries of the output, of which there must be one; else NaN."""
         n = self.rounds["n_queries"].sum()
         return float((self.rounds[column] * self.rounds["n_queries"]).sum() / n) if n else math.nan
 
 
-def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording: Recording) -> Replay:
-    """Drive the decoder over the recorded tokens under this policy; kv_budget None exactly if it never evicts.
+Replays = Mapping[tuple[str, int | None], Sequence[Replay]]
+"""Replays of the same recordings by (arm, KV budget); an arm is a policy with its settings."""
 
+
+def replay(
+    reasoner: Reasoner,
+    policies: Mapping[str, Policy | Callable[[Recording], Policy]],
+    kv_budgets: Sequence[int | None],
+    recordings: Sequence[Recording],
+) -> Replays:
+    """The recordings read by the full cache ("full", None), and under every policy at each budget, side by side.
+
+    All decoders go through the same tokens in step. A policy that is a function of the recording reads each alone.
     Raises ConfigError where the decoder does: a prompt, or what is protected, that does not fit into the budget.
     """
-    n = len(recording.tokens)
-    device = next(reasoner.model.parameters()).device
-    forcing = TeacherForcing(torch.tensor(recording.tokens, device=device))
-    decoder = decoder_for(
-        reasoner.model,
-        policy,
-        kv_budget,
-        [recording.request],
-        max_new_tokens=n,
-        sampling=forcing,
-        answer_id=reasoner.answer_id,
-        trace=True,
-    )
-    decoder.admit(0, recording.request)
-    for _ in range(n - 1):
-        decoder.step()
-    ((_, completion),) = decoder.finished()
-    rounds = _fidelity_by_round(recording, completion.kept)
-    return Replay(recording, kv_budget, forcing.predicted, forcing.logprob, completion.kept, rounds)
+    reference = TeacherForcing(recordings)
+    reads = [("full", None, Full(), recordings, reference)]
+    for kv_budget, (name, policy) in itertools.product(kv_budgets, policies.items()):
+        if isinstance(policy, Policy):
+            reads.append((name, kv_budget, policy, recordings, TeacherForcing(recordings, reference)))
+        else:
+            alone = ([recording] for recording in recordings)
+            reads += [(name, kv_budget, policy(one[0]), one, TeacherForcing(one, reference)) for one in alone]
+    with ExitStack() as stack:
+        decoders = []
+        for _, kv_budget, policy, group, forcing in reads:
+            settings = {"max_new_tokens": forcing.tokens.shape[1], "answer_id": reasoner.answer_id, "trace": True}
+            requests = [recording.request for recording in group]
+            decoders.append(decoder_for(reasoner.model, policy, kv_budget, requests, sampling=forcing, **settings))
+            stack.callback(decoders[-1].close)
+            for row, request in enumerate(requests):
+                decoders[-1].admit(row, request)
+        for step in trange(1, reference.tokens.shape[1], desc="replay", unit="token", delay=3, mininterval=10):
+            for decoder in decoders:
+                if step < decoder.rows.max_new_tokens:
+                    decoder.step()
+        replays = defaultdict(list)
+        for (name, kv_budget, _, group, forcing), decoder in zip(reads, decoders, strict=True):
+            replays[name, kv_budget] += _replays(decoder, group, forcing)
+    return dict(replays)
 
 
-def replay_all(
-    reasoner: Reasoner, policies: Mapping[str, Policy], kv_budgets: Sequence[int], recordings: Sequence[Recording]
-) -> "Replays":
-    """Every recording under the full cache ("full"), and at each budget under every policy and "golden".
+def _replays(decoder: Decoder, group: Sequence[Recording], forcing: TeacherForcing) -> Iterator[Replay]:
+    """Of a decoder that went through all tokens of these recordings."""
+    n_tokens = {recording.request.id: len(recording.tokens) for recording in group}
+    done = dict(decoder.finished(lambda seen: {request.id: n_tokens[request.id] for request, _ in seen}))
+    for row, recording in enumerate(group):
+        noted = (forcing.predicted, forcing.agrees, forcing.logprob, forcing.divergence)
+        noted = [one[row, : len(recording.tokens)] for one in noted]
+        yield Replay(recording, *noted, done[row].kept, _fidelity_by_round(recording, done[row].kept))
 
-    golden keeps what the recording will attend to, under the protection and trigger of the first policy.
-    """
-    replays = {("full", None): [replay(reasoner, Full(), None, recording) for recording in recordings]}
-    first = next(iter(policies.values()))
-    common = {name: getattr(first, name) for name in ("n_sink", "n_recent", "buffer", "protect_prompt")}
-    for kv_budget in kv_budgets:
-        for arm, policy in policies.items():
-            replays[arm, kv_budget] = [replay(reasoner, policy, kv_budget, recording) for recording in recordings]
-        replays["golden", kv_budget] = [
-            replay(reasoner, Golden(attention=recording.attention, **common), kv_budget, recording)
-            for recording in recordings
-        ]
-        print(f"KV budget {kv_budget}: {len(recordings)} traces read under {len(policies) + 1} policies", flush=True)
-    return replays
+
+def golden_like(policy: Policy) -> Callable[[Recording], Policy]:
+    """Keep what the recording itself will attend to, under the protection and trigger of a policy."""
+    terms = {name: getattr(policy, name) for name in ("n_sink", "n_recent", "buffer", "protect_prompt")}
+    return lambda recording: Golden(attention=recording.attention, **terms)
 
 
 def record_outputs(reasoner: Reasoner, config: RunConfig, n: int) -> list[Recording]:
@@ -244,22 +269,27 @@ def output_error(recording: Recording, kept: Kept, n_seen: int, until: int) -> f
     return ((full - held).norm(dim=(-2, -1)) / full.norm(dim=(-2, -1))).mean().item()
 
 
-Replays = Mapping[tuple[str, int | None], Sequence[Replay]]
-"""Replays of the same recordings by (arm, KV budget); an arm is a policy with its settings."""
-
-
 def fidelity(replays: Replays) -> pd.DataFrame:
-    """One row per arm, budget and trace: arm, kv_budget, trace, recall, error, accuracy, logprob.
+    """One row per arm, budget and trace, which counts the arm's replays from 0.
 
-    trace counts the arm's replays from 0; recall, error and accuracy are shares; logprob is the mean over output
-    tokens, in nats.
+    recall, error, accuracy and agreement (with the full cache's argmax) are shares; logprob and divergence are means
+    over output tokens, in nats.
     """
-    rows = [
-        (arm, kv_budget, i, one.recall, one.error, one.accuracy, one.logprob.mean().item())
+    return pd.DataFrame(
+        {
+            "arm": arm,
+            "kv_budget": kv_budget,
+            "trace": i,
+            "recall": one.mean("recall"),
+            "error": one.mean("error"),
+            "accuracy": one.accuracy,
+            "agreement": one.agrees.double().mean().item(),
+            "logprob": one.logprob.mean().item(),
+            "divergence": one.divergence.mean().item(),
+        }
         for (arm, kv_budget), several in replays.items()
         for i, one in enumerate(several)
-    ]
-    return pd.DataFrame(rows, columns=["arm", "kv_budget", "trace", "recall", "error", "accuracy", "logprob"])
+    )
 
 
 def once_stated(words: Sequence[str], n_prompt: int) -> list[tuple[int, int]]:

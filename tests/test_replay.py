@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import prompts, small_policy
 
-from kvlib.engine.decoder import Request
+from kvlib.engine.decoder import Request, decoder_for
 from kvlib.errors import ConfigError
 from kvlib.models import Reasoner, load_reasoner
 from kvlib.policies.golden import Golden
@@ -17,6 +17,7 @@ from kvlib.replay import (
     fact_drills,
     fact_probe,
     fidelity,
+    golden_like,
     once_stated,
     output_error,
     record_trace,
@@ -31,6 +32,10 @@ def recorded(model):
     generator = torch.Generator().manual_seed(3)
     prompt, tokens = (torch.randint(0, 64, (n,), generator=generator).tolist() for n in (P, N))
     return reasoner, record_trace(reasoner, Request("r", tuple(prompt), 7), tokens)
+
+
+def one_replay(reasoner, policy, kv_budget, recording):
+    return replay(reasoner, {"arm": policy}, [kv_budget], [recording])["arm", kv_budget][0]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def test_a_recording_is_the_models_own_attention(any_model):
 @pytest.mark.parametrize("name, kv_budget", [("full", None), ("snapkv", P + N), ("random", P + N)])
 def test_without_eviction_nothing_is_lost_and_predictions_are_the_plain_forwards(any_model, name, kv_budget):
     reasoner, recording = recorded(any_model)
-    replayed = replay(reasoner, small_policy(name), kv_budget, recording)
+    replayed = one_replay(reasoner, small_policy(name), kv_budget, recording)
     any_model.set_attn_implementation("eager")
     logits = any_model(torch.tensor([recording.ids])).logits[0, P - 1 : -1]
     any_model.set_attn_implementation("kvlib")
@@ -67,13 +72,13 @@ def test_without_eviction_nothing_is_lost_and_predictions_are_the_plain_forwards
     # The eager attention takes its softmax in float32.
     expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(replayed.logprob, expected, rtol=1e-5, atol=1e-5)
-    assert replayed.recall == pytest.approx(1, abs=1e-6) and replayed.error == 0 and replayed.kept == ()
+    assert replayed.mean("recall") == pytest.approx(1, abs=1e-6) and replayed.mean("error") == 0 and replayed.kept == ()
     assert replayed.rounds["n_queries"].tolist() == [N - 1]
 
 
 def test_a_replay_keeps_what_the_policy_keeps_and_rounds_tile_the_output(qwen2_recording):
     reasoner, recording = qwen2_recording
-    replayed = replay(reasoner, small_policy("streaming", protect_prompt=True, buffer=4), 24, recording)
+    replayed = one_replay(reasoner, small_policy("streaming", protect_prompt=True, buffer=4), 24, recording)
     seen, kept = replayed.kept[0]
     assert seen == 25 and kept[0][0] == [*range(P), *range(25 - 11, 25)]
     rounds = replayed.rounds
@@ -127,15 +132,15 @@ def test_recall_and_error_equal_a_brute_force_loop(qwen2_recording, shape):
 def test_golden_reaches_at_least_the_attention_that_other_policies_reach(qwen2_recording, seed):
     reasoner, recording = qwen2_recording
     options = {"buffer": 6, "protect_prompt": True, "n_recent": 2}
-    golden = replay(reasoner, Golden(attention=recording.attention, **options), 24, recording)
+    golden = one_replay(reasoner, Golden(attention=recording.attention, **options), 24, recording)
     for name in ("random", "window", "snapkv"):
-        other = replay(reasoner, small_policy(name, **options), 24, recording)
+        other = one_replay(reasoner, small_policy(name, **options), 24, recording)
         assert [seen for seen, _ in other.kept] == [seen for seen, _ in golden.kept]
-        assert golden.recall >= other.recall, name
+        assert golden.mean("recall") >= other.mean("recall"), name
     # The bound itself: no keep set of the same size reaches more of what comes after the first round.
     seen = golden.kept[0][0]
     free = Golden(attention=recording.attention, buffer=6)
-    best = replay(reasoner, free, 24, recording).kept[0]
+    best = one_replay(reasoner, free, 24, recording).kept[0]
     generator = torch.Generator().manual_seed(seed)
     drawn = [[torch.randperm(seen, generator=generator)[: len(best[1][0][0])].tolist() for _ in range(2)]
              for _ in range(3)]  # fmt: skip
@@ -147,8 +152,52 @@ def test_golden_reaches_at_least_the_attention_that_other_policies_reach(qwen2_r
 
 def test_the_requests_noise_decides_random_eviction(qwen2_recording):
     reasoner, recording = qwen2_recording
-    again = [replay(reasoner, small_policy("random"), 24, recording).kept for _ in range(2)]
+    again = [one_replay(reasoner, small_policy("random"), 24, recording).kept for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_replays_side_by_side_are_those_alone_whatever_the_length(qwen2):
+    """Rows of unequal length, several arms, one that sees the recording: KL is 0 exactly where nothing was evicted."""
+    reasoner, generator = Reasoner(qwen2, None), torch.Generator().manual_seed(5)
+    recordings = []
+    for i, n in enumerate((40, 23, 31)):
+        tokens = torch.randint(0, 64, (n,), generator=generator).tolist()
+        recordings.append(record_trace(reasoner, Request(f"r{i}", tuple(prompts(3)[i]), 11 + i), tokens))
+    options = {"buffer": 6, "protect_prompt": True}
+    arms = {name: small_policy(name, **options) for name in ("random", "snapkv")}
+    arms["golden"] = golden_like(arms["random"])
+    together = replay(reasoner, arms, [24, 96], recordings)
+    assert set(together) == {("full", None), *((arm, budget) for arm in arms for budget in (24, 96))}
+    for (arm, budget), replays in together.items():
+        for recording, one in zip(recordings, replays, strict=True):
+            assert one.recording is recording and len(one.predicted) == len(recording.tokens)
+            if arm == "full" or budget == 96:
+                assert one.agrees.all() and one.divergence.abs().max() < 1e-9 and one.kept == ()
+            else:
+                alone = replay(reasoner, {arm: arms[arm]}, [budget], [recording])[arm, budget][0]
+                assert alone.kept == one.kept and torch.equal(alone.predicted, one.predicted)
+                torch.testing.assert_close(alone.divergence, one.divergence)
+                evicted = len(one.kept) > 0
+                assert evicted == (one.divergence.max().item() > 1e-6) and (one.divergence > -1e-9).all()
+
+
+def test_divergence_is_the_kl_of_the_distributions(qwen2_recording):
+    reasoner, recording = qwen2_recording
+    found = {}
+    for arm, policy, budget in (("full", small_policy("full"), None), ("window", small_policy("window"), 24)):
+        decoder = decoder_for(reasoner.model, policy, budget, [recording.request], max_new_tokens=N)
+        said, tokens = [], torch.tensor(recording.tokens)
+        decoder.sampling = lambda logits, request, step, said=said, tokens=tokens: (
+            said.append(logits.double().log_softmax(-1)[0].clone()),
+            tokens[step],
+        )[1]
+        decoder.admit(0, recording.request)
+        for _ in range(N - 1):
+            decoder.step()
+        found[arm] = torch.stack(said)
+    expected = (found["full"].exp() * (found["full"] - found["window"])).sum(-1)
+    replayed = one_replay(reasoner, small_policy("window"), 24, recording)
+    torch.testing.assert_close(replayed.divergence, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_an_empty_output_is_refused(qwen2):
@@ -158,10 +207,10 @@ def test_an_empty_output_is_refused(qwen2):
 
 def test_fidelity_has_a_row_per_trace(qwen2_recording):
     reasoner, recording = qwen2_recording
-    full = replay(reasoner, small_policy("full"), None, recording)
-    window = replay(reasoner, small_policy("window"), 24, recording)
+    full = one_replay(reasoner, small_policy("full"), None, recording)
+    window = one_replay(reasoner, small_policy("window"), 24, recording)
     table = fidelity({("full", None): [full], ("mix", 24): [full, window]})
-    assert table["recall"].tolist() == pytest.approx([1, 1, window.recall])
+    assert table["recall"].tolist() == pytest.approx([1, 1, window.mean("recall")])
     assert table["trace"].tolist() == [0, 0, 1] and table["error"][0] == 0 < table["error"][2]
 
 
@@ -184,8 +233,7 @@ def test_a_fact_counts_only_when_told_once(output, found):
 
 def test_the_probe_finds_what_a_window_has_lost(tiny):
     drills = fact_drills(tiny, 2)
-    arms = {("full", None): small_policy("full"), ("window", 32): small_policy("window")}
-    replays = {arm: [replay(tiny, policy, arm[1], drill) for drill in drills] for arm, policy in arms.items()}
+    replays = replay(tiny, {"window": small_policy("window")}, [32], drills)
     facts = fact_probe(tiny, replays)
     full, window = (facts[facts["arm"] == arm] for arm in ("full", "window"))
     assert full["distance"].tolist() == window["distance"].tolist() and full["distance"].max() > 64
