@@ -106,7 +106,7 @@ def decode(
     temperature: float = 0.0,
     **options,
 ) -> dict[str, Completion]:
-    """Completions by request id; request i goes to row i mod n_rows."""
+    """Completions by request id."""
     settings = {"n_rows": n_rows, "max_new_tokens": max_new_tokens, "sampling": Sampling(temperature), **options}
     decoder = decoder_for(model, policy, kv_budget, requests, **settings)
     return {completion.request.id: completion for completion in completions(decoder, requests)}

@@ -1,5 +1,6 @@
 """Prefill and decode under a KV budget: the loop, the eviction clock, sampling and row refill."""
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
@@ -293,18 +294,16 @@ def completions(
 ) -> Iterator[Completion]:
     """Decode the requests but those done (ids), and yield completions as rows end.
 
-    Request i goes to row i mod n_rows, so that which row decodes what does not depend on what was decoded before.
+    A row that ends takes the next request, whichever it is: what a row decodes does not depend on where it stands.
     watch is called every FINISH_LAG steps.
     """
-    n_rows = len(decoder.rows)
-    waiting = [[r for r in requests[row::n_rows] if r.id not in done][::-1] for row in range(n_rows)]
-    for row, queue in enumerate(waiting):
-        if queue:
-            decoder.admit(row, queue.pop())
+    waiting = deque(request for request in requests if request.id not in done)
+    for row in range(min(len(decoder.rows), len(waiting))):
+        decoder.admit(row, waiting.popleft())
     while any(request is not None for request in decoder.rows.requests):
         for _ in range(FINISH_LAG):
             decoder.step()
         for row, completion in decoder.finished(watch):
             yield completion
-            if waiting[row]:
-                decoder.admit(row, waiting[row].pop())
+            if waiting:
+                decoder.admit(row, waiting.popleft())
