@@ -51,7 +51,7 @@ verify: env ## checksums, completeness and duplicates of a sweep's records, or F
 compare: env ## compare all policies under equal terms: says how long first, continues when typed again
 	@"$(PY)" -m kvlib.compare run --grid notebooks/compare.yml
 
-bench: env ## measure speed, correctness first: MODEL=tiny, smollm2, r1-qwen, r1-llama; options: BENCH="--out x.json"
+bench: env ## measure speed, correctness first: MODEL=tiny, smollm2, qwen-coder, r1-qwen, r1-llama; options: BENCH="--out x.json"
 	@"$(PY)" -m kvlib.bench --model "$(MODEL)" $(BENCH)
 
 bench-gpu: env ## on a CUDA GPU: all kernels, every policy's graphs and R1-Qwen's shapes in one run of ten minutes, a record in results/bench

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from kvlib.cost import kv_bytes
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.fast import Layer
-from kvlib.engine.linear import Linear, fuse
+from kvlib.engine.linear import Int8Linear, Linear, check_int8, fuse
 from kvlib.engine.meter import Meter
 from kvlib.engine.paired import Arm
 from kvlib.errors import ConfigError
@@ -54,7 +55,8 @@ class Ours(Arm):
 
 def without_part(decoder: Decoder, part: str) -> None:
     """again: nothing. unfused: a product per matrix of the model, joined afterwards. unpacked: products of the weights
-    as they are. eager: no CUDA graph. On a CPU unfused also leaves the matrices unpacked that are small alone."""
+    as they are. int8: products in 8-bit integers. eager: no CUDA graph. On a CPU unfused also leaves the matrices
+    unpacked that are small alone."""
     fast = decoder.model
     if part == "unfused":
         fast.layers = [
@@ -65,12 +67,12 @@ def without_part(decoder: Decoder, part: str) -> None:
             )
             for own, layer in zip(fast.layers, fast.base.layers, strict=True)
         ]
-    elif part == "unpacked":
+    elif part in ("unpacked", "int8"):
+        made = Int8Linear.of if part == "int8" else partial(replace, packed=None)
         fast.layers = [
-            replace(own, **{name: replace(getattr(own, name), packed=None) for name in Layer.products})
-            for own in fast.layers
+            replace(own, **{name: made(getattr(own, name)) for name in Layer.products}) for own in fast.layers
         ]
-        fast.head = replace(fast.head, packed=None)
+        fast.head = made(fast.head)
     elif part == "eager":
         decoder.forward, decoder.sample = Decoder._forward, Decoder._sample
         decoder.replay_round = lambda *due: decoder.evict_rows(decoder.round(*due))
@@ -280,10 +282,10 @@ def parse_arm(name: str, sizes: Sizes) -> Named:
 
 def default_arms(name: str, device: str, kvpress: bool) -> list[str]:
     arms = ["hf-eager", BASELINE, *CEILINGS, "full", "full-again"]
-    arms += [policy for policy in POLICIES if policy != "dynts" or name != "smollm2"]
+    arms += [policy for policy in POLICIES if policy != "dynts" or name not in ("smollm2", "qwen-coder")]
     arms += ["full-unfused"] + ["full-eager"] * (device != "cpu")
     if device == "cpu" and name != "tiny":  # of the tiny model nothing is packed
-        arms += ["full-unpacked", "knorm-unpacked"]
+        arms += ["full-unpacked", "knorm-unpacked", "full-int8", "knorm-int8"]
     return arms + [f"kvpress-{policy}" for policy in KVPRESS if kvpress]
 
 
@@ -293,6 +295,8 @@ def check_arms(names: Sequence[str], sizes: Sizes, kvpress: str | None) -> None:
         raise ConfigError(f"an arm is named twice in {','.join(names)}; a second full cache is called full-again")
     for name in names:
         arm = parse_arm(name, sizes)
+        if arm.part == "int8":
+            check_int8("cuda" if torch.cuda.is_available() else "cpu")
         if arm.kv_budget is None:
             continue
         if arm.kind == "kvpress" and arm.of not in KVPRESS:

@@ -80,9 +80,15 @@ class Sizes:
 SIZES = {
     "tiny": Sizes(torch.float32, 8, 64, 256, 128, 32),
     "smollm2": Sizes(torch.float32, 8, 64, 512, 256, 64),
+    "qwen-coder": Sizes(torch.float32, 8, 64, 512, 256, 64),
     "r1-qwen": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
     "r1-llama": Sizes(torch.bfloat16, 20, 1024, 1024, 1280, 128),
 }
+
+QWEN_CODER = (
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+    "@ebb2015119c907b064c512bf053e945850b5875f"
+)
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,13 @@ def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
     """A model by the name of its sizes, with prompts cut from the embedded problems, or of random ids where the weights
     are random. Raises ConfigError."""
     if name not in R1:
-        reasoner = load_reasoner(name, str(sizes.dtype).removeprefix("torch."), device)
+        model = QWEN_CODER if name == "qwen-coder" else name
+        reasoner = load_reasoner(model, str(sizes.dtype).removeprefix("torch."), device)
         ids = [i for problem in load_problems("chain-a") for i in reasoner.encode(problem.question)]
         need = sizes.batch * sizes.n_prompt
         ids = (ids * (need // len(ids) + 1))[:need]
         prompts = torch.tensor(ids, device=device).view(sizes.batch, sizes.n_prompt)
-        return Subject(name, "real", reasoner.model, prompts, reasoner.eos_ids, lambda p: fill(p, name, reasoner))
+        return Subject(name, "real", reasoner.model, prompts, reasoner.eos_ids, lambda p: fill(p, model, reasoner))
     if device == "cpu":
         raise ConfigError(f"{name} has 7 billion parameters and is measured on a CUDA GPU; torch sees none here")
     model = random_model(r1_config(name), sizes.dtype, device)

@@ -24,6 +24,7 @@ PARTS = {
     "again": "measured again",
     "unfused": "a product per matrix",
     "unpacked": "weights not packed",
+    "int8": "products in 8 bits",
     "eager": "no CUDA graph",
 }
 """What may follow the name of one of our arms, a part that it is without, and what it says."""

@@ -93,6 +93,20 @@ def test_the_unpacked_arm_lacks_the_packing_and_nothing_else(monkeypatch):
     assert torch.equal(tokens["full"], tokens["full-unpacked"])
 
 
+@pytest.mark.skipif(not linear.PACKS, reason="8-bit products are of x86 with oneDNN")
+def test_the_int8_arm_has_the_products_of_an_int8_model(subject):
+    tokens = {}
+    for name in ("full", "full-int8", "knorm-int8@36"):
+        arm = arms.build_arm(name, subject, SIZES, None, Path())
+        products = [getattr(layer, part) for layer in arm.decoder.model.layers for part in fast.Layer.products]
+        rounded = {isinstance(product, linear.Int8Linear) for product in (*products, arm.decoder.model.head)}
+        assert rounded == {name != "full"}
+        arm.start()
+        arm.advance(8)
+        tokens[name] = arm.output()
+    assert (tokens["full"] == tokens["full-int8"]).float().mean() > 0.8
+
+
 def test_a_peer_that_decodes_something_else_is_not_compared_with(subject, monkeypatch):
     class Peer(arms.HuggingFace):
         def output(self):
