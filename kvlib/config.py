@@ -177,6 +177,10 @@ class Grid:
         cells = [RunConfig(**{**self.shared, "dataset": name, "seed": seed, **own}) for name, own in pairs]
         return {cell.cell_path: cell for cell in cells}
 
+    def timings(self, seed: int = 0) -> dict[str, str]:
+        """The datasets that are timed, by the folder of the timing run inside the study."""
+        return {f"{folder_name(name)}/timing/s{seed}": name for name in self.datasets} if self.timing else {}
+
 
 def load_grid(path) -> Grid:
     """Read a grid file (YAML); raises ConfigError naming the file, the key and the next step."""

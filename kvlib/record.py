@@ -53,7 +53,6 @@ class SampleLog:
         self.path = self.folder / "samples.jsonl"
         self._file = None
         with explained(self.folder), contextlib.ExitStack() as opened:
-            self.folder.mkdir(parents=True, exist_ok=True)
             opened.enter_context(locked(self.folder / ".samples.lock"))
             found, self.done, end = load_samples(self.path)
             if found is None or found["fingerprint"] not in (header["fingerprint"], *older):
@@ -90,14 +89,11 @@ class SampleLog:
                 os.ftruncate(self._file.fileno(), start)
             raise
 
-    def close(self) -> None:
-        self._opened.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.close()
+        self._opened.close()
 
 
 def encode_line(entry: dict) -> bytes:
@@ -305,27 +301,31 @@ def cpu_model() -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True):
-    """Hold the lock file at path; the kernel frees it however this process ends.
+    """Make the folder of the lock file at path and hold the lock; the kernel frees it however this process ends.
 
     A lock held by another process is waited for after saying who holds it, or, without wait, raises
     LockedError at once. The same process may take it again, so a re-run notebook cell never waits for itself.
+    Raises RecordError if the folder cannot be made, or has no locks.
     """
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+    with contextlib.ExitStack() as held:
+        with explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(path, "a+"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                if not wait:
+                    raise LockedError(f"{path.parent} is in use by {holder}") from error
+                print(f"waiting: {path.parent} is in use by {holder}", flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not wait:
-                raise LockedError(f"{path.parent} is in use by {holder}") from error
-            print(f"waiting: {path.parent} is in use by {holder}", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {utc_now()}\n")
-        file.flush()
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {utc_now()}\n")
+            file.flush()
         yield
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from kvlib.config import RunConfig
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
-from kvlib.record import RecordError, explained, is_done, locked, sha256, utc_now
+from kvlib.record import RecordError, is_done, locked, sha256, utc_now
 from kvlib.study.gpus import leased_gpu
 from kvlib.study.processes import TIED, NotebookError, die_with_parent, failed
 
@@ -70,9 +70,7 @@ def run_cell(notebook: Path, folder: Path, config_json: str, time_limit: int | N
     os.chdir(notebook.parent)  # relative paths mean the same here, in the kernel and in JupyterLab
     fingerprints = prepare(config).fingerprints
     with contextlib.ExitStack() as held:
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder / ".lock"))
+        held.enter_context(locked(folder / ".lock"))
         known = read_failure(folder)
         with contextlib.suppress(FileNotFoundError):
             (folder / "failed.json").unlink()

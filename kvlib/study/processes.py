@@ -12,7 +12,7 @@ from pathlib import Path
 from kvlib.config import RunConfig
 from kvlib.cost import clock
 from kvlib.errors import ConfigError, GpuMemoryError, Spoken
-from kvlib.record import LockedError, RecordError, explained, locked
+from kvlib.record import LockedError, RecordError
 
 # A Python module that ends with the process of the given id, its parent, whatever ends that.
 TIED = "import runpy, sys; from kvlib.study.processes import die_with_parent; die_with_parent(int(sys.argv[1])); "
@@ -63,16 +63,6 @@ def tied(module: str, *arguments, output, **environment: str):
     finally:
         process.kill()
         process.wait()
-
-
-@contextlib.contextmanager
-def alone(folder: Path):
-    """Make the study's folder and be the only engine at work in it. Raises LockedError or RecordError."""
-    with contextlib.ExitStack() as held:
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder / ".engine.lock", wait=False))
-        yield
 
 
 def exit_code(command: Callable[[], int | None]) -> int:

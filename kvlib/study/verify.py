@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvlib.config import Cell, Grid, RunConfig, load_grid
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, load_samples, read_record
+from kvlib.study.plan import Plan
 
 
 @dataclass
@@ -23,6 +24,24 @@ class Verdict:
     @property
     def whole(self) -> bool:
         return not self.bad and not self.missing
+
+
+def verify_folder(root: Path, grid: Grid | None, seeds: Iterable[int]) -> Verdict:
+    """Of a folder of records, of a published comparison or of a bench. grid, seeds: what must be there, if known."""
+    if benches := benches_in(root):
+        return verify_benches(benches)
+    if grid is None:
+        return verify(root, {}, [], {})
+    cells = {name: config for seed in seeds for name, config in grid.folders(seed).items()}
+    if grid.comparison and (root / "cells.jsonl").exists():
+        return verify_published(root / "cells.jsonl", cells)
+    return verify(root, cells, [name for seed in seeds for name in grid.timings(seed)], Plan(grid, 0).problems)
+
+
+def benches_in(root: Path) -> list[Path]:
+    """The records of a bench, if the folder holds no others."""
+    others = (root / "cells.jsonl").exists() or any(root.rglob("record.json"))
+    return [] if others else sorted(root.glob("*.json"))
 
 
 def verify(root: Path, cells: dict[str, RunConfig], timings: list[str], problems: dict[str, int]) -> Verdict:
@@ -60,7 +79,7 @@ def check_folder(
         config = RunConfig.from_parameters(record["config"])
     except ConfigError as error:
         raise RecordError(f"{where} states a config that cannot be: {error}") from error
-    if config.cell_path != name:
+    if name not in cells and config.cell_path != name:
         raise RecordError(
             f"{where} is the record of {config.cell_path}, so it counts a cell twice or hides one; move it back"
         )
@@ -83,6 +102,8 @@ def check_folder(
 
 def owner(root: Path, grids: Path) -> tuple[Grid | None, set[int], str]:
     """Whose records lie below root: of the grid files in a folder the one that asks for the most, seeds, in words."""
+    if benches_in(root):
+        return None, set(), "of a bench"
     found: dict[str, dict] = {}
     for path in root.rglob("record.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
