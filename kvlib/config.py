@@ -87,13 +87,6 @@ class RunConfig:
                               "slots a head may hold, e.g. 96, or set policy to full")  # fmt: skip
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping) -> "RunConfig":
-        """A config from a notebook's or a JSON's parameters; raises ConfigError on an unknown name."""
-        if not isinstance(parameters, Mapping):
-            raise ConfigError(f"a mapping of parameters is needed, got {parameters!r}")
-        return cls(**parameters)
-
-    @classmethod
     def from_notebook(cls, names: Mapping, *others: str) -> "RunConfig":
         """The config of a notebook's `globals()`. others: what its parameters cell sets beside.
 
@@ -105,7 +98,7 @@ class RunConfig:
         return cls(**{name: names[name] for name in given if name in RULES})
 
     def parameters(self) -> dict:
-        """The fields as a dict of literals, ready for JSON, papermill or from_parameters.
+        """The fields as a dict of literals, ready for JSON or papermill, of which RunConfig(**...) makes the same.
 
         prompt is left out where it is "bare": it came later, and cells measured before keep their fingerprint.
         """
@@ -227,18 +220,16 @@ def parse_grid(content, path: Path) -> Grid:
         raise ConfigError(f"full_cache={content['full_cache']!r} must be true or false")
     timing = content.get("timing")
     if timing is not None:
-        if not isinstance(timing, Mapping) or set(timing) != set(TIMING_KEYS):
-            raise ConfigError(f"timing={timing!r} must be a mapping with the keys {', '.join(TIMING_KEYS)}")
+        check_keys(timing, TIMING_KEYS, [], "key of timing")
         for name, value in timing.items():
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"timing.{name}={value!r} must be a positive integer")
+            checked(f"timing.{name}", value, "n_samples")
     grid = Grid(
         path=path,
         study=checked_study(content["study"]),
         datasets=listed(content, "datasets", "dataset"),
         kv_budgets=listed(content, "kv_budgets", "kv_budget"),
         full_cache=content.get("full_cache", False),
-        timing=None if timing is None else dict(timing),
+        timing=timing,
         shared={name: content[name] for name in shared if name in content},
         expected=content.get("expected"),
     )

@@ -210,8 +210,10 @@ class _Checks:
         decoder, due = self.due()
         view, state, _ = look(decoder.cache, due)
         scores, _ = self.policy.score(view, state)
-        flipped, _ = self.permuted.score(_reversed_heads(view), {name: _flip(tensor) for name, tensor in state.items()})
-        if torch.allclose(_flip(scores), flipped, rtol=1e-9, atol=1e-12, equal_nan=True):
+        flipped, _ = self.permuted.score(
+            _reversed_heads(view), {name: tensor.flip(2) for name, tensor in state.items()}
+        )
+        if torch.allclose(scores.flip(2), flipped, rtol=1e-9, atol=1e-12, equal_nan=True):
             return None
         return "scores depend on the order of heads"
 
@@ -231,14 +233,10 @@ def _holds(policy: Policy, kv_budget: int) -> bool:
     return True
 
 
-def _flip(x: Tensor) -> Tensor:
-    return x.flip(2)
-
-
 def _reversed_heads(view: View) -> View:
     same = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     by_head = ("positions", "_slots", "_keys", "_values", "_ring")
-    return _ReversedHeads(**(same | {name: _flip(same[name]) for name in by_head}))
+    return _ReversedHeads(**(same | {name: same[name].flip(2) for name in by_head}))
 
 
 def _first_difference(some: dict[str, Completion], others: dict[str, Completion]) -> str | None:

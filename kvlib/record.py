@@ -174,7 +174,6 @@ def publish(folder, record: dict) -> dict:
     except (TypeError, ValueError) as error:
         raise RecordError(f"the record for {folder} is not plain JSON ({error})") from error
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "record.json"
         if path.exists():
             try:

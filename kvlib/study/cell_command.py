@@ -44,12 +44,9 @@ def main() -> int:
     notebook, folder = Path(given.notebook).absolute(), Path(given.folder).absolute()
     try:
         run_cell(notebook, folder, given.config, given.time_limit, given.attempt)
-    except ConfigError as error:
-        return failed(BAD_CONFIG, f"kvlib.study.cell_command: {error}")
-    except RecordError as error:
-        return failed(NO_RECORD, f"kvlib.study.cell_command: {error}")
-    except NotebookError as error:
-        return failed(error.code, f"kvlib.study.cell_command: {error}")
+    except (ConfigError, RecordError, NotebookError) as error:
+        code = {ConfigError: BAD_CONFIG, RecordError: NO_RECORD}.get(type(error)) or error.code
+        return failed(code, f"kvlib.study.cell_command: {error}")
     return 0
 
 
@@ -123,7 +120,9 @@ def read_config(text: str) -> RunConfig:
         parameters = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"--config is not JSON ({error}); quote it as one shell word") from error
-    return RunConfig.from_parameters(parameters)
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"a mapping of parameters is needed, got {parameters!r}")
+    return RunConfig(**parameters)
 
 
 def check_parameters(notebook: Path, names, exactly: bool = True) -> None:

@@ -76,7 +76,7 @@ def check_folder(
     if name in cells and record["config"] != cells[name].parameters():
         raise RecordError(f"{where} was made with other settings than the grid asks for; run the study again")
     try:
-        config = RunConfig.from_parameters(record["config"])
+        config = RunConfig(**record["config"])
     except ConfigError as error:
         raise RecordError(f"{where} states a config that cannot be: {error}") from error
     if name not in cells and config.cell_path != name:
@@ -141,7 +141,7 @@ def published_cells(path: Path) -> list[dict | None]:
 
 
 def published_path(line: dict) -> str:
-    return Cell(RunConfig.from_parameters(line["config"]), line["arm"], line["protected"]).path
+    return Cell(RunConfig(**line["config"]), line["arm"], line["protected"]).path
 
 
 def verify_published(path: Path, cells: Mapping[str, RunConfig]) -> Verdict:
