@@ -69,8 +69,7 @@ def run_cell(notebook: Path, folder: Path, config_json: str, time_limit: int | N
     with contextlib.ExitStack() as held:
         held.enter_context(locked(folder / ".lock"))
         known = read_failure(folder)
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "failed.json").unlink()
+        (folder / "failed.json").unlink(missing_ok=True)
         if is_done(folder, fingerprints):
             print(f"{folder} is done already", flush=True)
             return

@@ -110,9 +110,10 @@ def owner(root: Path, grids: Path) -> tuple[Grid | None, set[int], str]:
             record = json.loads(path.read_bytes())
             if record.get("kind", "cell") == "cell":
                 found[str(path.parent.relative_to(root))] = record["config"]
-    for line in published_cells(root / "cells.jsonl"):
-        with contextlib.suppress(ConfigError, KeyError, TypeError):
-            found[published_path(line)] = line["config"]
+    for line in published_lines(root / "cells.jsonl"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            cell = json.loads(line)
+            found[published_path(cell)] = cell["config"]
     seeds = {config["seed"] for config in found.values() if type(config.get("seed")) is int}
     best, most = None, 0
     for path in sorted(grids.glob("*.yml")):
@@ -129,40 +130,35 @@ def owner(root: Path, grids: Path) -> tuple[Grid | None, set[int], str]:
     return None, seeds, f"of {policy} with {model} on {data}, which no grid in {grids} asks for"
 
 
-def published_cells(path: Path) -> list[dict | None]:
-    """The lines of a published comparison, None for one that is damaged."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            lines.append(None)
-    return lines
+def published_lines(path: Path) -> list[str]:
+    """A cell of a comparison each, as kvlib.study.draw.published_cell has it."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
-def published_path(line: dict) -> str:
-    return Cell(RunConfig(**line["config"]), line["arm"], line["protected"]).path
+def published_path(cell: dict) -> str:
+    return Cell(RunConfig(**cell["config"]), cell["arm"], cell["protected"]).path
 
 
 def verify_published(path: Path, cells: Mapping[str, RunConfig]) -> Verdict:
     """Of a published comparison: every cell once, of the grid's config, its counts those of its verdicts."""
     verdict, seen = Verdict(), set()
-    for number, line in enumerate(published_cells(path), 1):
+    for number, line in enumerate(published_lines(path), 1):
         try:
-            name, results, n = published_path(line), line["results"], len(line["correct"])
-            lists = [line[key] for key in ("problems", "correct", "n_tokens", "truncated")]
-            counts = [n, sum(line["correct"]), sum(line["n_tokens"]), sum(line["truncated"])]
+            cell = json.loads(line)
+            name, results, n = published_path(cell), cell["results"], len(cell["correct"])
+            lists = [cell[key] for key in ("problems", "correct", "n_tokens", "truncated")]
+            counts = [n, *map(sum, lists[1:])]
             stated = [results[key] for key in ("n_samples", "n_correct", "n_tokens", "n_truncated")]
             wrong = {
                 "repeats": name in seen,
                 "was made with other settings than the grid asks for,": name in cells
-                and line["config"] != cells[name].parameters(),
+                and cell["config"] != cells[name].parameters(),
                 "states counts that its verdicts do not add up to,": counts != stated
                 or {len(own) for own in lists} != {n}
-                or len(set(line["problems"])) * line["config"]["n_samples"] != n
+                or len(set(cell["problems"])) * cell["config"]["n_samples"] != n
                 or abs(results["pass_at_1"] - counts[1] / n) > 1e-9,
             }
-        except (KeyError, TypeError, ZeroDivisionError, ConfigError):
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
             verdict.bad.append(f"{path}:{number} is damaged; restore the file with `git checkout -- {path}`")
             continue
         seen.add(name)
