@@ -80,7 +80,7 @@ def make_plan(study: Study, given: argparse.Namespace) -> None:
     if n_done < len(states) and not faults:
         from kvlib.cell import prepare  # torch
 
-        for model, config in {config.model: config for config in study.cells.values()}.items():
+        for model, config in study.models.items():
             print(f"decoding    {model} by the {prepare(config).step}")
     print("\n  - ".join(["\nmissing", *faults]) if faults else "\nnothing is missing")
 

@@ -75,12 +75,11 @@ def all_faults(study: Study, charts: bool) -> list[str]:
         need = study.workers, study.plan.gpu_memory_gb(), visible_gpus()
         checks += [functools.partial(check_gpus, *need), check_toolchain]
     checks.append(functools.partial(check_disk, study.folder, study.plan.disk_gb()))
-    for model in study.models:
+    for model, config in study.models.items():
         if "/" in model:
             from kvlib.models import download_folder  # torch
 
-            of_it = next(config for config in study.cells.values() if config.model == model)
-            folder, gb = download_folder(model), model_gb(of_it)
+            folder, gb = download_folder(model), model_gb(config)
             if folder and gb:
                 checks.append(functools.partial(check_disk, folder, gb))
     checks.append(functools.partial(check_locks, study.folder))

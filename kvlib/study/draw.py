@@ -13,14 +13,7 @@ from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.record import canonical, explained, load_samples, read_record, sha256
 from kvlib.study.cell_command import execute_notebook
-from kvlib.study.layout import (
-    SNAKEFILE,
-    Study,
-    cell_fingerprints,
-    known_fingerprints,
-    timing_fingerprints,
-    unfinished,
-)
+from kvlib.study.layout import SNAKEFILE, Study, cell_fingerprints, known_fingerprints, timing_fingerprints, unfinished
 from kvlib.study.processes import NotebookError, StudyError
 
 DRAWN = (".png", ".svg", ".csv")

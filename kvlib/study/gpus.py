@@ -46,8 +46,7 @@ def leased_gpu(folder: Path | None = None) -> Iterator[tuple[dict[str, str], tup
         yield {}, ()
         return
     folder = private_folder(folder or Path("/tmp") / f"kvlib-gpus-{os.getuid()}")
-    with contextlib.ExitStack() as held:
-        gpu, descriptor = held.enter_context(first_free(folder, gpus))
+    with first_free(folder, gpus) as (gpu, descriptor):
         yield {"CUDA_VISIBLE_DEVICES": gpu}, (descriptor,)
 
 

@@ -21,7 +21,7 @@ SNAKEFILE = Path(kvlib.__file__).parent.parent / "Snakefile"
 
 
 class Study:
-    """cells, timings: what there is to make, by folder. lock: held by the one engine at work.
+    """cells, timings: what there is to make, by folder. models: a cell of each. lock: held by the one engine at work.
 
     jobs: cells at a time; None: one on each GPU that can be seen, or as many as the cores carry.
     """
@@ -33,13 +33,12 @@ class Study:
         self.figures = figures / grid.study / f"s{seed}"
         self.cells = {self.folder / path: config for path, config in grid.folders(seed).items()}
         self.timings = {self.folder / path: dataset for path, dataset in grid.timings(seed).items()}
-        self.models = list(dict.fromkeys(config.model for config in self.cells.values()))
+        self.models = {config.model: config for config in self.cells.values()}
         self.notebook = grid.path.parent / "30_run.ipynb"
         self.charts = grid.path.parent / "40_charts.ipynb"
         self.typed = ["--grid", seen_from_here(grid.path), "--seed", str(seed)]
         if runs != Path("runs").absolute():
             self.typed += ["--runs", seen_from_here(runs)]
-
         self.on_gpu = any(config.device == "cuda" for config in self.cells.values())
         self.threads = max(config.threads for config in self.cells.values())
 
