@@ -20,7 +20,7 @@ from kvlib.study.gpus import visible_gpus
 from kvlib.study.layout import SNAKEFILE, Study, cell_fingerprints, known_fingerprints, timing_fingerprints, unfinished
 from kvlib.study.plan import model_gb
 from kvlib.study.preflight import check_disk, check_gpus, check_locks, check_toolchain, find_faults
-from kvlib.study.processes import Progress, StudyError, last_line, tied, watch
+from kvlib.study.processes import Progress, StudyError, tied, watch
 from kvlib.study.status import why_failed
 
 SNAKEMAKE = (
@@ -165,10 +165,15 @@ def measure_throughput(study: Study) -> None:
         if is_done(folder, marks):
             continue
         dataset, log = study.timings[folder], folder / "run.log"
+
+        def said(dataset=dataset, log=log) -> str:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("timing ")]
+            return [f"timing {dataset}", *lines][-1]
+
         asked = ["--grid", study.grid.path, "--dataset", dataset, "--seed", study.seed, "--folder", folder]
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with open(log, "wb") as output, tied("kvlib.study.timing", *asked, output=output) as process:
-                watch(process, lambda dataset=dataset, log=log: last_line(log, "timing ") or f"timing {dataset}")
+                watch(process, said)
         if not is_done(folder, marks):
             raise StudyError(f"timing {dataset} failed: {why_failed(folder)}\nSee {log}; all cells are kept")
