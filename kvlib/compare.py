@@ -76,17 +76,17 @@ def stage_verdicts(comparison: Comparison, stage: str, verdicts: pd.DataFrame, m
 
     verdicts: as load_verdicts returns them; arms are named as on the charts, and a seed of the noise is a sample.
     """
-    spec = comparison.stages[stage]
-    chosen = verdicts[
-        (verdicts["model"] == model)
-        & verdicts["arm"].isin(spec["arms"])
-        & verdicts["dataset"].isin(spec["datasets"])
-        & verdicts["kv_budget"].isin(spec["kv_budgets"])
-        & verdicts["protected"].isin(spec["protect_prompt"])
-        & verdicts["seed"].isin(spec["seeds"])
-    ]
-    names = [arm_label(arm, protected) for arm, protected in zip(chosen["arm"], chosen["protected"], strict=True)]
-    return chosen.assign(arm=names).rename(columns={"seed": "sample"})
+    spec, chosen = comparison.stages[stage], verdicts[verdicts["model"] == model]
+    lists = {"arm": "arms", "dataset": "datasets", "kv_budget": "kv_budgets", "protected": "protect_prompt"}
+    for column, key in {**lists, "seed": "seeds"}.items():
+        chosen = chosen[chosen[column].isin(spec[key])]
+    return labelled(chosen).rename(columns={"seed": "sample"})
+
+
+def labelled(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """With the arms named as on the charts."""
+    names = zip(verdicts["arm"], verdicts["protected"], strict=True)
+    return verdicts.assign(arm=[arm_label(*name) for name in names])
 
 
 def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: str, protected: bool) -> pd.DataFrame:
@@ -208,9 +208,8 @@ def beside_published(
             cells.append({**cell, **{name: [*itertools.compress(cell[name], kept)] for name in samples}})
     (folder / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells + own))
     (folder / "costs.json").write_text(published(results, "costs.json"))
-    verdicts = load_verdicts(folder).query("arm != 'full'")
-    labels = [arm_label(*name) for name in zip(verdicts["arm"], verdicts["protected"], strict=True)]
-    return load_cells(folder), verdicts.assign(arm=labels, sample=0)
+    verdicts = labelled(load_verdicts(folder).query("arm != 'full'"))
+    return load_cells(folder), verdicts.assign(sample=0)
 
 
 if __name__ == "__main__":

@@ -262,14 +262,13 @@ def provenance() -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    here = Path(__file__)
     # A kvlib inside someone else's repository, say in its .venv, is not described by that repository.
-    tracked = git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
-    dirty = git(here.parent, "status", "--porcelain", "--untracked-files=no") if tracked else None
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    dirty = git("status", "--porcelain", "--untracked-files=no") if tracked else None
     typed = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     interactive = "a notebook" if "ipykernel" in sys.modules else typed
     return {
-        "git_commit": git(here.parent, "rev-parse", "HEAD") if tracked else None,
+        "git_commit": git("rev-parse", "HEAD") if tracked else None,
         "git_dirty": None if dirty is None else dirty != "",
         "versions": versions,
         "os": platform.platform(),
@@ -282,9 +281,11 @@ def provenance() -> dict:
     }
 
 
-def git(folder: Path, *arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git says in kvlib's folder; None where it fails, hangs or is missing."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
