@@ -5,7 +5,8 @@ import functools
 import gc
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,8 @@ NOTEBOOK_OF_OLD = "3e0abdf0ad6c7eb5c5798437da3a4d68e1325e03398b5aa9102cc21ac594d
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cell that can run: its policy, its problems, a request per problem and sample, in order, and the step."""
+    """A cell that can run. requests: one per problem and sample, in order, whose noise depends on these and the seed
+    only; step: what decodes it."""
 
     policy: Policy
     problems: tuple[Problem, ...]
@@ -74,7 +76,7 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
             faults.append(str(error))
 
     attempt(check_model, config.model)
-    attempt(problems_of, config.dataset, state_of(config.dataset), config.n_problems)
+    attempt(problems_of, config)
     chosen = policy or attempt(make_policy, config.policy, **config.policy_options)
     if chosen:
         attempt(check_fitted, chosen, config.model)
@@ -84,8 +86,13 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
         faults.append(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
     if faults:
         raise ConfigError("\n".join(faults))
-    problems, prompts = prompts_of(config)
-    requests = as_requests(config, problems, prompts)
+    problems, _ = problems_of(config)
+    prompts = prompts_of(config.model, weights_sha256(config.model), problems, config.prompt)
+    requests = [
+        Request(f"{problem.id}/{sample}", prompt, noise.key(config.seed, problem.id, sample))
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for sample in range(config.n_samples)
+    ]
     longest = max(requests, key=lambda request: len(request.prompt))
     if config.kv_budget is not None:
         chosen.check(config.kv_budget, len(longest.prompt), longest.id)
@@ -116,7 +123,7 @@ def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[s
     policy = policy or make_policy(config.policy, **config.policy_options)
     parts = {
         "config": config.parameters(),
-        "dataset": dataset_sha256(config.dataset, state_of(config.dataset), config.n_problems),
+        "dataset": problems_of(config)[1],
         "model": weights_sha256(config.model),
         "predictor": None,
         **check_fitted(policy, config.model),
@@ -125,32 +132,24 @@ def run_fingerprints(config: RunConfig, policy: Policy | None = None) -> tuple[s
     return tuple(fingerprint({**parts, "notebook": notebook}) for notebook in ("", NOTEBOOK_OF_OLD))
 
 
-def state_of(dataset: str) -> tuple | None:
-    """file_state of a dataset's file, None of any other dataset."""
-    return file_state(Path(dataset)) if Path(dataset).is_file() else None
+def problems_of(config: RunConfig) -> tuple[tuple[Problem, ...], str]:
+    """A cell's problems and the sha256 of them."""
+    path = Path(config.dataset)
+    return read_dataset(config.dataset, file_state(path) if path.is_file() else None, config.n_problems)
 
 
 # A grid asks for hundreds of cells of one dataset.
 @functools.cache
-def problems_of(name: str, state: tuple | None, n_problems: int | None) -> tuple[Problem, ...]:
-    return tuple(load_problems(name, n_problems))
+def read_dataset(name: str, state: tuple | None, n_problems: int | None) -> tuple[tuple[Problem, ...], str]:
+    problems = tuple(load_problems(name, n_problems))
+    return problems, content_sha256(problems)
 
 
 @functools.cache
-def dataset_sha256(name: str, state: tuple | None, n_problems: int | None) -> str:
-    return content_sha256(problems_of(name, state, n_problems))
-
-
-def prompts_of(config: RunConfig) -> tuple[tuple[Problem, ...], tuple[tuple[int, ...], ...]]:
-    """A cell's problems and the prompt of each. Raises ConfigError for a prompt that a problem's kind has not."""
-    dataset = (config.dataset, state_of(config.dataset), config.n_problems)
-    return _prompts(config.model, weights_sha256(config.model), *dataset, config.prompt)
-
-
-@functools.cache
-def _prompts(model: str, weights: str, dataset: str, state: tuple | None, n_problems: int | None, prompt: str):
-    problems, reasoner = problems_of(dataset, state, n_problems), load_tokenizer(model)
-    return problems, tuple(prompt_of(problem, prompt, reasoner) for problem in problems)
+def prompts_of(model: str, weights: str, problems: tuple[Problem, ...], prompt: str) -> tuple[tuple[int, ...], ...]:
+    """The prompt of each problem. Raises ConfigError for a prompt that a problem's kind has not."""
+    reasoner = load_tokenizer(model)
+    return tuple(prompt_of(problem, prompt, reasoner) for problem in problems)
 
 
 def policy_source(policy: Policy) -> dict:
@@ -170,23 +169,8 @@ def policy_source(policy: Policy) -> dict:
     return {"name": type(policy).__name__, "settings": plain, "methods": methods}
 
 
-def requests_of(config: RunConfig, problems: Sequence[Problem], reasoner: Reasoner) -> list[Request]:
-    """One request per problem and sample, in order; its noise depends on seed, problem and sample only.
-
-    A benchmark is asked through the chat template. Raises ConfigError for a prompt that a problem's kind has not.
-    """
-    return as_requests(config, problems, [prompt_of(problem, config.prompt, reasoner) for problem in problems])
-
-
-def as_requests(config: RunConfig, problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]]) -> list[Request]:
-    return [
-        Request(f"{problem.id}/{sample}", prompt, noise.key(config.seed, problem.id, sample))
-        for problem, prompt in zip(problems, prompts, strict=True)
-        for sample in range(config.n_samples)
-    ]
-
-
 def prompt_of(problem: Problem, prompt: str, reasoner: Reasoner) -> tuple[int, ...]:
+    """A chain's prompt is its question; a benchmark is asked through the chat template."""
     if problem.kind == "chain":
         if prompt != "bare":
             raise ConfigError(
@@ -277,12 +261,11 @@ def results_of(samples: list[dict]) -> dict:
 
 def verdicts_of(samples: list[dict]) -> dict[str, dict[str, str]]:
     """By verdict ("correct", ...) and problem, a 1 or 0 per sample: what pairwise comparison needs, without a text."""
-    found = {}
+    found = defaultdict(lambda: defaultdict(str))
     for sample in samples:
         for name in ("correct", "strict_correct", "scorer_correct"):
             if name in sample:
-                by_problem = found.setdefault(name, {})
-                by_problem[sample["problem"]] = by_problem.get(sample["problem"], "") + str(int(sample[name]))
+                found[name][sample["problem"]] += str(int(sample[name]))
     return found
 
 
@@ -362,10 +345,8 @@ def halved_once(config: RunConfig, done: dict[str, dict], decoded: Callable[[int
     GpuMemoryError if there is no room for half the rows either.
     """
     half = max(1, config.batch_size // 2)
-    if any(sample.get("n_rows") == half for sample in done.values()):
-        sizes = [half]
-    else:
-        sizes = list(dict.fromkeys([config.batch_size, half]))
+    halved = any(sample.get("n_rows") == half for sample in done.values())
+    sizes = [half] if halved else list(dict.fromkeys([config.batch_size, half]))
     for n_rows in sizes:
         try:
             return decoded(n_rows)

@@ -11,6 +11,7 @@
 import itertools
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,14 +51,18 @@ def published(results: Path, name: str) -> str:
     return path.read_text()
 
 
+def published_cells(results: Path) -> list[dict]:
+    """The cells of a published comparison, as `kvlib.study.draw.published_cell` makes them."""
+    return [json.loads(line) for line in published(results, "cells.jsonl").splitlines()]
+
+
 def load_verdicts(results: Path) -> pd.DataFrame:
     """One row per sample of a published comparison.
 
     Columns: model, dataset, arm, protected, kv_budget (NaN: full cache), seed, problem, correct, n_tokens, truncated.
     """
     frames = []
-    for line in published(results, "cells.jsonl").splitlines():
-        cell = json.loads(line)
+    for cell in published_cells(results):
         own = {name: cell[name] for name in ("model", "dataset", "arm", "protected")}
         own |= {"kv_budget": cell["config"]["kv_budget"], "seed": cell["config"]["seed"]}
         samples = {name: cell[name] for name in ("correct", "n_tokens", "truncated")}
@@ -71,17 +76,17 @@ def stage_verdicts(comparison: Comparison, stage: str, verdicts: pd.DataFrame, m
 
     verdicts: as load_verdicts returns them; arms are named as on the charts, and a seed of the noise is a sample.
     """
-    spec = comparison.stages[stage]
-    chosen = verdicts[
-        (verdicts["model"] == model)
-        & verdicts["arm"].isin(spec["arms"])
-        & verdicts["dataset"].isin(spec["datasets"])
-        & verdicts["kv_budget"].isin(spec["kv_budgets"])
-        & verdicts["protected"].isin(spec["protect_prompt"])
-        & verdicts["seed"].isin(spec["seeds"])
-    ]
-    names = [arm_label(arm, protected) for arm, protected in zip(chosen["arm"], chosen["protected"], strict=True)]
-    return chosen.assign(arm=names).rename(columns={"seed": "sample"})
+    spec, chosen = comparison.stages[stage], verdicts[verdicts["model"] == model]
+    lists = {"arm": "arms", "dataset": "datasets", "kv_budget": "kv_budgets", "protected": "protect_prompt"}
+    for column, key in {**lists, "seed": "seeds"}.items():
+        chosen = chosen[chosen[column].isin(spec[key])]
+    return labelled(chosen).rename(columns={"seed": "sample"})
+
+
+def labelled(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """With the arms named as on the charts."""
+    names = zip(verdicts["arm"], verdicts["protected"], strict=True)
+    return verdicts.assign(arm=[arm_label(*name) for name in names])
 
 
 def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: str, protected: bool) -> pd.DataFrame:
@@ -115,21 +120,18 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
     solved problem (tokens x step and rounds x round, over the share solved); NaN for an arm that was not timed.
     """
     costs = {row["arm"]: row for row in json.loads(published(results, "costs.json"))["arms"]}
-    by_cell: dict[tuple, list[dict]] = {}
-    for line in published(results, "cells.jsonl").splitlines():
-        cell = json.loads(line)
-        if cell["config"]["seed"] not in seeds:
-            continue
-        key = (cell["model"], cell["dataset"], cell["arm"], cell["protected"], cell["config"]["kv_budget"])
-        by_cell.setdefault(key, []).append(cell)
+    by_cell = defaultdict(list)
+    for cell in published_cells(results):
+        if cell["config"]["seed"] in seeds:
+            key = (cell["model"], cell["dataset"], cell["arm"], cell["protected"], cell["config"]["kv_budget"])
+            by_cell[key].append(cell)
     rows = []
-    for (model, dataset, arm, protected, kv_budget), seeds in by_cell.items():
-        config, cost = seeds[0]["config"], seeds[0]["cost"]
-        verdicts = [pair for seed in seeds for pair in zip(seed["problems"], seed["correct"], strict=True)]
+    for (model, dataset, arm, protected, kv_budget), pooled in by_cell.items():
+        config, cost = pooled[0]["config"], pooled[0]["cost"]
+        verdicts = [pair for cell in pooled for pair in zip(cell["problems"], cell["correct"], strict=True)]
         rate, low, high = pass_at_1(verdicts)
-        n_tokens, n_rounds, n_correct = (
-            sum(seed["results"][name] for seed in seeds) for name in ("n_tokens", "n_rounds", "n_correct")
-        )
+        counts = ("n_tokens", "n_rounds", "n_correct")
+        n_tokens, n_rounds, n_correct = (sum(cell["results"][name] for cell in pooled) for name in counts)
         step, per_round = (costs.get(arm, {}).get(name, {}).get("median", float("nan")) for name in ("step", "round"))
         seconds = 1e-6 * (n_tokens * step + (n_rounds * per_round if n_rounds else 0))
         rows.append(
@@ -139,15 +141,15 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
                 "arm": arm,
                 "protected": protected,
                 "kv_budget": kv_budget,
-                "n_problems": len(seeds[0]["problems"]),
-                "n_samples": len(seeds),
+                "n_problems": len(pooled[0]["problems"]),
+                "n_samples": len(pooled),
                 "pass_at_1": 100 * rate,
                 "pass_low": 100 * low,
                 "pass_high": 100 * high,
-                "mean_tokens": sum(sum(seed["n_tokens"]) for seed in seeds) / len(verdicts),
+                "mean_tokens": sum(sum(cell["n_tokens"]) for cell in pooled) / len(verdicts),
                 "max_new_tokens": config["max_new_tokens"],
-                "truncated_share": sum(sum(seed["truncated"]) for seed in seeds) / len(verdicts),
-                "mean_live_slots": sum(seed["results"]["mean_live_slots"] for seed in seeds) / len(seeds),
+                "truncated_share": sum(sum(cell["truncated"]) for cell in pooled) / len(verdicts),
+                "mean_live_slots": sum(cell["results"]["mean_live_slots"] for cell in pooled) / len(pooled),
                 "kib_per_row": cost["kv_bytes"] / cost.get("n_rows", config["batch_size"]) / 1024,
                 "seconds_per_solved": seconds / n_correct if n_correct else float("nan"),
                 "round_us_per_row": per_round,
@@ -198,8 +200,7 @@ def beside_published(
     own = [published_cell(cell, place) for cell, place in own]
     problems, cells = set(own[0]["problems"]), []
     met = {("full", False, None), *itertools.product({*rivals, "random"}, [True], kv_budgets)}
-    for line in published(results, "cells.jsonl").splitlines():
-        cell = json.loads(line)
+    for cell in published_cells(results):
         here = (cell["model"], cell["dataset"], cell["config"]["seed"]) == ("tiny", dataset, 0)
         if here and (cell["arm"], cell["protected"], cell["config"]["kv_budget"]) in met:
             kept = [problem in problems for problem in cell["problems"]]
@@ -207,9 +208,8 @@ def beside_published(
             cells.append({**cell, **{name: [*itertools.compress(cell[name], kept)] for name in samples}})
     (folder / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells + own))
     (folder / "costs.json").write_text(published(results, "costs.json"))
-    verdicts = load_verdicts(folder).query("arm != 'full'")
-    labels = [arm_label(*name) for name in zip(verdicts["arm"], verdicts["protected"], strict=True)]
-    return load_cells(folder), verdicts.assign(arm=labels, sample=0)
+    verdicts = labelled(load_verdicts(folder).query("arm != 'full'"))
+    return load_cells(folder), verdicts.assign(sample=0)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import yaml
 
@@ -20,29 +21,13 @@ from kvlib.errors import ConfigError
 
 PROMPTS = ["bare", "boxed"]
 DTYPES = ["float32", "float64", "bfloat16", "int8"]
-
-# name: types, the condition in words, the condition
-RULES = {
-    "model": ((str,), "a name or a path", lambda x: x.strip() != ""),
-    "dataset": ((str,), "a name or a path", lambda x: x.strip() != ""),
-    "policy": ((str,), "a name such as dynts", lambda x: re.fullmatch(r"[A-Za-z0-9_.-]+", x)),
-    "kv_budget": ((int, type(None)), "a positive integer (slots)", lambda x: x is None or x > 0),
-    "policy_options": ((dict,), "a mapping of names to literals", lambda x: True),
-    "seed": ((int,), "an integer from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
-    "n_problems": ((int, type(None)), "a positive integer, or None for all", lambda x: x is None or x > 0),
-    "n_samples": ((int,), "a positive integer", lambda x: x > 0),
-    "temperature": ((float, int), "a finite number, 0 (greedy) or more", lambda x: x >= 0),
-    "top_p": ((float, int), "a number above 0, at most 1", lambda x: 0 < x <= 1),
-    "top_k": ((int,), "an integer, 0 (off) or more", lambda x: x >= 0),
-    "max_new_tokens": ((int,), "a positive integer (tokens)", lambda x: x > 0),
-    "batch_size": ((int,), "a positive integer (rows)", lambda x: x > 0),
-    "dtype": ((str,), f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES),
-    "device": ((str,), "cpu or cuda (CUDA_VISIBLE_DEVICES chooses the GPU)", lambda x: x in ("cpu", "cuda")),
-    "threads": ((int,), "a positive integer", lambda x: x > 0),
-    "prompt": ((str,), f"one of {', '.join(PROMPTS)}", lambda x: x in PROMPTS),
-}
 TIMING_KEYS = ["batch_size", "n_steps", "repeats"]
 STAGE_LISTS = {"models": "model", "datasets": "dataset", "kv_budgets": "kv_budget", "seeds": "seed"}
+
+
+def ruled(default, wanted: str, holds: Callable):
+    """A field of RunConfig: its default, what it must be in words, and the condition."""
+    return field(default=default, metadata={"wanted": wanted, "holds": holds})
 
 
 @dataclass(frozen=True)
@@ -55,23 +40,25 @@ class RunConfig:
     Raises ConfigError if a value is ill-typed or out of range; numbers are never guessed from strings.
     """
 
-    model: str = "tiny"
-    dataset: str = "chain-a"
-    policy: str = "dynts"
-    kv_budget: int | None = None
-    policy_options: dict = field(default_factory=dict)
-    seed: int = 0
-    n_problems: int | None = None
-    n_samples: int = 1
-    temperature: float = 0.6
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 768
-    batch_size: int = 100
-    dtype: str = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    prompt: str = "bare"
+    model: str = ruled("tiny", "a name or a path", lambda x: x.strip() != "")
+    dataset: str = ruled("chain-a", "a name or a path", lambda x: x.strip() != "")
+    policy: str = ruled("dynts", "a name such as dynts", lambda x: re.fullmatch(r"[A-Za-z0-9_.-]+", x))
+    kv_budget: int | None = ruled(None, "a positive integer (slots)", lambda x: x is None or x > 0)
+    policy_options: dict = field(
+        default_factory=dict, metadata={"wanted": "a mapping of names to literals", "holds": lambda x: True}
+    )
+    seed: int = ruled(0, "an integer from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63)
+    n_problems: int | None = ruled(None, "a positive integer, or None for all", lambda x: x is None or x > 0)
+    n_samples: int = ruled(1, "a positive integer", lambda x: x > 0)
+    temperature: float = ruled(0.6, "a finite number, 0 (greedy) or more", lambda x: x >= 0)
+    top_p: float = ruled(1.0, "a number above 0, at most 1", lambda x: 0 < x <= 1)
+    top_k: int = ruled(0, "an integer, 0 (off) or more", lambda x: x >= 0)
+    max_new_tokens: int = ruled(768, "a positive integer (tokens)", lambda x: x > 0)
+    batch_size: int = ruled(100, "a positive integer (rows)", lambda x: x > 0)
+    dtype: str = ruled("float32", f"one of {', '.join(DTYPES)}", lambda x: x in DTYPES)
+    device: str = ruled("cpu", "cpu or cuda (CUDA_VISIBLE_DEVICES chooses the GPU)", lambda x: x in ("cpu", "cuda"))
+    threads: int = ruled(1, "a positive integer", lambda x: x > 0)
+    prompt: str = ruled("bare", f"one of {', '.join(PROMPTS)}", lambda x: x in PROMPTS)
 
     def __new__(cls, *values, **named):
         check_names(named, list(RULES), "parameter")  # else a TypeError without the nearest name
@@ -87,13 +74,6 @@ class RunConfig:
                               "slots a head may hold, e.g. 96, or set policy to full")  # fmt: skip
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping) -> "RunConfig":
-        """A config from a notebook's or a JSON's parameters; raises ConfigError on an unknown name."""
-        if not isinstance(parameters, Mapping):
-            raise ConfigError(f"a mapping of parameters is needed, got {parameters!r}")
-        return cls(**parameters)
-
-    @classmethod
     def from_notebook(cls, names: Mapping, *others: str) -> "RunConfig":
         """The config of a notebook's `globals()`. others: what its parameters cell sets beside.
 
@@ -105,7 +85,7 @@ class RunConfig:
         return cls(**{name: names[name] for name in given if name in RULES})
 
     def parameters(self) -> dict:
-        """The fields as a dict of literals, ready for JSON, papermill or from_parameters.
+        """The fields as a dict of literals, ready for JSON or papermill, of which RunConfig(**...) makes the same.
 
         prompt is left out where it is "bare": it came later, and cells measured before keep their fingerprint.
         """
@@ -117,6 +97,9 @@ class RunConfig:
         """The cell's folder inside its study, e.g. chain-a/dynts/b96/s0."""
         budget = "full" if self.kv_budget is None else self.kv_budget
         return f"{folder_name(self.dataset)}/{folder_name(self.policy)}/b{budget}/s{self.seed}"
+
+
+RULES = {rule.name: rule for rule in dataclasses.fields(RunConfig)}
 
 
 @dataclass(frozen=True)
@@ -178,6 +161,10 @@ class Grid:
         cells = [RunConfig(**{**self.shared, "dataset": name, "seed": seed, **own}) for name, own in pairs]
         return {cell.cell_path: cell for cell in cells}
 
+    def timings(self, seed: int = 0) -> dict[str, str]:
+        """The datasets that are timed, by the folder of the timing run inside the study."""
+        return {f"{folder_name(name)}/timing/s{seed}": name for name in self.datasets} if self.timing else {}
+
 
 def load_grid(path) -> Grid:
     """Read a grid file (YAML); raises ConfigError naming the file, the key and the next step."""
@@ -224,18 +211,16 @@ def parse_grid(content, path: Path) -> Grid:
         raise ConfigError(f"full_cache={content['full_cache']!r} must be true or false")
     timing = content.get("timing")
     if timing is not None:
-        if not isinstance(timing, Mapping) or set(timing) != set(TIMING_KEYS):
-            raise ConfigError(f"timing={timing!r} must be a mapping with the keys {', '.join(TIMING_KEYS)}")
+        check_keys(timing, TIMING_KEYS, [], "key of timing")
         for name, value in timing.items():
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"timing.{name}={value!r} must be a positive integer")
+            checked(f"timing.{name}", value, "n_samples")
     grid = Grid(
         path=path,
         study=checked_study(content["study"]),
         datasets=listed(content, "datasets", "dataset"),
         kv_budgets=listed(content, "kv_budgets", "kv_budget"),
         full_cache=content.get("full_cache", False),
-        timing=None if timing is None else dict(timing),
+        timing=timing,
         shared={name: content[name] for name in shared if name in content},
         expected=content.get("expected"),
     )
@@ -327,16 +312,17 @@ def listed(content: Mapping, key: str, name: str = "") -> list:
 
 def checked(name: str, value, rule: str = ""):
     """The value if it obeys its field's rule, or another's (as a float where one is due), else ConfigError."""
-    types, wanted, holds = RULES[rule or name]
+    its = RULES[rule or name]
+    types = {float: (float, int), int | None: (int, NoneType)}.get(its.type, (its.type,))
     finite = not isinstance(value, float) or math.isfinite(value)
-    if type(value) not in types or not finite or not holds(value):
-        raise ConfigError(f"{name}={value!r} ({type(value).__name__}) must be {wanted}")
+    if type(value) not in types or not finite or not its.metadata["holds"](value):
+        raise ConfigError(f"{name}={value!r} ({type(value).__name__}) must be {its.metadata['wanted']}")
     if name == "policy_options":
         for option, setting in value.items():
             if type(option) is not str or not option.isidentifier():
                 raise ConfigError(f"policy_options has the key {option!r}; a key is a name such as n_recent")
             finite = not isinstance(setting, float) or math.isfinite(setting)
-            if type(setting) not in (str, int, float, bool, type(None)) or not finite:
+            if type(setting) not in (str, int, float, bool, NoneType) or not finite:
                 raise ConfigError(f"policy_options.{option}={setting!r} must be a string, a finite number, "
                                   "true, false or None")  # fmt: skip
         return {option: at_home(setting) for option, setting in value.items()}

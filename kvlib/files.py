@@ -15,7 +15,8 @@ MANIFEST = "manifest.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file whole or not at all, synced to disk. Raises OSError."""
+    """Make the file's folder, and replace the file whole or not at all, synced to disk. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with open(descriptor, "wb") as file:

@@ -157,8 +157,8 @@ class _Checks:
                             return f"position {lost} of request {done.request.id} is gone in layer {layer} head {head}"
         return None
 
-    def due(self) -> tuple[Decoder, Round]:
-        """A decoder whose rows have all had a round, halfway to the next one, and a round on them."""
+    def due(self) -> tuple[Decoder, Round, View, dict[str, Tensor]]:
+        """A decoder whose rows have all had a round, halfway to the next one; a round on them; what its score sees."""
         same_length = [dataclasses.replace(request, prompt=self.requests[1].prompt) for request in self.requests[:2]]
         decoder = self.decoder(self.policy, self.kv_budget, same_length)
         for row, request in enumerate(same_length):
@@ -171,12 +171,13 @@ class _Checks:
         rows, n = np.arange(2), int(decoder.rows.n_held[0])
         n_keep = np.minimum(decoder.rows.n_keep(rows, n), n - 1)
         # The ring and the state are those of before the step that a round follows.
-        return decoder, dataclasses.replace(decoder.round(rows, n, n_keep), n_seen=decoder.position)
+        due = dataclasses.replace(decoder.round(rows, n, n_keep), n_seen=decoder.position)
+        view, state, _ = look(decoder.cache, due)
+        return decoder, due, view, state
 
     @torch.inference_mode()
     def pure(self) -> str | None:
-        decoder, due = self.due()
-        view, state, _ = look(decoder.cache, due)
+        _, _, view, state = self.due()
         seen = [view.keys, view.values, view.queries, view.positions, *state.values()]
         before = [tensor.clone() for tensor in seen]
         scores, new_state = self.policy.score(view, state)
@@ -191,8 +192,7 @@ class _Checks:
 
     @torch.inference_mode()
     def state(self) -> str | None:
-        decoder, due = self.due()
-        view, state, _ = look(decoder.cache, due)
+        decoder, due, view, state = self.due()
         _, expected = self.policy.score(view, state)
         kept, _ = evict(decoder.cache, self.policy, due)
         n = int(due.n_keep[0])
@@ -207,11 +207,11 @@ class _Checks:
 
     @torch.inference_mode()
     def heads(self) -> str | None:
-        decoder, due = self.due()
-        view, state, _ = look(decoder.cache, due)
+        _, _, view, state = self.due()
         scores, _ = self.policy.score(view, state)
-        flipped, _ = self.permuted.score(_reversed_heads(view), {name: _flip(tensor) for name, tensor in state.items()})
-        if torch.allclose(_flip(scores), flipped, rtol=1e-9, atol=1e-12, equal_nan=True):
+        flipped_state = {name: tensor.flip(2) for name, tensor in state.items()}
+        flipped, _ = self.permuted.score(_reversed_heads(view), flipped_state)
+        if torch.allclose(scores.flip(2), flipped, rtol=1e-9, atol=1e-12, equal_nan=True):
             return None
         return "scores depend on the order of heads"
 
@@ -231,14 +231,10 @@ def _holds(policy: Policy, kv_budget: int) -> bool:
     return True
 
 
-def _flip(x: Tensor) -> Tensor:
-    return x.flip(2)
-
-
 def _reversed_heads(view: View) -> View:
     same = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
     by_head = ("positions", "_slots", "_keys", "_values", "_ring")
-    return _ReversedHeads(**(same | {name: _flip(same[name]) for name in by_head}))
+    return _ReversedHeads(**(same | {name: same[name].flip(2) for name in by_head}))
 
 
 def _first_difference(some: dict[str, Completion], others: dict[str, Completion]) -> str | None:

@@ -53,7 +53,6 @@ class SampleLog:
         self.path = self.folder / "samples.jsonl"
         self._file = None
         with explained(self.folder), contextlib.ExitStack() as opened:
-            self.folder.mkdir(parents=True, exist_ok=True)
             opened.enter_context(locked(self.folder / ".samples.lock"))
             found, self.done, end = load_samples(self.path)
             if found is None or found["fingerprint"] not in (header["fingerprint"], *older):
@@ -90,14 +89,11 @@ class SampleLog:
                 os.ftruncate(self._file.fileno(), start)
             raise
 
-    def close(self) -> None:
-        self._opened.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.close()
+        self._opened.close()
 
 
 def encode_line(entry: dict) -> bytes:
@@ -178,7 +174,6 @@ def publish(folder, record: dict) -> dict:
     except (TypeError, ValueError) as error:
         raise RecordError(f"the record for {folder} is not plain JSON ({error})") from error
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "record.json"
         if path.exists():
             try:
@@ -267,14 +262,13 @@ def provenance() -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    here = Path(__file__)
     # A kvlib inside someone else's repository, say in its .venv, is not described by that repository.
-    tracked = git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
-    dirty = git(here.parent, "status", "--porcelain", "--untracked-files=no") if tracked else None
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    dirty = git("status", "--porcelain", "--untracked-files=no") if tracked else None
     typed = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     interactive = "a notebook" if "ipykernel" in sys.modules else typed
     return {
-        "git_commit": git(here.parent, "rev-parse", "HEAD") if tracked else None,
+        "git_commit": git("rev-parse", "HEAD") if tracked else None,
         "git_dirty": None if dirty is None else dirty != "",
         "versions": versions,
         "os": platform.platform(),
@@ -287,9 +281,11 @@ def provenance() -> dict:
     }
 
 
-def git(folder: Path, *arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git says in kvlib's folder; None where it fails, hangs or is missing."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -305,27 +301,31 @@ def cpu_model() -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True):
-    """Hold the lock file at path; the kernel frees it however this process ends.
+    """Make the folder of the lock file at path and hold the lock; the kernel frees it however this process ends.
 
     A lock held by another process is waited for after saying who holds it, or, without wait, raises
     LockedError at once. The same process may take it again, so a re-run notebook cell never waits for itself.
+    Raises RecordError if the folder cannot be made, or has no locks.
     """
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+    with contextlib.ExitStack() as held:
+        with explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(path, "a+"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                if not wait:
+                    raise LockedError(f"{path.parent} is in use by {holder}") from error
+                print(f"waiting: {path.parent} is in use by {holder}", flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not wait:
-                raise LockedError(f"{path.parent} is in use by {holder}") from error
-            print(f"waiting: {path.parent} is in use by {holder}", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {utc_now()}\n")
-        file.flush()
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {utc_now()}\n")
+            file.flush()
         yield
 
 

@@ -10,14 +10,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from kvlib.cell import build_decoder, requests_of
+from kvlib.cell import build_decoder, prepare
 from kvlib.config import RunConfig
 from kvlib.engine import noise
 from kvlib.engine.attention import causal_mask, observe_trace
@@ -29,7 +29,6 @@ from kvlib.policies import Full, Golden, Policy
 from kvlib.policies.base import wide
 from kvlib.stats import wilson_interval
 from kvlib.tasks.chains import DIGITS, NAMES, value_drill
-from kvlib.tasks.datasets import load_problems
 
 N_FACTS, N_ASKED = 14, 56
 DISTANCES = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -209,7 +208,7 @@ def golden_like(policy: Policy) -> Callable[[Recording], Policy]:
 
 def record_outputs(reasoner: Reasoner, config: RunConfig, n: int) -> list[Recording]:
     """Decode the first n problems of a config of the full cache, and record their outputs."""
-    requests = requests_of(config, load_problems(config.dataset, n), reasoner)[:n]
+    requests = prepare(replace(config, n_problems=n)).requests[:n]
     decoder = build_decoder(config, reasoner, requests, n_rows=n)
     done = {completion.request.id: completion for completion in completions(decoder, requests)}
     return [record_trace(reasoner, request, done[request.id].tokens) for request in requests]

@@ -342,7 +342,7 @@ def test_a_file_that_changes_is_another_cell(tmp_path):
 def test_problems_are_read_once_for_all_cells_of_a_dataset(monkeypatch):
     loaded = []
     monkeypatch.setattr(running, "load_problems", lambda *given: loaded.append(given) or load_problems(*given))
-    running.problems_of.cache_clear()
+    running.read_dataset.cache_clear()
     for budget in (96, 116, 136):
         prepare(RunConfig(policy="window", kv_budget=budget, n_problems=7))
     assert len(loaded) == 1

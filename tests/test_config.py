@@ -40,7 +40,7 @@ literals = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.te
 
 def refused(**parameters):
     with pytest.raises(ConfigError) as error:
-        RunConfig.from_parameters({"kv_budget": 96, **parameters})
+        RunConfig(**{"kv_budget": 96, **parameters})
     return str(error.value)
 
 
@@ -101,7 +101,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_valid_ones():
 
 def test_parameters_survive_json():
     config = RunConfig(kv_budget=96, policy_options={"ratio": 0.8, "protect_prompt": True}, temperature=1)
-    again = RunConfig.from_parameters(json.loads(json.dumps(config.parameters())))
+    again = RunConfig(**json.loads(json.dumps(config.parameters())))
     assert again == config and type(again.temperature) is float
 
 

@@ -18,13 +18,13 @@ from kvlib.charts.report import answer_text
 from kvlib.config import load_grid
 from kvlib.cost import clock
 from kvlib.errors import ConfigError
+from kvlib.record import locked
 from kvlib.study.decode import all_faults, decode, measure_throughput, work
 from kvlib.study.draw import draw, drawn, make_report, publish
 from kvlib.study.layout import Study, known_fingerprints, present, timing_fingerprints
-from kvlib.study.plan import decoding_seconds, estimate, known_problems, plan_text
-from kvlib.study.processes import StudyError, alone, exit_code
-from kvlib.study.status import CellState, cell_state, is_locked, seconds_left, status_text, timing_state
-from kvlib.study.verify import owner, verdict_text, verify, verify_benches, verify_published
+from kvlib.study.processes import StudyError, exit_code
+from kvlib.study.status import cell_states, is_locked, status_text, time_left, timing_state
+from kvlib.study.verify import owner, verdict_text, verify_folder
 
 
 def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", do: Sequence[str] = ()) -> int:
@@ -45,7 +45,7 @@ def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", 
         grid, left_out = present(load_grid(given.grid))
         if given.do != "work":
             print(*left_out, sep="\n", end="\n" if left_out else "")
-        study = Study(grid, given.seed, given.runs.absolute(), given.figures.absolute())
+        study = Study(grid, given.seed, given.runs.absolute(), given.figures.absolute(), given.jobs)
         given.results = (given.results or Path("results") / grid.study).absolute()
         given.folder = given.folder and given.folder.absolute()
         os.chdir(grid.path.parent)  # a relative path in a grid is relative to the grid
@@ -56,8 +56,8 @@ def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", 
 
 def make_charts(study: Study, given: argparse.Namespace) -> None:
     start = time.monotonic()
-    with alone(study.folder):
-        decode(study, given.jobs, charts=True)
+    with locked(study.lock, wait=False):
+        decode(study, charts=True)
         measure_throughput(study)
         draw(study)
     for path in drawn(study):
@@ -67,54 +67,34 @@ def make_charts(study: Study, given: argparse.Namespace) -> None:
 
 
 def run_cells(study: Study, given: argparse.Namespace) -> None:
-    with alone(study.folder):
-        decode(study, given.jobs)
+    with locked(study.lock, wait=False):
+        decode(study)
 
 
 def make_plan(study: Study, given: argparse.Namespace) -> None:
     """Print what the study will take and what is missing, and start nothing."""
-    cost = estimate(study.grid, study.seed)
     states = cell_states(study, known_fingerprints(study))
     n_done = sum(state.state == "done" for state in states)
-    print(plan_text(study.grid, study.seed, cost, study.workers(given.jobs), n_done), flush=True)
-    faults = all_faults(study, given.jobs, charts=True) if n_done < len(states) else []
+    print(study.plan.text(study.workers, n_done), flush=True)
+    faults = all_faults(study, charts=True) if n_done < len(states) else []
     if n_done < len(states) and not faults:
         from kvlib.cell import prepare  # torch
 
-        for model, config in {config.model: config for config in study.cells.values()}.items():
+        for model, config in study.models.items():
             print(f"decoding    {model} by the {prepare(config).step}")
     print("\n  - ".join(["\nmissing", *faults]) if faults else "\nnothing is missing")
-
-
-def cell_states(study: Study, prints: dict[Path, tuple[str, ...]] | None) -> list[CellState]:
-    problems = known_problems(study.grid)
-    lock = study.folder / ".engine.lock"
-    since = lock.stat().st_mtime if is_locked(lock) else None
-    states = []
-    for folder, config in study.cells.items():
-        n_problems = problems.get(config.dataset)
-        total = n_problems and n_problems * config.n_samples
-        states.append(cell_state(study.folder, folder, config, prints and prints[folder], total, since))
-    return states
 
 
 def show_status(study: Study, given: argparse.Namespace) -> None:
     """Print how far the study is, whether or not it is running."""
     prints = known_fingerprints(study)
     cells = cell_states(study, prints)
-    timings = [timing_state(study.folder, folder, mark) for folder, mark in timing_fingerprints(study).items()]
-    planned = decoding_seconds(study.grid, study.cells.values())
-    at_work = is_locked(study.folder / ".engine.lock")
+    timings = [timing_state(study.folder, folder, marks) for folder, marks in timing_fingerprints(study).items()]
     n_running = sum(cell.state == "running" for cell in cells)
-    time_left = seconds_left(cells, planned, n_running or study.workers(given.jobs))
-    left = f"about {clock(time_left[0])} of decoding, reckoned {time_left[1]}" if time_left and time_left[0] else ""
+    left = time_left(cells, sum(map(study.plan.cell_seconds, study.cells.values())), n_running or study.workers)
     hint = "" if prints else "the model or the data is not here, so records are told by their config alone"
     title = f"{study.grid.study}, seed {study.seed} in {study.folder}"
-    print(status_text(title, cells, timings, at_work or n_running > 0, left, hint))
-
-
-def show_report(study: Study, given: argparse.Namespace) -> None:
-    print(make_report(study))
+    print(status_text(title, cells, timings, is_locked(study.lock) or n_running > 0, left, hint))
 
 
 def verify_records(study: Study, given: argparse.Namespace) -> int:
@@ -127,26 +107,16 @@ def verify_records(study: Study, given: argparse.Namespace) -> int:
     if not root.is_dir():
         raise StudyError(f"there is no folder {root}; name one with FOLDER=, or run the study first:\n"
                          f"{study.command('run')}")  # fmt: skip
-    benches = sorted(root.glob("*.json")) if given.folder else []
-    if benches and not (root / "cells.jsonl").exists() and not any(root.rglob("record.json")):
-        verdict, whose = verify_benches(benches), "of a bench"
-    else:
-        grid, seeds, whose = study.grid, {given.seed}, ""
-        if given.folder:
-            grid, seeds, whose = owner(root, study.grid.path.parent)
-        studies = [Study(grid, seed, study.runs, study.figures) for seed in seeds] if grid else []
-        cells = {own.name(path): config for own in studies for path, config in own.cells.items()}
-        if grid and grid.comparison and (root / "cells.jsonl").exists():
-            verdict = verify_published(root / "cells.jsonl", cells)
-        else:
-            timings = [own.name(path) for own in studies for path in own.timings]
-            verdict = verify(root, cells, timings, known_problems(grid) if grid else {})
+    grid, seeds, whose = study.grid, {given.seed}, ""
+    if given.folder:
+        grid, seeds, whose = owner(root, study.grid.path.parent)
+    verdict = verify_folder(root, grid, seeds)
     print(verdict_text(root, verdict, whose))
     return 0 if verdict.whole else 1
 
 
 def publish_results(study: Study, given: argparse.Namespace) -> None:
-    with alone(study.folder):
+    with locked(study.lock, wait=False):
         publish(study, given.results)
 
 
@@ -163,7 +133,7 @@ DO: dict[str, Callable] = {
     "run": run_cells,
     "plan": make_plan,
     "status": show_status,
-    "report": show_report,
+    "report": lambda study, given: print(make_report(study)),
     "verify": verify_records,
     "publish": publish_results,
     "cost": show_costs,

@@ -21,7 +21,7 @@ from pathlib import Path
 from kvlib.config import RunConfig
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import write_atomically
-from kvlib.record import RecordError, explained, is_done, locked, sha256, utc_now
+from kvlib.record import RecordError, is_done, locked, sha256, utc_now
 from kvlib.study.gpus import leased_gpu
 from kvlib.study.processes import TIED, NotebookError, die_with_parent, failed
 
@@ -44,12 +44,9 @@ def main() -> int:
     notebook, folder = Path(given.notebook).absolute(), Path(given.folder).absolute()
     try:
         run_cell(notebook, folder, given.config, given.time_limit, given.attempt)
-    except ConfigError as error:
-        return failed(BAD_CONFIG, f"kvlib.study.cell_command: {error}")
-    except RecordError as error:
-        return failed(NO_RECORD, f"kvlib.study.cell_command: {error}")
-    except NotebookError as error:
-        return failed(error.code, f"kvlib.study.cell_command: {error}")
+    except (ConfigError, RecordError, NotebookError) as error:
+        code = {ConfigError: BAD_CONFIG, RecordError: NO_RECORD}.get(type(error)) or error.code
+        return failed(code, f"kvlib.study.cell_command: {error}")
     return 0
 
 
@@ -70,12 +67,9 @@ def run_cell(notebook: Path, folder: Path, config_json: str, time_limit: int | N
     os.chdir(notebook.parent)  # relative paths mean the same here, in the kernel and in JupyterLab
     fingerprints = prepare(config).fingerprints
     with contextlib.ExitStack() as held:
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder / ".lock"))
+        held.enter_context(locked(folder / ".lock"))
         known = read_failure(folder)
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "failed.json").unlink()
+        (folder / "failed.json").unlink(missing_ok=True)
         if is_done(folder, fingerprints):
             print(f"{folder} is done already", flush=True)
             return
@@ -125,7 +119,9 @@ def read_config(text: str) -> RunConfig:
         parameters = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"--config is not JSON ({error}); quote it as one shell word") from error
-    return RunConfig.from_parameters(parameters)
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"a mapping of parameters is needed, got {parameters!r}")
+    return RunConfig(**parameters)
 
 
 def check_parameters(notebook: Path, names, exactly: bool = True) -> None:

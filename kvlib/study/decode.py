@@ -16,24 +16,11 @@ from kvlib.cost import clock
 from kvlib.errors import ConfigError
 from kvlib.record import LockedError, explained, is_done, locked
 from kvlib.study.cell_command import check_parameters, note_failure
-from kvlib.study.layout import (  # fmt: skip
-    SNAKEFILE,
-    Study,
-    cell_fingerprints,
-    known_fingerprints,
-    timing_fingerprints,
-    unfinished,
-)
-from kvlib.study.plan import decoding_seconds, estimate, model_gb
-from kvlib.study.preflight import (  # fmt: skip
-    check_disk,
-    check_gpus,
-    check_locks,
-    check_toolchain,
-    find_faults,
-    gpus_with_memory,
-)
-from kvlib.study.processes import Progress, StudyError, last_line, tied, watch
+from kvlib.study.gpus import visible_gpus
+from kvlib.study.layout import SNAKEFILE, Study, cell_fingerprints, known_fingerprints, timing_fingerprints, unfinished
+from kvlib.study.plan import model_gb
+from kvlib.study.preflight import check_disk, check_gpus, check_locks, check_toolchain, find_faults
+from kvlib.study.processes import Progress, StudyError, tied, watch
 from kvlib.study.status import why_failed
 
 SNAKEMAKE = (
@@ -44,22 +31,21 @@ SNAKEMAKE = (
 """Shared is all but the source cache, which would lie in the user's home."""
 
 
-def decode(study: Study, jobs: int | None, charts: bool = False) -> None:
+def decode(study: Study, charts: bool = False) -> None:
     """Run the cells that have no valid record; raises StudyError naming those that fail. charts: they follow.
 
     Raises ConfigError naming all that stands in the way, before anything starts.
     """
     prints = known_fingerprints(study)
     if prints is None or unfinished(prints):
-        faults = all_faults(study, jobs, charts)
+        faults = all_faults(study, charts)
         if faults:
             raise ConfigError("\n  - ".join([f"{study.grid.study} cannot start yet:", *faults]))
         prints = cell_fingerprints(study)
     left = unfinished(prints)
     text = f"{len(prints) - len(left)} of {len(prints)} cells done"
-    seconds = decoding_seconds(study.grid, [study.cells[folder] for folder in left])
-    if seconds:
-        n = study.workers(jobs)
+    seconds, n = sum(study.plan.cell_seconds(study.cells[folder]) for folder in left), study.workers
+    if seconds > 0:
         text += f"; the others take about {clock(seconds / n)}, {n} at a time, if this machine is like the plan's"
     print(text, flush=True)
     if not left:
@@ -70,32 +56,30 @@ def decode(study: Study, jobs: int | None, charts: bool = False) -> None:
 
             fetch_model(model)
     run = run_by_workers if study.grid.comparison else run_by_snakemake
-    log = run(study, left, jobs, Progress(study.cells, prints))
+    log = run(study, left, Progress(study.cells, prints))
     left = unfinished(prints)
     if left:
         raise StudyError(summary(study, left, log))
 
 
-def all_faults(study: Study, jobs: int | None, charts: bool) -> list[str]:
+def all_faults(study: Study, charts: bool) -> list[str]:
     """What stands in the way of running the study's cells, and of drawing its charts, a sentence each."""
     from kvlib.cell import prepare  # torch
 
-    cost = estimate(study.grid, study.seed)
     checks = [functools.partial(prepare, config) for config in study.cells.values()]
     if charts:
         checks.append(functools.partial(check_compared, study))
     if not study.grid.comparison:
         checks.append(functools.partial(check_parameters, study.notebook, [*RULES, "folder"]))
     if study.on_gpu:
-        need = study.workers(jobs), cost.gpu_memory_gb, gpus_with_memory()
+        need = study.workers, study.plan.gpu_memory_gb(), visible_gpus()
         checks += [functools.partial(check_gpus, *need), check_toolchain]
-    checks.append(functools.partial(check_disk, study.folder, cost.disk_gb))
-    for model in study.models:
+    checks.append(functools.partial(check_disk, study.folder, study.plan.disk_gb()))
+    for model, config in study.models.items():
         if "/" in model:
             from kvlib.models import download_folder  # torch
 
-            of_it = next(config for config in study.cells.values() if config.model == model)
-            folder, gb = download_folder(model), model_gb(of_it)
+            folder, gb = download_folder(model), model_gb(config)
             if folder and gb:
                 checks.append(functools.partial(check_disk, folder, gb))
     checks.append(functools.partial(check_locks, study.folder))
@@ -113,15 +97,14 @@ def check_compared(study: Study) -> None:
         )
 
 
-def run_by_snakemake(study: Study, folders: list[Path], jobs: int | None, progress: Progress) -> Path:
+def run_by_snakemake(study: Study, folders: list[Path], progress: Progress) -> Path:
     """Run exactly these cells, whatever is there of them: their records are missing, damaged or outdated."""
     if not SNAKEFILE.exists():
         raise StudyError(f"no Snakefile at {SNAKEFILE}; run from a clone, installed with `pip install -e .`")
-    threads, jobs = max(config.threads for config in study.cells.values()), study.workers(jobs)
-    options = ["--snakefile", SNAKEFILE, "--directory", study.folder, "--cores", jobs * threads]
+    options = ["--snakefile", SNAKEFILE, "--directory", study.folder, "--cores", study.workers * study.threads]
     options += SNAKEMAKE.split()
     if study.on_gpu:
-        options += ["--resources", f"gpu={jobs}"]
+        options += ["--resources", f"gpu={study.workers}"]
     # Not by --config: on its way to a job's own process Snakemake spoils paths with # : \ or ".
     asked = json.dumps({"grid": str(study.grid.path), "runs": str(study.runs), "seed": study.seed})
     targets, log = [f"{study.name(folder)}/record.json" for folder in folders], study.folder / "snakemake.log"
@@ -130,12 +113,12 @@ def run_by_snakemake(study: Study, folders: list[Path], jobs: int | None, progre
     return log
 
 
-def run_by_workers(study: Study, folders: list[Path], jobs: int | None, progress: Progress) -> Path:
-    """Decode what is left in `jobs` processes, each of which takes the next cell that nobody holds."""
+def run_by_workers(study: Study, folders: list[Path], progress: Progress) -> Path:
+    """Decode what is left in processes, each of which takes the next cell that nobody holds."""
     asked = ["work", "--grid", study.grid.path, "--runs", study.runs, "--seed", study.seed]
     log = study.folder / "workers.log"
     with open(log, "ab") as output, contextlib.ExitStack() as started:
-        count = range(study.workers(jobs))
+        count = range(study.workers)
         workers = [started.enter_context(tied("kvlib.study", *asked, output=output)) for _ in count]
         for worker in workers:
             watch(worker, progress.line)
@@ -150,8 +133,6 @@ def work(study: Study) -> int:
     for folder, config in study.cells.items():
         name = study.name(folder)
         try:
-            with explained(folder):
-                folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / ".lock", wait=False):
                 if not is_done(folder, run_fingerprints(config)):
                     (folder / "failed.json").unlink(missing_ok=True)
@@ -184,10 +165,15 @@ def measure_throughput(study: Study) -> None:
         if is_done(folder, marks):
             continue
         dataset, log = study.timings[folder], folder / "run.log"
+
+        def said(dataset=dataset, log=log) -> str:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("timing ")]
+            return [f"timing {dataset}", *lines][-1]
+
         asked = ["--grid", study.grid.path, "--dataset", dataset, "--seed", study.seed, "--folder", folder]
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with open(log, "wb") as output, tied("kvlib.study.timing", *asked, output=output) as process:
-                watch(process, lambda dataset=dataset, log=log: last_line(log, "timing ") or f"timing {dataset}")
+                watch(process, said)
         if not is_done(folder, marks):
             raise StudyError(f"timing {dataset} failed: {why_failed(folder)}\nSee {log}; all cells are kept")

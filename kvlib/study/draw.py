@@ -13,14 +13,7 @@ from kvlib.errors import ConfigError
 from kvlib.files import write_atomically
 from kvlib.record import canonical, explained, load_samples, read_record, sha256
 from kvlib.study.cell_command import execute_notebook
-from kvlib.study.layout import (
-    SNAKEFILE,
-    Study,
-    cell_fingerprints,
-    known_fingerprints,
-    timing_fingerprints,
-    unfinished,
-)
+from kvlib.study.layout import SNAKEFILE, Study, cell_fingerprints, known_fingerprints, timing_fingerprints, unfinished
 from kvlib.study.processes import NotebookError, StudyError
 
 DRAWN = (".png", ".svg", ".csv")
@@ -92,24 +85,16 @@ def make_report(study: Study) -> Path:
     prints = known_fingerprints(study)
     records = [*study.cells, *study.timings]
     whole = prints is not None and not unfinished(prints | timing_fingerprints(study))
-    with contextlib.ExitStack() as held:
+    with tempfile.TemporaryDirectory() as drafts:
+        figures = study.figures if whole else Path(drafts)
         if whole:
             draw(study)
-            figures = study.figures
-        else:
-            figures = Path(held.enter_context(tempfile.TemporaryDirectory()))
-            if any((folder / "record.json").exists() for folder in records):
-                with contextlib.suppress(NotebookError):  # nothing to draw yet
-                    draw_into(study, figures, allow_incomplete=True)
-        page = report_html(
-            study.grid,
-            study.seed,
-            sorted(figures.glob("*.png")),
-            sorted(figures.glob("*.csv")),
-            {study.name(folder): folder for folder in records},
-        )
+        elif any((folder / "record.json").exists() for folder in records):
+            with contextlib.suppress(NotebookError):  # nothing to draw yet
+                draw_into(study, figures, allow_incomplete=True)
+        images, tables = (sorted(figures.glob(pattern)) for pattern in ("*.png", "*.csv"))
+        page = report_html(study.grid, study.seed, images, tables, {study.name(folder): folder for folder in records})
     with explained(study.figures):
-        study.figures.mkdir(parents=True, exist_ok=True)
         write_atomically(study.figures / "report.html", page.encode())
     if whole:
         print(answer_text(study.figures))
@@ -125,7 +110,6 @@ def publish(study: Study, results: Path) -> None:
         what = f"{len(left)} cells are not done, the first is {study.name(left[0])}" if left else "charts are outdated"
         raise StudyError(f"{study.folder}: {what}; first run:\n{study.command(do)}")
     with explained(results):
-        results.mkdir(parents=True, exist_ok=True)
         if study.grid.comparison:
             publish_comparison(study, results)
             return

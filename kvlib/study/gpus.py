@@ -7,15 +7,29 @@ import contextlib
 import csv
 import fcntl
 import itertools
+import math
 import os
 import random
 import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvlib.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GPU:
+    """As nvidia-smi sees it; memory in GB, infinite if not known. One that it does not list (a MIG slice) has the name
+    that CUDA_VISIBLE_DEVICES gives it as index and uuid."""
+
+    index: str
+    uuid: str
+    name: str = "not in nvidia-smi's list"
+    total_gb: float = math.inf
+    free_gb: float = math.inf
 
 
 @contextlib.contextmanager
@@ -27,13 +41,12 @@ def leased_gpu(folder: Path | None = None) -> Iterator[tuple[dict[str, str], tup
     to choose: no GPU, or CUDA_VISIBLE_DEVICES (the user's, or Slurm's) names one already. folder: of the lock files,
     default one per user and machine. Raises ConfigError if that folder belongs to somebody else.
     """
-    gpus = visible_gpus()
+    gpus = [gpu.uuid for gpu in visible_gpus() or ()]
     if not gpus or (len(gpus) == 1 and "CUDA_VISIBLE_DEVICES" in os.environ):
         yield {}, ()
         return
     folder = private_folder(folder or Path("/tmp") / f"kvlib-gpus-{os.getuid()}")
-    with contextlib.ExitStack() as held:
-        gpu, descriptor = held.enter_context(first_free(folder, gpus))
+    with first_free(folder, gpus) as (gpu, descriptor):
         yield {"CUDA_VISIBLE_DEVICES": gpu}, (descriptor,)
 
 
@@ -53,29 +66,27 @@ def first_free(folder: Path, gpus: list[str]) -> Iterator[tuple[str, int]]:
         time.sleep(0.5)
 
 
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES names, or else all GPUs; by UUID, so that no GPU has two names."""
-    return named_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), all_gpus())
-
-
-def named_gpus(named: str | None, known: list[str]) -> list[str]:
-    """The UUIDs that a CUDA_VISIBLE_DEVICES names (None: all known, "" or -1: none); unknown names as they are."""
+def visible_gpus() -> list[GPU] | None:
+    """What CUDA_VISIBLE_DEVICES names, or else all GPUs; None if it is not set and nvidia-smi missing or silent."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    table = nvidia_smi("index", "uuid", "name", "memory.total", "memory.free")
+    known = [GPU(*names, gigabytes(total), gigabytes(free)) for *names, total, free in table or ()]
     if named is None:
-        return known
+        return None if table is None else known
     names = itertools.takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in named.split(",")))
-    return list(dict.fromkeys(uuid_of(name, known) for name in names))
+    return list(dict.fromkeys(gpu_of(name, known) for name in names))
 
 
-def uuid_of(name: str, known: list[str]) -> str:
-    """Of a GPU named by its index (as nvidia-smi counts) or the start of its UUID; the name itself if unknown."""
+def gigabytes(mib: str) -> float:
+    return int(mib) * 2**20 / 1e9 if mib.isdecimal() else math.inf
+
+
+def gpu_of(name: str, known: list[GPU]) -> GPU:
+    """The GPU of an index, or of the start of a UUID, that CUDA_VISIBLE_DEVICES holds."""
     if name.isdecimal() and int(name) < len(known):
         return known[int(name)]
-    matches = [uuid for uuid in known if uuid.startswith(name)]
-    return matches[0] if len(matches) == 1 else name
-
-
-def all_gpus() -> list[str]:
-    return [uuid for (uuid,) in nvidia_smi("uuid") or []]
+    matches = [gpu for gpu in known if gpu.uuid.startswith(name)]
+    return matches[0] if len(matches) == 1 else GPU(name, name)
 
 
 def nvidia_smi(*fields: str) -> list[list[str]] | None:

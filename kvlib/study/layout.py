@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import shutil
@@ -10,34 +11,45 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import kvlib
-from kvlib.config import Grid, folder_name
+from kvlib.config import Grid
 from kvlib.errors import ConfigError
 from kvlib.record import is_done
 from kvlib.study import gpus
+from kvlib.study.plan import Plan
 
 SNAKEFILE = Path(kvlib.__file__).parent.parent / "Snakefile"
 
 
 class Study:
-    """cells, timings: what there is to make, by folder."""
+    """cells, timings: what there is to make, by folder. models: a cell of each. lock: held by the one engine at work.
 
-    def __init__(self, grid: Grid, seed: int, runs: Path, figures: Path):
-        self.grid, self.seed, self.runs = grid, seed, runs
+    jobs: cells at a time; None: one on each GPU that can be seen, or as many as the cores carry.
+    """
+
+    def __init__(self, grid: Grid, seed: int, runs: Path, figures: Path, jobs: int | None = None):
+        self.grid, self.seed, self.runs, self.jobs = grid, seed, runs, jobs
         self.folder = runs / grid.study
+        self.lock = self.folder / ".engine.lock"
         self.figures = figures / grid.study / f"s{seed}"
         self.cells = {self.folder / path: config for path, config in grid.folders(seed).items()}
-        timed = grid.datasets if grid.timing else []
-        self.timings = {self.folder / folder_name(name) / "timing" / f"s{seed}": name for name in timed}
-        self.models = list(dict.fromkeys(config.model for config in self.cells.values()))
+        self.timings = {self.folder / path: dataset for path, dataset in grid.timings(seed).items()}
+        self.models = {config.model: config for config in self.cells.values()}
         self.notebook = grid.path.parent / "30_run.ipynb"
         self.charts = grid.path.parent / "40_charts.ipynb"
         self.typed = ["--grid", seen_from_here(grid.path), "--seed", str(seed)]
         if runs != Path("runs").absolute():
             self.typed += ["--runs", seen_from_here(runs)]
+        self.on_gpu = any(config.device == "cuda" for config in self.cells.values())
+        self.threads = max(config.threads for config in self.cells.values())
 
-    @property
-    def on_gpu(self) -> bool:
-        return any(config.device.startswith("cuda") for config in self.cells.values())
+    @functools.cached_property
+    def plan(self) -> Plan:
+        return Plan(self.grid, self.seed)
+
+    @functools.cached_property
+    def workers(self) -> int:
+        """Cells at a time."""
+        return self.jobs or max(1, len(gpus.visible_gpus() or ()) if self.on_gpu else cores() // self.threads)
 
     def name(self, folder: Path) -> str:
         return str(folder.relative_to(self.folder))
@@ -45,13 +57,6 @@ class Study:
     def command(self, do: str) -> str:
         """What a person types for this study and seed, where they stood when they named it."""
         return shlex.join([python(), "-m", "kvlib.study", do, *self.typed])
-
-    def workers(self, jobs: int | None) -> int:
-        """Cells at a time: as asked for, else one on each GPU that can be seen, or as many as the cores carry."""
-        if jobs:
-            return jobs
-        threads = max(config.threads for config in self.cells.values())
-        return max(1, len(gpus.visible_gpus()) if self.on_gpu else cores() // threads)
 
 
 def python() -> str:

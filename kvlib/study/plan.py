@@ -5,16 +5,18 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from kvlib.config import Grid, RunConfig, check_keys
+import numpy as np
+
+from kvlib.config import TIMING_KEYS, Grid, RunConfig, check_keys
 from kvlib.cost import SHAPES, Step, kv_bytes, minimum_bytes, model_bytes
 from kvlib.errors import ConfigError
 from kvlib.tasks.datasets import dataset_title
 
-ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "int8": 4}  # of the last, the cache; weights take less
+ITEMSIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "int8": 4}
+"""Bytes of a number in the cache and in a weight as it is loaded, by dtype."""
 WORKSPACE_GB = 5
 """GPU memory beside weights and cache: the CUDA context, activations, logits, and a round, which of the policies that
 look at keys holds up to 3.3 GB at R1-Llama's shape and 5,000 slots, whatever the batch (counted in tests/bench)."""
@@ -45,34 +47,22 @@ class Expected:
 
 @dataclass(frozen=True)
 class Cost:
-    """One dataset's share. hours: on one worker; most_hours: if every sample ran to max_new_tokens; None: unknown."""
+    """One dataset's share. hours: on one worker, NaN if unknown; most_hours: if every sample ran to max_new_tokens."""
 
     dataset: str
     n_problems: int | None
     n_cells: int
     n_samples: int | None
     output_tokens: float
-    hours: float | None
-    most_hours: float | None
-    timing_hours: float | None
+    hours: float
+    most_hours: float
+    timing_hours: float
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Of a whole study: a Cost per dataset, disk_gb for samples and records, and gpu_memory_gb of one cell, or None."""
-
-    costs: list[Cost]
-    disk_gb: float
-    gpu_memory_gb: float | None
-
-
-def load_expected(grid: Grid) -> Expected | None:
-    """A grid's `expected`, checked; None if it has none. Of other datasets than the grid's it may tell too.
-
-    Raises ConfigError.
-    """
+def load_expected(grid: Grid) -> Expected:
+    """A grid's `expected`, which may tell of other datasets too; rates of NaN if it has none. Raises ConfigError."""
     if grid.expected is None:
-        return None
+        return Expected("", 0, {}, decode_rate=math.nan, timing_rate=math.nan)
     where = f"expected in {grid.path}"
     given = checked_fields(Expected, grid.expected, where)
     if given.get("step") is not None:
@@ -102,7 +92,9 @@ def mean_live(config: RunConfig, n_prompt: int, n_tokens: int) -> float:
     """Tokens that a row holds on average while it decodes n_tokens after a prompt of n_prompt."""
     if config.kv_budget is None:
         return n_prompt + n_tokens / 2
-    policy = built_policy(config.policy, tuple(config.policy_options.items()))
+    from kvlib.policies import make_policy  # torch
+
+    policy = make_policy(config.policy, **config.policy_options)
     held, total = n_prompt, 0
     for n_seen in range(n_prompt + 1, n_prompt + n_tokens + 1):
         held += 1
@@ -113,81 +105,17 @@ def mean_live(config: RunConfig, n_prompt: int, n_tokens: int) -> float:
 
 
 @functools.cache
-def built_policy(name: str, options: tuple):
-    from kvlib.policies import make_policy  # torch
-
-    return make_policy(name, **dict(options))
-
-
-@functools.cache
 def model_shape(model: str) -> Mapping | None:
     """A model's config.json as a mapping; None where the model is not here and no shape of it is known."""
     known = SHAPES.get(model.split("@")[0])
     if known:
         return known
-    from kvlib.models import place_of  # torch
+    from kvlib.models import local_place  # torch
 
     with contextlib.suppress(ConfigError, OSError, ValueError):
-        place = place_of(model)
-        folder = place if isinstance(place, Path) else place.cached()
+        folder = local_place(model)
         return folder and json.loads((folder / "config.json").read_text())
     return None
-
-
-def step_seconds(config: RunConfig, expected: Expected, n_rows: int, n_tokens: float) -> float | None:
-    """Of a step of n_rows rows, on average over outputs of n_tokens; None where the model's shape is not known."""
-    shape, live = model_shape(config.model), mean_live(config, expected.prompt_tokens, round(n_tokens))
-    return shape and expected.step.seconds(shape, ITEMSIZES[config.dtype], n_rows, live)
-
-
-def decoding_seconds(grid: Grid, cells: Iterable[RunConfig], n_tokens: float | None = None) -> float | None:
-    """Of these cells of the grid, one after another, at n_tokens an output or, without, as many as are expected.
-
-    None where a dataset's problems, a model's shape or `expected` are not known.
-    """
-    expected, problems, seconds = load_expected(grid), known_problems(grid), 0.0
-    for config in cells:
-        n_samples = problems.get(config.dataset, 0) * config.n_samples
-        if not expected or not n_samples:
-            return None
-        each = n_tokens or expected.output_tokens.get(config.dataset, config.max_new_tokens)
-        rate = expected.decode_rate
-        if expected.step:
-            n_rows = min(config.batch_size, n_samples)
-            step = step_seconds(config, expected, n_rows, each)
-            rate = step and n_rows * expected.step.live_rows / step
-        if rate is None:
-            return None
-        seconds += n_samples * each / rate
-    return seconds
-
-
-def timing_seconds(config: RunConfig, expected: Expected, timing: dict) -> float | None:
-    n_rows, n_steps, repeats = (timing[name] for name in ("batch_size", "n_steps", "repeats"))
-    if expected.step is None:
-        return repeats * n_rows * n_steps / expected.timing_rate
-    step = step_seconds(config, expected, n_rows, n_steps)
-    return step and repeats * n_steps * step
-
-
-def gpu_memory_gb(config: RunConfig, expected: Expected, n_rows: int) -> float | None:
-    shape = model_shape(config.model)
-    if expected.step is None or shape is None:
-        return None
-    slots = config.kv_budget + 1 if config.kv_budget else expected.prompt_tokens + config.max_new_tokens
-    return model_gb(config) + kv_bytes(shape, ITEMSIZES[config.dtype]) * n_rows * slots / 1e9 + WORKSPACE_GB
-
-
-def in_hours(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds / 3600
-
-
-def known_problems(grid: Grid) -> dict[str, int]:
-    """How many problems a dataset has in this grid, as far as it tells."""
-    n_problems, expected = grid.shared.get("n_problems"), load_expected(grid)
-    if n_problems:
-        return dict.fromkeys(grid.datasets, n_problems)
-    return dict(expected.problems) if expected else {}
 
 
 def model_gb(config: RunConfig) -> float | None:
@@ -196,94 +124,158 @@ def model_gb(config: RunConfig) -> float | None:
     return shape and model_bytes(shape, ITEMSIZES[config.dtype]) / 1e9
 
 
-def estimate(grid: Grid, seed: int) -> Estimate:
-    """What the whole grid takes on one worker.
+class Plan:
+    """What a grid's cells, on one seed's noise, take on one worker. Seconds are NaN where the grid does not tell.
 
-    Raises ConfigError for an `expected` that is malformed, or a policy that does not exist.
+    problems: how many a dataset has, as far as the grid tells. Raises ConfigError for an `expected` that is malformed,
+    and, when it reckons, for a policy that does not exist.
     """
-    expected, problems = load_expected(grid), known_problems(grid)
-    cells = grid.cells(seed)
-    costs, tokens, samples = [], 0.0, 0
-    for dataset in grid.datasets:
-        own = [cell for cell in cells if cell.dataset == dataset]
-        n_problems = problems.get(dataset)
-        n_samples = n_problems * own[0].n_samples if n_problems else None
-        most = own[0].max_new_tokens
-        each = expected.output_tokens.get(dataset, most) if expected else most
-        timing = [timing_seconds(cell, expected, grid.timing) for cell in own] if expected and grid.timing else [None]
-        costs.append(
-            Cost(
-                dataset=dataset,
-                n_problems=n_problems,
-                n_cells=len(own),
-                n_samples=n_samples,
-                output_tokens=each,
-                hours=in_hours(decoding_seconds(grid, own)),
-                most_hours=in_hours(decoding_seconds(grid, own, most)),
-                timing_hours=None if None in timing else sum(timing) / 3600,
+
+    def __init__(self, grid: Grid, seed: int):
+        self.grid, self.cells, self.expected = grid, grid.cells(seed), load_expected(grid)
+        n_problems = grid.shared.get("n_problems")
+        self.problems = dict.fromkeys(grid.datasets, n_problems) if n_problems else self.expected.problems
+
+    def n_samples(self, config: RunConfig) -> int | None:
+        n_problems = self.problems.get(config.dataset)
+        return n_problems and n_problems * config.n_samples
+
+    def output_tokens(self, config: RunConfig) -> float:
+        return self.expected.output_tokens.get(config.dataset, config.max_new_tokens)
+
+    def step_seconds(self, config: RunConfig, n_rows: int, n_tokens: float) -> float:
+        """Of a step of n_rows rows, on average over outputs of n_tokens."""
+        shape, live = model_shape(config.model), mean_live(config, self.expected.prompt_tokens, round(n_tokens))
+        return self.expected.step.seconds(shape, ITEMSIZES[config.dtype], n_rows, live) if shape else math.nan
+
+    def cell_seconds(self, config: RunConfig, n_tokens: float | None = None) -> float:
+        """Of decoding a cell, at n_tokens an output or, without, as many as are expected."""
+        n_samples, each = self.n_samples(config) or math.nan, n_tokens or self.output_tokens(config)
+        rate = self.expected.decode_rate
+        if self.expected.step:
+            n_rows = min(config.batch_size, n_samples)
+            rate = n_rows * self.expected.step.live_rows / self.step_seconds(config, n_rows, each)
+        return n_samples * each / rate
+
+    def timing_seconds(self, config: RunConfig) -> float:
+        if not self.grid.timing:
+            return math.nan
+        n_rows, n_steps, repeats = (self.grid.timing[name] for name in TIMING_KEYS)
+        if self.expected.step is None:
+            return repeats * n_rows * n_steps / self.expected.timing_rate
+        return repeats * n_steps * self.step_seconds(config, n_rows, n_steps)
+
+    def costs(self) -> list[Cost]:
+        """Of every dataset."""
+        costs = []
+        for dataset in self.grid.datasets:
+            own = [cell for cell in self.cells if cell.dataset == dataset]
+            most = own[0].max_new_tokens
+            costs.append(
+                Cost(
+                    dataset=dataset,
+                    n_problems=self.problems.get(dataset),
+                    n_cells=len(own),
+                    n_samples=self.n_samples(own[0]),
+                    output_tokens=self.output_tokens(own[0]),
+                    hours=sum(map(self.cell_seconds, own)) / 3600,
+                    most_hours=sum(self.cell_seconds(cell, most) for cell in own) / 3600,
+                    timing_hours=sum(map(self.timing_seconds, own)) / 3600,
+                )
             )
-        )
-        tokens += (n_samples or 0) * each * len(own)
-        samples += (n_samples or 0) * len(own)
-    n_rows = max(cells[0].batch_size, grid.timing["batch_size"] if grid.timing else 0)
-    memory = [gpu_memory_gb(cell, expected, n_rows) for cell in cells] if expected else []
-    return Estimate(
-        costs=costs,
-        disk_gb=(tokens * BYTES_PER_TOKEN + samples * BYTES_PER_SAMPLE + len(cells) * BYTES_PER_CELL) / 1e9,
-        gpu_memory_gb=max((gb for gb in memory if gb), default=None),
-    )
+        return costs
 
+    def disk_gb(self) -> float:
+        """For samples and records, as far as the number of samples is known."""
+        n_bytes = BYTES_PER_CELL * len(self.cells)
+        for cell in self.cells:
+            each = BYTES_PER_TOKEN * self.output_tokens(cell) + BYTES_PER_SAMPLE
+            n_bytes += (self.n_samples(cell) or 0) * each
+        return n_bytes / 1e9
 
-def plan_text(grid: Grid, seed: int, estimate: Estimate, n_workers: int, n_done: int) -> str:
-    """The plan as a person reads it: a table of datasets, the total, what it was reckoned with."""
-    cells = grid.cells(seed)
-    one, expected = cells[0], load_expected(grid)
-    budgets = ", ".join([str(budget) for budget in grid.kv_budgets] + ["full cache"] * grid.full_cache)
-    policies, seeds = f"policy {grid.shared.get('policy', one.policy)}", f"seed {seed}"
-    if grid.comparison:
-        policies = f"{len({cell.arm for cell in grid.comparison.cells})} arms"
-        seeds = f"seeds {', '.join(str(seed) for seed in sorted({cell.seed for cell in cells}))}"
-    samples = f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} a problem"
-    lines = [
-        f"study {grid.study} ({grid.path}), {seeds}: {len(cells)} cells, {n_done} of them done",
-        f"{', '.join(dict.fromkeys(cell.model for cell in cells))} in {one.dtype} on {one.device}",
-        f"{policies}, KV budgets {budgets}",
-        f"{samples}, temperature {one.temperature}, top-p {one.top_p}, top-k {one.top_k}, at most {one.max_new_tokens} "
-        f"new tokens, batch {one.batch_size}, prompt {one.prompt}",
-        "",
-        f"{'dataset':<16}{'problems':>9}{'samples':>12}{'tokens each':>13}{'hours':>9}{'at most':>9}{'timing':>9}",
-    ]
-    for cost in estimate.costs:
-        per_cell = "?" if cost.n_samples is None else f"{cost.n_cells} x {cost.n_samples}"
-        lines.append(
-            f"{label(cost.dataset)[:15]:<16}{cost.n_problems or '?':>9}{per_cell:>12}{cost.output_tokens:>13,.0f}"
-            f"{hours(cost.hours):>9}{hours(cost.most_hours):>9}{hours(cost.timing_hours) if grid.timing else '-':>9}"
-        )
-    unknown = any(cost.hours is None for cost in estimate.costs)
-    if expected is None:
-        lines += ["", "The file has no `expected`, so hours cannot be reckoned; copy one from another study's file."]
-    else:
-        of_cells, most, timing = (
-            sum(getattr(cost, name) or 0 for cost in estimate.costs) for name in ("hours", "most_hours", "timing_hours")
-        )
-        wall = of_cells / n_workers + timing
-        one_at_a_time = "" if n_workers == 1 else f" ({hours(wall)} h with {n_workers} cells at a time)"
-        lines += [
-            f"{'total':<16}{'':>34}{hours(of_cells):>9}{hours(most):>9}{hours(timing):>9}",
-            "",
-            f"hours       {hours(of_cells + timing)} on one worker{one_at_a_time}; {hours(most + timing)} if no sample "
-            f"ended before {one.max_new_tokens} tokens" + ("; datasets marked ? come on top" if unknown else ""),
+    def gpu_memory_gb(self) -> float | None:
+        """Of the largest cell; None where speed is measured, or no model's shape known."""
+        if not self.expected.step:
+            return None
+        n_rows = max(self.cells[0].batch_size, self.grid.timing["batch_size"] if self.grid.timing else 0)
+        found = []
+        for cell in self.cells:
+            if shape := model_shape(cell.model):
+                slots = cell.kv_budget + 1 if cell.kv_budget else self.expected.prompt_tokens + cell.max_new_tokens
+                cache = kv_bytes(shape, ITEMSIZES[cell.dtype]) * n_rows * slots / 1e9
+                found.append(model_gb(cell) + cache + WORKSPACE_GB)
+        return max(found, default=None)
+
+    def text(self, n_workers: int, n_done: int) -> str:
+        """As a person reads it: a table of datasets, the total, what it was reckoned with."""
+        costs, one = self.costs(), self.cells[0]
+        lines = [*self._title(n_done), ""]
+        timed = bool(self.grid.timing)
+        lines.append(f"{'dataset':<16}{'problems':>9}{'samples':>12}{'tokens each':>13}{'hours':>9}{'at most':>9}"
+                     f"{'timing':>9}")  # fmt: skip
+        for cost in costs:
+            per_cell = "?" if cost.n_samples is None else f"{cost.n_cells} x {cost.n_samples}"
+            lines.append(
+                f"{label(cost.dataset)[:15]:<16}{cost.n_problems or '?':>9}{per_cell:>12}{cost.output_tokens:>13,.0f}"
+                f"{hours(cost.hours):>9}{hours(cost.most_hours):>9}{hours(cost.timing_hours) if timed else '-':>9}"
+            )
+        if self.grid.expected is None:
+            without = "The file has no `expected`, so hours cannot be reckoned; copy one from another study's file."
+            lines += ["", without]
+        else:
+            each = [(cost.hours, cost.most_hours, cost.timing_hours) for cost in costs]
+            of_cells, most, timing = np.nansum(each, axis=0)
+            unknown = any(math.isnan(cost.hours) for cost in costs)
+            wall = of_cells / n_workers + timing
+            one_at_a_time = "" if n_workers == 1 else f" ({hours(wall)} h with {n_workers} cells at a time)"
+            lines += [
+                f"{'total':<16}{'':>34}{hours(of_cells):>9}{hours(most):>9}{hours(timing):>9}",
+                "",
+                f"hours       {hours(of_cells + timing)} on one worker{one_at_a_time}; {hours(most + timing)} if no "
+                f"sample ended before {one.max_new_tokens} tokens"
+                + ("; datasets marked ? come on top" if unknown else ""),
+            ]
+        lines.append(f"disk        {size(self.disk_gb())} of samples and records")
+        if "/" in one.model and model_gb(one):
+            lines[-1] += f", {size(model_gb(one))} of model"
+        if memory := self.gpu_memory_gb():
+            lines.append(f"GPU memory  {size(memory)} a cell")
+        if self.expected.step and model_shape(one.model) and self.grid.kv_budgets:
+            lines.append(f"step        {self._step_text(max(costs, key=lambda cost: cost.output_tokens))}")
+        if self.expected.source:
+            lines.append(f"source      {' '.join(self.expected.source.split())}")
+        return "\n".join(lines)
+
+    def _title(self, n_done: int) -> list[str]:
+        grid, one, seeds = self.grid, self.cells[0], sorted({cell.seed for cell in self.cells})
+        budgets = ", ".join([str(budget) for budget in grid.kv_budgets] + ["full cache"] * grid.full_cache)
+        policies = f"policy {grid.shared.get('policy', one.policy)}"
+        if grid.comparison:
+            policies = f"{len({cell.arm for cell in grid.comparison.cells})} arms"
+        return [
+            f"study {grid.study} ({grid.path}), {'seeds' if grid.comparison else 'seed'} {', '.join(map(str, seeds))}: "
+            f"{len(self.cells)} cells, {n_done} of them done",
+            f"{', '.join(dict.fromkeys(cell.model for cell in self.cells))} in {one.dtype} on {one.device}",
+            f"{policies}, KV budgets {budgets}",
+            f"{one.n_samples} sample{'s' if one.n_samples > 1 else ''} a problem, temperature {one.temperature}, "
+            f"top-p {one.top_p}, top-k {one.top_k}, at most {one.max_new_tokens} new tokens, batch {one.batch_size}, "
+            f"prompt {one.prompt}",
         ]
-    lines.append(f"disk        {size(estimate.disk_gb)} of samples and records")
-    if "/" in one.model and model_gb(one):
-        lines[-1] += f", {size(model_gb(one))} of model"
-    if estimate.gpu_memory_gb:
-        lines.append(f"GPU memory  {size(estimate.gpu_memory_gb)} a cell")
-    if expected and expected.step and model_shape(one.model) and grid.kv_budgets:
-        lines.append(f"step        {step_text(grid, seed, estimate, expected)}")
-    if expected:
-        lines.append(f"source      {' '.join(expected.source.split())}")
-    return "\n".join(lines)
+
+    def _step_text(self, cost: Cost) -> str:
+        """How the time of a step was reckoned, at the grid's largest budget and a dataset's outputs."""
+        cell = [cell for cell in self.cells if cell.dataset == cost.dataset and cell.kv_budget][-1]
+        step, live = self.expected.step, mean_live(cell, self.expected.prompt_tokens, round(cost.output_tokens))
+        shape, itemsize = model_shape(cell.model), ITEMSIZES[cell.dtype]
+        weights, token = minimum_bytes(shape, 1, 0, itemsize) / 1e9, kv_bytes(shape, itemsize)
+        seconds = step.seconds(shape, itemsize, cell.batch_size, live)
+        return (
+            f"at KV budget {cell.kv_budget} a row holds {live:,.0f} tokens on average: {step.launch_ms:g} ms + "
+            f"({weights:.2f} GB of weights + {cell.batch_size} x {live:,.0f} x {token:,} bytes = "
+            f"{token * cell.batch_size * live / 1e9:.1f} GB of cache) / ({step.gb_per_s:,g} GB/s x "
+            f"{step.efficiency:g}) = {1000 * seconds:.1f} ms, {cell.batch_size / seconds:,.0f} tokens/s, times "
+            f"{step.live_rows:g} for rows whose queue has ended"
+        )
 
 
 def label(dataset: str) -> str:
@@ -293,25 +285,8 @@ def label(dataset: str) -> str:
     return dataset
 
 
-def step_text(grid: Grid, seed: int, estimate: Estimate, expected: Expected) -> str:
-    """How the time of a step was reckoned, at the grid's largest budget and longest outputs."""
-    cost = max(estimate.costs, key=lambda cost: cost.output_tokens)
-    cell = [cell for cell in grid.cells(seed) if cell.dataset == cost.dataset and cell.kv_budget][-1]
-    step, live = expected.step, mean_live(cell, expected.prompt_tokens, round(cost.output_tokens))
-    shape, itemsize = model_shape(cell.model), ITEMSIZES[cell.dtype]
-    weights, token = minimum_bytes(shape, 1, 0, itemsize) / 1e9, kv_bytes(shape, itemsize)
-    seconds = step.seconds(shape, itemsize, cell.batch_size, live)
-    return (
-        f"at KV budget {cell.kv_budget} a row holds {live:,.0f} tokens on average: {step.launch_ms:g} ms + "
-        f"({weights:.2f} GB of weights + {cell.batch_size} x {live:,.0f} x {token:,} bytes = "
-        f"{token * cell.batch_size * live / 1e9:.1f} GB of cache) / ({step.gb_per_s:,g} GB/s x {step.efficiency:g}) = "
-        f"{1000 * seconds:.1f} ms, {cell.batch_size / seconds:,.0f} tokens/s, times {step.live_rows:g} for rows whose "
-        "queue has ended"
-    )
-
-
-def hours(value: float | None) -> str:
-    if value is None:
+def hours(value: float) -> str:
+    if math.isnan(value):
         return "?"
     return f"{value:.2f}" if value < 1 else f"{value:.1f}"
 

@@ -1,30 +1,16 @@
 """What stands in the way of a study, found in seconds and said all at once, before minutes are spent."""
 
-import math
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvlib.errors import ConfigError
-from kvlib.record import RecordError, explained, locked
-from kvlib.study.gpus import named_gpus, nvidia_smi
-
-RIVAL = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-
-
-@dataclass(frozen=True)
-class GPU:
-    """As nvidia-smi sees it; memory in GB, infinite where it is not known (a MIG slice)."""
-
-    index: str
-    name: str
-    total_gb: float
-    free_gb: float
+from kvlib.record import RecordError, locked
+from kvlib.study.gpus import GPU
 
 
 def find_faults(checks: Iterable[Callable[[], None]]) -> list[str]:
@@ -108,26 +94,10 @@ def check_toolchain(python_h: Path | None = None, ldconfig: Path = Path("/sbin/l
         raise ConfigError("\n".join(faults))
 
 
-def gpus_with_memory() -> list[GPU] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where nvidia-smi is missing or silent."""
-    table = nvidia_smi("index", "uuid", "name", "memory.total", "memory.free")
-    return None if table is None else gpus_of(table, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def gpus_of(table: list[list[str]], visible: str | None) -> list[GPU]:
-    """The GPUs of nvidia-smi's table (MiB) that CUDA_VISIBLE_DEVICES, `visible`, names (named_gpus)."""
-    known = {
-        uuid: GPU(index, name, float(total) * 2**20 / 1e9, float(free) * 2**20 / 1e9)
-        for index, uuid, name, total, free in table
-    }
-    names = named_gpus(visible, list(known))
-    return [known.get(name, GPU(name, "not in nvidia-smi's list", math.inf, math.inf)) for name in names]
-
-
 def other_process_gets(path: Path) -> bool:
     """Whether another process gets the lock at path, which this one holds."""
-    done = subprocess.run([sys.executable, "-c", RIVAL, str(path)], capture_output=True, timeout=60)
-    return done.returncode == 0
+    rival = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    return not subprocess.run([sys.executable, "-c", rival, str(path)], capture_output=True, timeout=60).returncode
 
 
 def check_locks(folder: Path) -> None:
@@ -137,10 +107,9 @@ def check_locks(folder: Path) -> None:
     """
     folder = existing(folder)
     path = folder / ".lock-check"
-    with explained(folder):
-        with locked(path, wait=False):
-            both = other_process_gets(path)
-        path.unlink(missing_ok=True)
+    with locked(path, wait=False):
+        both = other_process_gets(path)
+    path.unlink(missing_ok=True)
     if both:
         raise ConfigError(
             f"file locks do not hold in {folder}: two processes got the same one, so two runs could write one cell. "

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from kvlib.config import RunConfig
 from kvlib.cost import clock
-from kvlib.errors import ConfigError, GpuMemoryError, Spoken
-from kvlib.record import LockedError, RecordError, explained, locked
+from kvlib.errors import ConfigError, Spoken
+from kvlib.record import LockedError
 
 # A Python module that ends with the process of the given id, its parent, whatever ends that.
 TIED = "import runpy, sys; from kvlib.study.processes import die_with_parent; die_with_parent(int(sys.argv[1])); "
@@ -65,16 +65,6 @@ def tied(module: str, *arguments, output, **environment: str):
         process.wait()
 
 
-@contextlib.contextmanager
-def alone(folder: Path):
-    """Make the study's folder and be the only engine at work in it. Raises LockedError or RecordError."""
-    with contextlib.ExitStack() as held:
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder / ".engine.lock", wait=False))
-        yield
-
-
 def exit_code(command: Callable[[], int | None]) -> int:
     """Do what a command does; what a person can do something about becomes a sentence and an exit code."""
     try:
@@ -85,7 +75,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return failed(75, f"{error}.\nWait for that study to end, or stop it, then run this again")
     except ConfigError as error:
         return failed(2, error)
-    except (StudyError, RecordError, NotebookError, GpuMemoryError) as error:
+    except Spoken as error:
         return failed(1, error)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -136,14 +126,6 @@ def is_published(folder: Path, marks: Collection[str]) -> bool:
         record = (folder / "record.json").read_text()
         return any(mark in record for mark in marks)
     return False
-
-
-def last_line(log: Path, beginning: str = "") -> str:
-    """The last line of a log that begins so; "" if it has none."""
-    with contextlib.suppress(OSError):
-        lines = log.read_text(errors="replace").splitlines()
-        return next((line for line in reversed(lines) if line.strip() and line.startswith(beginning)), "")
-    return ""
 
 
 def watch(process: subprocess.Popen, line: Callable[[], str]) -> None:

@@ -4,14 +4,16 @@ import contextlib
 import errno
 import fcntl
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from kvlib.config import RunConfig
+from kvlib.cost import clock
 from kvlib.record import RecordError, is_done, read_record
 from kvlib.study.cell_command import read_failure
+from kvlib.study.layout import Study
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class CellState:
     note: str = ""
     seconds: float = 0.0
     new: int = 0
+
+
+def cell_states(study: Study, prints: Mapping[Path, Collection[str]] | None) -> list[CellState]:
+    """prints: the cells' fingerprints, None where they cannot be known here."""
+    since = study.lock.stat().st_mtime if is_locked(study.lock) else None
+    return [
+        cell_state(study.folder, folder, config, prints and prints[folder], study.plan.n_samples(config), since)
+        for folder, config in study.cells.items()
+    ]
 
 
 def cell_state(
@@ -115,21 +126,19 @@ def timing_state(root: Path, folder: Path, marks: Collection[str]) -> CellState:
     return CellState(name, "failed" if why else "missing", note=why)
 
 
-def seconds_left(cells: list[CellState], planned_seconds: float | None, n_workers: int) -> tuple[float, str] | None:
-    """(seconds until all cells are done, reckoned from what); None if there is nothing to reckon with.
+def time_left(cells: list[CellState], planned_seconds: float, n_workers: int) -> str:
+    """The time until all cells are done, and what it is reckoned from; "" if that is nothing.
 
-    planned_seconds: of all cells, one after another, by the study's plan; used until a cell has finished.
+    planned_seconds: of all cells, one after another, by the study's plan (NaN: not known), until a cell has finished.
     """
-    if any(cell.total is None for cell in cells):
-        return None
+    if not all(cell.total for cell in cells):
+        return ""
     left = sum(cell.total - cell.done for cell in cells if cell.state != "done")
-    spent, new = sum(cell.seconds for cell in cells), sum(cell.new for cell in cells)
-    if new:
-        return left * spent / new / n_workers, "from the finished cells"
-    total = sum(cell.total for cell in cells)
-    if planned_seconds is None or not total:
-        return None
-    return planned_seconds * left / total / n_workers, "from the plan"
+    spent, new, whence = sum(cell.seconds for cell in cells), sum(cell.new for cell in cells), "finished cells"
+    if not new:
+        spent, new, whence = planned_seconds, sum(cell.total for cell in cells), "plan"
+    seconds = left * spent / new / n_workers
+    return f"about {clock(seconds)} of decoding, reckoned from the {whence}" if seconds > 0 else ""
 
 
 def status_text(

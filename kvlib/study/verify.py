@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvlib.config import Cell, Grid, RunConfig, load_grid
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, load_samples, read_record
+from kvlib.study.plan import Plan
 
 
 @dataclass
@@ -23,6 +24,24 @@ class Verdict:
     @property
     def whole(self) -> bool:
         return not self.bad and not self.missing
+
+
+def verify_folder(root: Path, grid: Grid | None, seeds: Iterable[int]) -> Verdict:
+    """Of a folder of records, of a published comparison or of a bench. grid, seeds: what must be there, if known."""
+    if benches := benches_in(root):
+        return verify_benches(benches)
+    if grid is None:
+        return verify(root, {}, [], {})
+    cells = {name: config for seed in seeds for name, config in grid.folders(seed).items()}
+    if grid.comparison and (root / "cells.jsonl").exists():
+        return verify_published(root / "cells.jsonl", cells)
+    return verify(root, cells, [name for seed in seeds for name in grid.timings(seed)], Plan(grid, 0).problems)
+
+
+def benches_in(root: Path) -> list[Path]:
+    """The records of a bench, if the folder holds no others."""
+    others = (root / "cells.jsonl").exists() or any(root.rglob("record.json"))
+    return [] if others else sorted(root.glob("*.json"))
 
 
 def verify(root: Path, cells: dict[str, RunConfig], timings: list[str], problems: dict[str, int]) -> Verdict:
@@ -57,10 +76,10 @@ def check_folder(
     if name in cells and record["config"] != cells[name].parameters():
         raise RecordError(f"{where} was made with other settings than the grid asks for; run the study again")
     try:
-        config = RunConfig.from_parameters(record["config"])
+        config = RunConfig(**record["config"])
     except ConfigError as error:
         raise RecordError(f"{where} states a config that cannot be: {error}") from error
-    if config.cell_path != name:
+    if name not in cells and config.cell_path != name:
         raise RecordError(
             f"{where} is the record of {config.cell_path}, so it counts a cell twice or hides one; move it back"
         )
@@ -83,15 +102,18 @@ def check_folder(
 
 def owner(root: Path, grids: Path) -> tuple[Grid | None, set[int], str]:
     """Whose records lie below root: of the grid files in a folder the one that asks for the most, seeds, in words."""
+    if benches_in(root):
+        return None, set(), "of a bench"
     found: dict[str, dict] = {}
     for path in root.rglob("record.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_bytes())
             if record.get("kind", "cell") == "cell":
                 found[str(path.parent.relative_to(root))] = record["config"]
-    for line in published_cells(root / "cells.jsonl"):
-        with contextlib.suppress(ConfigError, KeyError, TypeError):
-            found[published_path(line)] = line["config"]
+    for line in published_lines(root / "cells.jsonl"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            cell = json.loads(line)
+            found[published_path(cell)] = cell["config"]
     seeds = {config["seed"] for config in found.values() if type(config.get("seed")) is int}
     best, most = None, 0
     for path in sorted(grids.glob("*.yml")):
@@ -108,40 +130,35 @@ def owner(root: Path, grids: Path) -> tuple[Grid | None, set[int], str]:
     return None, seeds, f"of {policy} with {model} on {data}, which no grid in {grids} asks for"
 
 
-def published_cells(path: Path) -> list[dict | None]:
-    """The lines of a published comparison, None for one that is damaged."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            lines.append(None)
-    return lines
+def published_lines(path: Path) -> list[str]:
+    """A cell of a comparison each, as kvlib.study.draw.published_cell has it."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
-def published_path(line: dict) -> str:
-    return Cell(RunConfig.from_parameters(line["config"]), line["arm"], line["protected"]).path
+def published_path(cell: dict) -> str:
+    return Cell(RunConfig(**cell["config"]), cell["arm"], cell["protected"]).path
 
 
 def verify_published(path: Path, cells: Mapping[str, RunConfig]) -> Verdict:
     """Of a published comparison: every cell once, of the grid's config, its counts those of its verdicts."""
     verdict, seen = Verdict(), set()
-    for number, line in enumerate(published_cells(path), 1):
+    for number, line in enumerate(published_lines(path), 1):
         try:
-            name, results, n = published_path(line), line["results"], len(line["correct"])
-            lists = [line[key] for key in ("problems", "correct", "n_tokens", "truncated")]
-            counts = [n, sum(line["correct"]), sum(line["n_tokens"]), sum(line["truncated"])]
+            cell = json.loads(line)
+            name, results, n = published_path(cell), cell["results"], len(cell["correct"])
+            lists = [cell[key] for key in ("problems", "correct", "n_tokens", "truncated")]
+            counts = [n, *map(sum, lists[1:])]
             stated = [results[key] for key in ("n_samples", "n_correct", "n_tokens", "n_truncated")]
             wrong = {
                 "repeats": name in seen,
                 "was made with other settings than the grid asks for,": name in cells
-                and line["config"] != cells[name].parameters(),
+                and cell["config"] != cells[name].parameters(),
                 "states counts that its verdicts do not add up to,": counts != stated
                 or {len(own) for own in lists} != {n}
-                or len(set(line["problems"])) * line["config"]["n_samples"] != n
+                or len(set(cell["problems"])) * cell["config"]["n_samples"] != n
                 or abs(results["pass_at_1"] - counts[1] / n) > 1e-9,
             }
-        except (KeyError, TypeError, ZeroDivisionError, ConfigError):
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
             verdict.bad.append(f"{path}:{number} is damaged; restore the file with `git checkout -- {path}`")
             continue
         seen.add(name)

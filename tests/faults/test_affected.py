@@ -41,8 +41,7 @@ def studies(tmp_path):
 
 
 def forget() -> None:
-    for kept in (run.problems_of, run.dataset_sha256):
-        kept.cache_clear()
+    run.read_dataset.cache_clear()
 
 
 def again(study) -> set[str]:

@@ -53,7 +53,8 @@ def gpus(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "nvidia-smi"
     names = ["GPU-fake-aa1", "GPU-fake-ab2", "GPU-fake-c3"]
-    program.write_text("#!/bin/sh\n" + "".join(f"echo {name}\n" for name in names))
+    table = [f"echo {index}, {name}, NVIDIA, 24000, 23000\n" for index, name in enumerate(names)]
+    program.write_text("#!/bin/sh\n" + "".join(table))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return names
@@ -117,12 +118,13 @@ def test_a_gpu_stays_leased_until_holder_and_child_are_gone(tmp_path, gpus, monk
 def test_what_the_user_or_slurm_named_is_what_may_be_leased(gpus, monkeypatch, named, visible):
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert lease.visible_gpus() == [gpus[i] for i in visible]
+    assert [gpu.uuid for gpu in lease.visible_gpus()] == [gpus[i] for i in visible]
 
 
 def test_unknown_names_are_taken_as_they_are(gpus, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-5/1/0,GPU-fake-a,7")
-    assert lease.visible_gpus() == ["MIG-GPU-5/1/0", "GPU-fake-a", "7"]  # GPU-fake-a is two
+    found = [gpu.uuid for gpu in lease.visible_gpus()]
+    assert found == ["MIG-GPU-5/1/0", "GPU-fake-a", "7"]  # GPU-fake-a is two
 
 
 def test_nothing_is_leased_where_there_is_nothing_to_choose(tmp_path, gpus, monkeypatch):

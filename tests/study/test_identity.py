@@ -8,8 +8,8 @@ import pytest
 from kvlib.cell import NOTEBOOK_OF_OLD, run, run_fingerprints
 from kvlib.config import RunConfig, load_grid
 from kvlib.record import fingerprint, read_record
-from kvlib.study.__main__ import cell_states
 from kvlib.study.layout import Study, cell_fingerprints, unfinished
+from kvlib.study.status import cell_states
 
 MADE = Path(__file__).parent / "made_by_9525fce"  # by that commit: one cell done, one killed after half its samples
 

@@ -1,5 +1,6 @@
 """What a study will take is reckoned from its file alone, by arithmetic that can be followed."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from kvlib.config import Grid, load_grid, parse_grid
 from kvlib.cost import SHAPES, Step, kv_bytes, minimum_bytes, model_bytes
 from kvlib.errors import ConfigError
-from kvlib.study.plan import estimate, load_expected, mean_live, plan_text
+from kvlib.study.plan import Plan, load_expected, mean_live
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PROFILES = ["tiny", "smollm2", "r1-qwen", "r1-llama"]
@@ -34,11 +35,11 @@ def grid(**changes) -> Grid:
 def test_every_profile_is_a_grid_that_can_be_reckoned(profile):
     study = load_grid(NOTEBOOKS / f"{profile}.yml")
     assert study.study == profile
-    cost = estimate(study, 0)
-    text = plan_text(study, 0, cost, 1, 0)
+    plan = Plan(study, 0)
+    text = plan.text(1, 0)
     n_problems = study.shared.get("n_problems")
     if not n_problems:
-        assert all(row.n_problems and 0 < row.hours < row.most_hours and row.timing_hours > 0 for row in cost.costs)
+        assert all(row.n_problems and 0 < row.hours < row.most_hours and row.timing_hours > 0 for row in plan.costs())
     assert " ".join(study.expected["source"].split()) in text
 
 
@@ -62,7 +63,7 @@ def test_a_step_is_bytes_over_bandwidth_and_a_cell_is_its_steps():
     study = grid(expected={**grid().expected, "output_tokens": {"d": 200}})
     live = mean_live(study.cells()[0], 100, 200)
     assert live == 200.5  # 101 to 300: never full
-    (cost,) = estimate(study, 0).costs
+    (cost,) = Plan(study, 0).costs()
     step = 0.010 + (14.1405e9 + 57_344 * 20 * live) / 1e12
     assert cost.hours == pytest.approx(60 * 200 / (20 * 0.5) * step / 3600, rel=1e-4)
     assert cost.n_samples == 60 and cost.most_hours > 4 * cost.hours
@@ -76,17 +77,16 @@ def test_bytes_follow_from_the_shape_as_the_model_cards_say():
 
 
 def test_hours_of_a_model_of_unknown_shape_are_not_known():
-    (cost,) = estimate(grid(model="./nowhere"), 0).costs
-    assert cost.hours is None and cost.timing_hours is None
-    (cost,) = estimate(grid(model="tiny", dtype="float32"), 0).costs  # its config.json is here
+    (cost,) = Plan(grid(model="./nowhere", timing={"batch_size": 20, "n_steps": 9, "repeats": 3}), 0).costs()
+    assert math.isnan(cost.hours) and math.isnan(cost.timing_hours)
+    (cost,) = Plan(grid(model="tiny", dtype="float32"), 0).costs()  # its config.json is here
     assert cost.hours > 0
 
 
 def test_a_comparison_is_reckoned_as_any_grid():
-    study = load_grid(NOTEBOOKS / "compare.yml")
-    cost = estimate(study, 0)
-    assert sum(row.n_cells for row in cost.costs) == 818 and all(row.hours > 0.1 for row in cost.costs)
-    text = plan_text(study, 0, cost, 2, 0)
+    plan = Plan(load_grid(NOTEBOOKS / "compare.yml"), 0)
+    assert sum(row.n_cells for row in plan.costs()) == 818 and all(row.hours > 0.1 for row in plan.costs())
+    text = plan.text(2, 0)
     assert (
         "818 cells" in text and "arms, KV budgets 96, 116, 136, 156, 176, 196," in text and "seeds 0, 1, 2, 3" in text
     )
@@ -100,8 +100,7 @@ def test_a_row_never_holds_more_than_its_budget_on_average():
 
 
 def test_a_file_is_called_as_on_the_charts():
-    study = grid(datasets=["../somewhere/sets/amc23.jsonl", "nowhere"])
-    text = plan_text(study, 0, estimate(study, 0), 1, 0)
+    text = Plan(grid(datasets=["../somewhere/sets/amc23.jsonl", "nowhere"]), 0).text(1, 0)
     assert "\nAMC23 " in text and "sets/" not in text and "\nnowhere " in text and "prompt bare" in text
 
 
@@ -111,17 +110,15 @@ def test_a_misspelt_file_is_answered_with_near_ones():
 
 
 def test_what_is_not_known_is_marked_and_not_guessed():
-    study = grid(n_problems=None)
-    cost = estimate(study, 0)
-    text = plan_text(study, 0, cost, 1, 0)
-    assert cost.costs[0].hours is None and "?" in text and "come on top" in text
-    plain = grid(expected=None)
-    assert "hours cannot be reckoned" in plan_text(plain, 0, estimate(plain, 0), 1, 0)
+    plan = Plan(grid(n_problems=None), 0)
+    text = plan.text(1, 0)
+    assert math.isnan(plan.costs()[0].hours) and "?" in text and "come on top" in text
+    assert "hours cannot be reckoned" in Plan(grid(expected=None), 0).text(1, 0)
 
 
 def test_what_is_expected_of_datasets_that_are_not_there_is_ignored():
     expected = {**grid().expected, "output_tokens": {"d": 200, "e": 5}, "problems": {"e": 7}}
-    (cost,) = estimate(grid(expected=expected), 0).costs
+    (cost,) = Plan(grid(expected=expected), 0).costs()
     assert cost.output_tokens == 200
 
 

@@ -7,19 +7,18 @@ import pytest
 
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, locked
-from kvlib.study import preflight
+from kvlib.study import gpus, preflight
+from kvlib.study.gpus import GPU, visible_gpus
 from kvlib.study.preflight import (  # fmt: skip
-    GPU,
     check_disk,
     check_gpus,
     check_locks,
     check_toolchain,
     find_faults,
-    gpus_of,
     other_process_gets,
 )
 
-SMALL, LARGE = GPU("0", "A", 24.0, 20.0), GPU("1", "B", 80.0, 79.0)
+SMALL, LARGE = GPU("0", "GPU-a", "A", 24.0, 20.0), GPU("1", "GPU-b", "B", 80.0, 79.0)
 
 
 def refuse(message: str, kind=ConfigError):
@@ -64,18 +63,31 @@ def test_no_gpu_at_all_says_what_hides_them(monkeypatch):
         check_gpus(1, None, [])
 
 
-def test_a_slice_that_nvidia_smi_does_not_list_is_a_gpu_of_unknown_memory():
-    found = gpus_of([["0", "GPU-aa11", "NVIDIA H100", "81559", "81000"]], "MIG-5c")
-    assert [gpu.index for gpu in found] == ["MIG-5c"]
-    check_gpus(1, 70, found)
+@pytest.fixture
+def two_gpus(monkeypatch):
+    table = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, 81000\n1, GPU-bb22, NVIDIA H100 80GB HBM3, 81559, 10\n"
+    monkeypatch.setattr(gpus, "nvidia_smi", lambda *fields: [line.split(", ") for line in table.splitlines()])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_gpu_of_unknown_memory_will_do(two_gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5c")  # a slice, which nvidia-smi does not list
+    assert [gpu.index for gpu in visible_gpus()] == ["MIG-5c"]
+    check_gpus(1, 70, visible_gpus())
+    monkeypatch.setattr(gpus, "nvidia_smi", lambda *fields: [["0", "GPU-aa11", "NVIDIA GB10", "[N/A]", "[N/A]"]])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    check_gpus(1, 70, visible_gpus())
+    monkeypatch.setattr(gpus, "nvidia_smi", lambda *fields: None)
+    assert visible_gpus() is None
 
 
 @pytest.mark.parametrize(
     ("visible", "seen"), [(None, "01"), ("1", "1"), ("GPU-aa", "0"), ("1,0", "10"), ("", ""), ("-1", "")]
 )
-def test_gpus_are_those_that_the_environment_leaves(visible, seen):
-    table = "0, GPU-aa11, NVIDIA H100 80GB HBM3, 81559, 81000\n1, GPU-bb22, NVIDIA H100 80GB HBM3, 81559, 10\n"
-    found = gpus_of([line.split(", ") for line in table.splitlines()], visible)
+def test_gpus_are_those_that_the_environment_leaves(two_gpus, monkeypatch, visible, seen):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = visible_gpus()
     assert "".join(gpu.index for gpu in found) == seen
     assert all(gpu.total_gb == pytest.approx(85.5, abs=0.1) for gpu in found)
 

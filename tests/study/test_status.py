@@ -1,5 +1,6 @@
 """A study's status is read from its files, whoever writes them at the moment."""
 
+import math
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 from kvlib.config import RunConfig
 from kvlib.record import SampleLog, publish
-from kvlib.study.status import CellState, cell_state, seconds_left, status_text
+from kvlib.study.status import CellState, cell_state, status_text, time_left
 
 CONFIG = RunConfig(kv_budget=8, n_problems=4)
 SAMPLE = {"answer": "1", "correct": True, "n_prompt": 3, "n_tokens": 5, "stop": "eos", "output": ""}
@@ -70,11 +71,12 @@ def test_a_failed_cell_says_why_and_a_running_one_is_no_failure(tmp_path):
 
 def test_time_left_comes_from_finished_cells_else_from_the_plan():
     cells = [CellState("a", "missing", 1, 4), CellState("b", "missing", 0, 4)]
-    assert seconds_left(cells, None, 1) is None
-    assert seconds_left(cells, 80.0, 1) == (70.0, "from the plan")
+    assert time_left(cells, math.nan, 1) == ""
+    assert time_left(cells, 80.0, 1) == "about 1 min 10 s of decoding, reckoned from the plan"
     cells.append(CellState("c", "done", 4, 4, "", 30.0, 3))
-    assert seconds_left(cells, 80.0, 2) == (35.0, "from the finished cells")
-    assert seconds_left([CellState("a", "missing", 0, None)], 80.0, 1) is None
+    assert time_left(cells, 80.0, 2) == "about 35 s of decoding, reckoned from the finished cells"
+    assert time_left(cells[2:], 80.0, 2) == ""
+    assert time_left([CellState("a", "missing", 0, None)], 80.0, 1) == ""
 
 
 @pytest.mark.parametrize("engine", [True, False])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlib.cell import INSTRUCTIONS, regraded, requests_of, results_of, run
+from kvlib.cell import INSTRUCTIONS, prompt_of, regraded, results_of, run
 from kvlib.config import RunConfig
 from kvlib.errors import ConfigError
 from kvlib.tasks import grade as grading
@@ -238,20 +238,18 @@ class Model:
 
 def test_the_prompt_is_the_configs_and_a_chain_has_only_one():
     chain, math, choice = Problem("a/0", "q ?", "1"), problem_of("7"), problem_of("C")
-    bare = RunConfig(kv_budget=96)
-    boxed = RunConfig(kv_budget=96, prompt="boxed")
-    assert [r.prompt for r in requests_of(bare, [chain, math], Model())] == [("plain", "q ?"), ("chat", "?", "")]
-    prompts = [r.prompt for r in requests_of(boxed, [math, choice], Model())]
+    assert [prompt_of(it, "bare", Model()) for it in (chain, math)] == [("plain", "q ?"), ("chat", "?", "")]
+    prompts = [prompt_of(it, "boxed", Model()) for it in (math, choice)]
     assert prompts == [("chat", "?", INSTRUCTIONS["math"]), ("chat", "?", INSTRUCTIONS["choice"])]
     assert all("\\boxed{}" in instruction for instruction in INSTRUCTIONS.values())
     with pytest.raises(ConfigError, match="is a chain, which has no box"):
-        requests_of(boxed, [chain], Model())
+        prompt_of(chain, "boxed", Model())
 
 
 def test_a_bare_prompt_leaves_parameters_as_they_were_before_there_was_one():
     assert "prompt" not in RunConfig(kv_budget=96).parameters()
     boxed = RunConfig(kv_budget=96, prompt="boxed")
-    assert boxed.parameters()["prompt"] == "boxed" and RunConfig.from_parameters(boxed.parameters()) == boxed
+    assert boxed.parameters()["prompt"] == "boxed" and RunConfig(**boxed.parameters()) == boxed
     with pytest.raises(ConfigError, match=r"prompt='box'.*one of bare, boxed"):
         RunConfig(kv_budget=96, prompt="box")
 
