@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.engine.evict import Round, evict
+from kvlib.engine.evict import evict, split
 from kvlib.engine.graph import Graph, Pool
 from kvlib.engine.meter import Meter
 from kvlib.engine.rows import Completion, Request, Rows
@@ -14,6 +14,7 @@ from kvlib.engine.sampling import Sampling
 from kvlib.engine.step import step_for
 from kvlib.errors import ConfigError
 from kvlib.policies import Policy
+from kvlib.policies.base import Round
 
 ROUND_BYTES = 2**29
 """Of the keys, in float32, that a policy looks at together in a round; what it makes of them is a few times that."""
@@ -206,7 +207,7 @@ class Decoder:
         """A round, in slices of as many rows as leave its memory small, whatever the policy reads of them."""
         shape = self.cache.shape
         row = 4 * shape.n_layers * shape.n_kv_heads * due.n_live * shape.head_dim
-        for part in due.split(max(1, ROUND_BYTES // row)):
+        for part in split(due, max(1, ROUND_BYTES // row)):
             _, finite = evict(self.cache, self.policy, part)
             self.finite &= finite
 

@@ -171,36 +171,45 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class View:
-    """The N live slots of R rows in position order, newest last. `L or 1`, `H or 1`: 1 where the keep set is shared.
+class Round:
+    """What a round knows of its rows `[R]`: n_live slots are held by each, n_keep `[R]` stay.
 
-    positions int32 `[L or 1, R, H or 1, N]`; n_prompt `[R]`: prompt tokens; n_keep `[R]`: slots that stay; keys,
-    values `[L, R, H, N, D]` (after RoPE); queries `[L, R, HQ, W, D]`: the last W, oldest first; scaling: of q.k;
-    inv_freq `[D / 2]`: radians per position of RoPE; noise_key `[R]`: of what each row decodes; n_seen `[R]`: tokens
-    seen so far, so that the newest has position n_seen - 1.
+    n_prompt `[R]`: prompt tokens; noise_key `[R]`: of what each row decodes; n_seen `[R]`: tokens seen so far, so that
+    the newest has position n_seen - 1; scaling: of q.k; inv_freq `[D / 2]`: radians per position of RoPE.
     """
 
     kv_budget: int
-    positions: Tensor
+    rows: Tensor
+    n_live: int
     n_prompt: Tensor
     n_keep: Tensor
-    scaling: float
-    inv_freq: Tensor
     noise_key: Tensor
     n_seen: Tensor
-    _rows: Tensor = field(repr=False)
+    scaling: float
+    inv_freq: Tensor
+
+
+@dataclass(frozen=True)
+class View(Round):
+    """A round's N live slots in position order, newest last. `L or 1`, `H or 1`: 1 where the keep set is shared.
+
+    positions int32 `[L or 1, R, H or 1, N]`; keys, values `[L, R, H, N, D]` (after RoPE); queries `[L, R, HQ, W, D]`:
+    the last W, oldest first.
+    """
+
+    positions: Tensor
     _slots: Tensor = field(repr=False)
     _keys: Tensor = field(repr=False)
     _values: Tensor = field(repr=False)
     _ring: Tensor = field(repr=False)
-    """The whole cache's: rows `[R]`, slots `[L or 1, R, H or 1, N]` of each; only what a policy reads is copied."""
+    """The whole cache's, and the slots `[L or 1, R, H or 1, N]` of the rows; only what a policy reads is copied."""
 
     def _take(self, tensor: Tensor, slots: Tensor) -> Tensor:
         """`[L, B, H, S, D]` -> `[L, R, H, N, D]`, the slots `[L or 1, R, H or 1, N]` of the rows."""
         L, B, H, S, D = tensor.shape
         layer = torch.arange(L, device=tensor.device)[:, None, None, None]
         head = torch.arange(H, device=tensor.device)[:, None]
-        index = ((layer * B + self._rows[:, None, None]) * H + head) * S + slots
+        index = ((layer * B + self.rows[:, None, None]) * H + head) * S + slots
         return tensor.reshape(-1, D).index_select(0, index.flatten()).view(*index.shape, D)
 
     @cached_property

@@ -74,7 +74,7 @@ def test_a_row_is_scored_as_if_it_were_alone_and_its_state_is_not_touched(name):
     assert all(tensor.dtype == torch.float32 and tensor.shape == (2, 3, 2, 24) for tensor in after.values())
     for row in range(3):
         one = slice(row, row + 1)
-        parts = {key: getattr(view, key)[one] for key in ("n_prompt", "n_keep", "noise_key", "n_seen", "_rows")}
+        parts = {key: getattr(view, key)[one] for key in ("n_prompt", "n_keep", "noise_key", "n_seen", "rows")}
         parts |= {key: getattr(view, key)[:, one] for key in ("positions", "_slots")}
         alone, alone_after = policy.score(
             dataclasses.replace(view, **parts), {key: tensor[:, one] for key, tensor in state.items()}
