@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from kvlib.checkpoint import damaged_file, headers, missing_files, shards, tensors
+from kvlib.checkpoint import damaged_file, headers, missing_files, shards
 from kvlib.engine.attention import text_config
 from kvlib.engine.fast import why_not_fast
 from kvlib.engine.linear import check_int8, to_int8
@@ -361,7 +361,7 @@ def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) ->
     if not getattr(text_config(model), "tie_word_embeddings", False):
         return
     embedding = model.get_input_embeddings().weight
-    for shard in [shard for shard in shards(folder) if "lm_head.weight" in tensors(folder / shard)]:
+    for shard in [shard for shard in shards(folder) if "lm_head.weight" in headers(folder / shard)]:
         with safe_open(folder / shard, "pt") as file:
             if not torch.equal(file.get_tensor("lm_head.weight").to(embedding.dtype), embedding):
                 raise ConfigError(

@@ -21,12 +21,13 @@ MOST_SLOTS = 2**20
 """Where the search for a budget that will do ends."""
 
 Share = Literal["head", "layer", "head_across_layers", "model"]
-
-
 Whole = Annotated[int, "a whole number, 0 or more", lambda x: isinstance(x, Integral) and x >= 0]
 Count = Annotated[int, "a whole number, 1 or more", lambda x: isinstance(x, Integral) and x >= 1]
 Odd = Annotated[int, "an odd number of slots", lambda x: isinstance(x, Integral) and x >= 1 and x % 2 == 1]
 Part = Annotated[float, "a share from 0 to 1", lambda x: isinstance(x, Real) and 0 <= x <= 1]
+Buffer = Annotated[
+    int | None, "a whole number of tokens, 0 or more", lambda x: x is None or (type(x) is int and x >= 0)
+]
 SomePart = Annotated[float, "a share above 0, at most 1", lambda x: isinstance(x, Real) and 0 < x <= 1]
 
 
@@ -49,7 +50,7 @@ class Policy:
     n_sink: Whole = 0
     protect_prompt: bool = False
     n_recent: Whole = 0
-    buffer: int | None = 0
+    buffer: Buffer = 0
     share: Share = "head"
     reindex: bool = False
 
@@ -80,10 +81,6 @@ class Policy:
                 known = self.shares if name == "share" else rule
                 words, holds = f"one of {', '.join(known)}", known.__contains__
             self.require(holds(value), f"{name} is {value!r}; use {words}")
-        self.require(
-            self.buffer is None or (type(self.buffer) is int and self.buffer >= 0),
-            f"buffer is {self.buffer!r}; use a whole number of tokens, 0 or more",
-        )
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise ConfigError with this policy's name unless `holds`."""

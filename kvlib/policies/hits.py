@@ -1,7 +1,6 @@
 """Hits: decoded queries that pay a slot alpha or more, and the rounds of a policy that remembers all of them."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,7 +22,7 @@ class Hits(Policy):
     """
 
     alpha: SomePart = 1e-4
-    shares: ClassVar[tuple[str, ...]] = ("head",)
+    shares = ("head",)
 
     @property
     def n_queries(self) -> int:
