@@ -339,10 +339,8 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     model = model.to(device).eval().requires_grad_(False)
     if why_not_fast(model):
         probe(model)
-    eos = model.generation_config.eos_token_id
-    eos = text_config(model).eos_token_id if eos is None else eos
-    if eos is None:
-        eos = [] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    said = (model.generation_config.eos_token_id, text_config(model).eos_token_id, tokenizer.eos_token_id)
+    eos = next((ids for ids in said if ids is not None), [])
     return Reasoner(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,), weights_sha256(name))
 
 

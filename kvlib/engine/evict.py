@@ -34,9 +34,8 @@ def split(due: Round, n: int) -> Iterator[Round]:
     if n >= len(due.rows):
         yield due
         return
-    by_row = ("rows", "n_prompt", "n_keep", "noise_key", "n_seen")
     for start in range(0, len(due.rows), n):
-        yield replace(due, **{name: getattr(due, name)[start : start + n] for name in by_row})
+        yield replace(due, **{name: getattr(due, name)[start : start + n] for name in due.by_row})
 
 
 def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]:

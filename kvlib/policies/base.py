@@ -125,11 +125,11 @@ class Policy:
 
         n_prompt 0: not known yet, and so not counted.
         """
-        trouble = self._trouble(kv_budget, n_prompt)
+        trouble = self.trouble(kv_budget, n_prompt)
         if trouble is None:
             return
         larger = range(kv_budget + 1, MOST_SLOTS)
-        first = bisect_left(larger, True, key=lambda works: self._trouble(works, n_prompt) is None)
+        first = bisect_left(larger, True, key=lambda works: self.trouble(works, n_prompt) is None)
         if first == len(larger):
             step = "no kv_budget will do: lower n_recent, buffer or the share that is kept"
         else:
@@ -141,7 +141,8 @@ class Policy:
             f"buffer={self.buffer}): {trouble}; {step}"
         )
 
-    def _trouble(self, kv_budget: int, n_prompt: int) -> str | None:
+    def trouble(self, kv_budget: int, n_prompt: int) -> str | None:
+        """What keeps n_prompt tokens from being decoded under this budget, in a clause; None if nothing does."""
         if n_prompt > kv_budget:
             return "the prompt does not fit"
         keep = self.keep(kv_budget, n_prompt, kv_budget + 1)
@@ -184,6 +185,8 @@ class Round:
     n_seen: Tensor
     scaling: float
     inv_freq: Tensor
+
+    by_row: ClassVar = ("rows", "n_prompt", "n_keep", "noise_key", "n_seen")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlib.policies.base import View
-from kvlib.policies.hits import Hits, decoded
-from kvlib.policies.observe import attention, observe, query_positions
+from kvlib.policies.observe import Hits, attention, decoded, observe, query_positions
 
 LAST_HIT = "last_hit"
 LONGEST_GAP = "longest_gap"

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlib.policies.hits import Hits, decoded
-from kvlib.policies.observe import attention, observe, query_positions
+from kvlib.policies.observe import Hits, attention, decoded, observe, query_positions
 
 STAMP = "stamp"
 

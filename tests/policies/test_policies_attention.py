@@ -18,9 +18,8 @@ from kvlib.policies import H2O, RKV, Policy, SnapKV
 from kvlib.policies.base import MASS
 from kvlib.policies.caote import CAOTE
 from kvlib.policies.gkv import GKV
-from kvlib.policies.hits import decoded
 from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction
-from kvlib.policies.observe import attention, observe
+from kvlib.policies.observe import attention, decoded, observe
 from kvlib.policies.raas import STAMP, RaaS
 from kvlib.policies.rpc import RPC
 from kvlib.policies.tova import TOVA
