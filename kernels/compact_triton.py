@@ -113,8 +113,3 @@ def compact_slots(tensors: list[Tensor], rows: Tensor, keep: Tensor, n_keep: Ten
         pair = waiting[: 1 + (len(waiting) > 1 and waiting[0].shape == waiting[1].shape)]
         _move(pair, rows, source, target, n_moves)
         waiting = waiting[len(pair) :]
-
-
-@compact_slots.register_fake
-def _(tensors, rows, keep, n_keep) -> None:
-    return None

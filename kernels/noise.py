@@ -13,15 +13,8 @@ def _signed(x: int) -> int:
     return ((x & MASK) ^ SIGN) - SIGN
 
 
-def _mix(x: int) -> int:
-    """Bijective 32-bit finaliser (murmur3 fmix32)."""
-    x = ((x ^ (x >> 16)) * MULTIPLY[0]) & MASK
-    x = ((x ^ (x >> 13)) * MULTIPLY[1]) & MASK
-    return x ^ (x >> 16)
-
-
 def _mix_(x: Tensor) -> Tensor:
-    """_mix in place on int32, whose product wraps as an unsigned one does."""
+    """murmur3 fmix32, a bijection, in place on int32, whose product wraps as an unsigned one does."""
     x ^= (x >> 16) & 0xFFFF
     x *= _signed(MULTIPLY[0])
     x ^= (x >> 13) & 0x7FFFF
@@ -30,26 +23,20 @@ def _mix_(x: Tensor) -> Tensor:
     return x
 
 
-def hashed(*counters: Tensor | int) -> Tensor:
+def hashed(*counters: Tensor) -> Tensor:
     """32 random bits, as int32, from broadcastable integer counters in [0, 2^32)."""
-    state: Tensor | int = START
+    state: Tensor | int = _signed(START * STRIDE)
     for counter in counters:
-        if isinstance(counter, Tensor):
-            mixed = _mix_(counter.to(torch.int32, copy=True))
-            stride = state * STRIDE if isinstance(state, Tensor) else _signed(state * STRIDE)
-            state = _mix_(mixed + stride + 1)
-        elif isinstance(state, Tensor):
-            state = _mix_(state * STRIDE + _signed(_mix(counter & MASK) + 1))
-        else:
-            state = _mix((_mix(counter & MASK) + state * STRIDE + 1) & MASK)
-    return state if isinstance(state, Tensor) else torch.tensor(_signed(state), dtype=torch.int32)
+        mixed = _mix_(counter.to(torch.int32, copy=True))
+        state = _mix_(mixed + (state * STRIDE if isinstance(state, Tensor) else state) + 1)
+    return state
 
 
-def uniform(*counters: Tensor | int) -> Tensor:
+def uniform(*counters: Tensor) -> Tensor:
     """Uniform in (0, 1), float64, from broadcastable integer counters in [0, 2^32)."""
     return ((hashed(*counters) ^ _signed(SIGN)).double() + (SIGN + 0.5)) / 2.0**32
 
 
-def gumbel(*counters: Tensor | int) -> Tensor:
+def gumbel(*counters: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, keyed as uniform."""
     return uniform(*counters).log_().neg_().log_().neg_()

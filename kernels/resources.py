@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,32 +66,24 @@ def launches() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"{dtype} " + (f"top-{k}" if k else "whole vocabulary"), sample_ids, arguments
 
 
-class Card:
-    """Triton's driver of a card of compute capability `arch` (90 is sm_90) that is not there."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # what was compiled is kept by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-
 @contextlib.contextmanager
 def compiled_only(arch: int) -> Iterator[list[tuple[str, CompiledKernel]]]:
-    """Inside, a launch compiles its kernel for the architecture and does nothing else; yields what was compiled."""
+    """Inside, a launch compiles its kernel for compute capability `arch` (90 is sm_90) and does nothing else.
+
+    Yields what was compiled.
+    """
     found, run = [], JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options) -> None:
         found.append((self.fn.__name__, run(self, *arguments, grid=grid, warmup=True, **options)))
 
     JITFunction.run = compile_only
-    driver.set_active(Card(arch))
+    card = SimpleNamespace(  # Triton's driver of a card that is not there; what was compiled is kept by device
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
+    driver.set_active(card)
     try:
         yield found
     finally:

@@ -14,10 +14,9 @@ import torch
 
 from kvlib.config import RunConfig
 from kvlib.engine import noise
-from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
+from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for, planned_step
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
-from kvlib.engine.step import planned_step
 from kvlib.errors import ConfigError, GpuMemoryError
 from kvlib.files import file_state
 from kvlib.fitted import check_fitted, fill

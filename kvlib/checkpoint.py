@@ -45,15 +45,10 @@ def damaged_file(folder: Path) -> str | None:
         if fault := stand_in(path):
             return f"{path.name} {fault}"
         try:
-            tensors(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+            headers(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             return f"{path.name} is damaged ({error})"
     return None
-
-
-def tensors(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a .safetensors file, from its header; ValueError if the file is not whole."""
-    return {name: shape for name, (shape, _) in headers(path).items()}
 
 
 def headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

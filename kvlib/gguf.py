@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, dequantize, get_tensor_name_map
 from transformers import TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from kvlib.checkpoint import damaged_file, stand_in
@@ -32,23 +32,6 @@ from kvlib.errors import ConfigError
 CONVERSION = 1  # raised when what a folder holds changes, so that none of before is used
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-PARTS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""What a tensor of a Llama, Qwen2 or Qwen3 file is called in transformers."""
 PLAIN_KEYS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -226,9 +209,7 @@ def rope_factors(file: File) -> list[float] | None:
     tensor = file.tensors.get(FREQUENCIES)
     if tensor is None:
         return None
-    with file.path.open("rb") as opened:
-        opened.seek(tensor.start)
-        raw = np.frombuffer(opened.read(tensor.n_bytes), np.uint8)
+    raw = np.memmap(file.path, np.uint8, "r", tensor.start, tensor.n_bytes)
     return dequantize(raw, tensor.kind).tolist()
 
 
@@ -238,12 +219,12 @@ def names_of(file: File, config: PreTrainedConfig) -> dict[str, str]:
         wanted = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
+    known = get_tensor_name_map(MODEL_ARCH[file.architecture.upper()], config.num_hidden_layers)
+    of_file = {f"{known[part]}.{kind}": f"{part}.{kind}" for part, kind in (name.rsplit(".", 1) for name in wanted)}
     names, strange = {}, []
     for name, tensor in file.tensors.items():
-        *block, part, kind = name.split(".")
-        new = f"{f'model.layers.{block[1]}.' if len(block) == 2 else ''}{PARTS.get(part)}.{kind}"
-        if wanted.get(new) == tensor.shape:
-            names[name] = new
+        if name in of_file and wanted[of_file[name]] == tensor.shape:
+            names[name] = of_file[name]
         elif name != FREQUENCIES:
             strange.append(f"{name} of shape {list(tensor.shape)}")
     missing = sorted(wanted.keys() - set(names.values()))

@@ -6,22 +6,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 
 from kvlib.checkpoint import missing_files
 from kvlib.errors import ConfigError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 INSTEAD = {"model": "use a folder or file that holds the model", "dataset": "set dataset to the path of a local file"}
-TROUBLE = (OSError, HTTPError, ImportError, ValueError)  # the last two: proxies that httpx cannot use, impossible names
+TROUBLE = (OSError, errors.HTTPError, ImportError, ValueError)
+"""The last two: proxies that httpx cannot use, and impossible names."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Source:
         """The file, or the model's folder (its name is the commit), if the cache has it whole. No network."""
         try:
             found = self._download(local_files_only=True)
-        except (LocalEntryNotFoundError, ValueError):
+        except (errors.LocalEntryNotFoundError, ValueError):
             return None
         return found if self.file or not missing_files(found) else None
 
@@ -86,21 +79,21 @@ class Source:
 
     def trouble(self, error: Exception) -> str:
         """What an error of the hub, or of the way to it, means and what to do about it, in a sentence."""
-        if isinstance(error, GatedRepoError):
+        if isinstance(error, errors.GatedRepoError):
             return f"{self} is gated: ask for access at {self.url}, log in with `hf auth login`, then run this again"
-        if isinstance(error, RepositoryNotFoundError):
+        if isinstance(error, errors.RepositoryNotFoundError):
             return (
                 f"there is no {self.kind} {self.repo!r} on the hub, or it is private: check the name at {self.url}; "
                 "for a private one log in with `hf auth login`"
             )
-        if isinstance(error, RevisionNotFoundError):
+        if isinstance(error, errors.RevisionNotFoundError):
             return f"{self} has no revision {self.revision!r}: choose one of {self.url}/commits/main"
         words = ["hf download", "--repo-type dataset" if self.kind == "dataset" else "", self.repo, self.file or ""]
         command = " ".join(filter(None, [*words, f"--revision {self.revision}" if self.revision else ""]))
         why = "the hub could not be reached"
         if constants.is_offline_mode():
             why = "HF_HUB_OFFLINE is set"
-        elif isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+        elif isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.LocalEntryNotFoundError):
             why = f"the hub refused it ({str(error).splitlines()[0]})"
         elif isinstance(error, ImportError) and "SOCKS" in str(error):
             why = (
@@ -135,8 +128,8 @@ def _answer(source: Source, period: int):
             source.repo, repo_type=source.kind, revision=source.revision, timeout=15, files_metadata=True
         )
         HfApi().auth_check(source.repo, repo_type=source.kind)  # a gated repository's information is public
-    except HfHubHTTPError:
+    except errors.HfHubHTTPError:
         raise
-    except (OSError, HTTPError) as error:
+    except (OSError, errors.HTTPError) as error:
         return error
     return info

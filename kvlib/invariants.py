@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for
 from kvlib.engine.evict import Round, evict, look
-from kvlib.errors import ConfigError
 from kvlib.policies import Full, Policy, View
 
 SHAPE = {
@@ -143,8 +142,9 @@ class _Checks:
 
     def protection(self) -> str | None:
         policy = dataclasses.replace(self.policy, n_sink=2, protect_prompt=True)
-        budgets = range(self.kv_budget, max(PROMPT_LENGTHS) + N_NEW)
-        kv_budget = next((budget for budget in budgets if _holds(policy, budget)), None)
+        n_prompt = max(PROMPT_LENGTHS)
+        budgets = range(self.kv_budget, n_prompt + N_NEW)
+        kv_budget = next((budget for budget in budgets if policy.trouble(budget, n_prompt) is None), None)
         if kv_budget is None:
             return "no budget below the length of the trace can hold what is protected"
         for done in self.decode(policy, kv_budget, self.requests).values():
@@ -221,14 +221,6 @@ class _ReversedHeads(View):
 
     def heads(self, n: int) -> Tensor:
         return super().heads(n).flip(0)
-
-
-def _holds(policy: Policy, kv_budget: int) -> bool:
-    try:
-        policy.check(kv_budget, max(PROMPT_LENGTHS), "")
-    except ConfigError:
-        return False
-    return True
 
 
 def _reversed_heads(view: View) -> View:

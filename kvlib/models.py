@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from kvlib.checkpoint import damaged_file, headers, missing_files, shards, tensors
+from kvlib.checkpoint import damaged_file, headers, missing_files, shards
 from kvlib.engine.attention import text_config
 from kvlib.engine.fast import why_not_fast
 from kvlib.engine.linear import check_int8, to_int8
@@ -339,10 +339,8 @@ def load_reasoner(name: str, dtype: str = "float32", device: str = "cpu") -> Rea
     model = model.to(device).eval().requires_grad_(False)
     if why_not_fast(model):
         probe(model)
-    eos = model.generation_config.eos_token_id
-    eos = text_config(model).eos_token_id if eos is None else eos
-    if eos is None:
-        eos = [] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    said = (model.generation_config.eos_token_id, text_config(model).eos_token_id, tokenizer.eos_token_id)
+    eos = next((ids for ids in said if ids is not None), [])
     return Reasoner(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,), weights_sha256(name))
 
 
@@ -361,7 +359,7 @@ def check_loaded(name: str, model: torch.nn.Module, info: dict, folder: Path) ->
     if not getattr(text_config(model), "tie_word_embeddings", False):
         return
     embedding = model.get_input_embeddings().weight
-    for shard in [shard for shard in shards(folder) if "lm_head.weight" in tensors(folder / shard)]:
+    for shard in [shard for shard in shards(folder) if "lm_head.weight" in headers(folder / shard)]:
         with safe_open(folder / shard, "pt") as file:
             if not torch.equal(file.get_tensor("lm_head.weight").to(embedding.dtype), embedding):
                 raise ConfigError(

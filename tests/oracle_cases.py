@@ -128,6 +128,8 @@ def view_of(
     ring = ring.roll(seen % W, 3) if W else ring
     return View(
         kv_budget=n_keep,
+        rows=torch.arange(R),
+        n_live=N,
         positions=order if positions is None else positions,
         n_prompt=row * n_prompt,
         n_keep=row * n_keep,
@@ -135,7 +137,6 @@ def view_of(
         inv_freq=inv_freq(D) if frequencies is None else frequencies,
         noise_key=row,
         n_seen=row * seen,
-        _rows=torch.arange(R),
         _slots=order,
         _keys=keys,
         _values=keys if values is None else values,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_models import MODELS, r1_tokenizer, save_model
 
-from kvlib.checkpoint import damaged_file, tensors
+from kvlib.checkpoint import damaged_file, headers
 from kvlib.errors import ConfigError
 from kvlib.models import TINY, check_model, load_reasoner, load_tokenizer
 
@@ -201,7 +201,7 @@ def test_headers_are_read_as_safetensors_writes_them(tmp_path):
     save_file(
         {"a": torch.ones(2, 3), "b": torch.ones(()), "c": torch.ones(0, 4)}, tmp_path / "x.safetensors", {"k": "v"}
     )
-    assert tensors(tmp_path / "x.safetensors") == {"a": (2, 3), "b": (), "c": (0, 4)}
+    assert headers(tmp_path / "x.safetensors") == {"a": ((2, 3), "F32"), "b": ((), "F32"), "c": ((0, 4), "F32")}
     for content in (b"\x02" + b"\0" * 7 + b"[]", b"\x0f" + b"\0" * 7 + b'{"a": {"b": 1}}', b"\xff" * 20):
         (tmp_path / WEIGHTS).write_bytes(content)
         assert "model.safetensors is damaged" in damaged_file(tmp_path)

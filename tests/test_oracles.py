@@ -49,10 +49,10 @@ def check_observing(case: Case, policy: Policy) -> None:
         run_round(cache, policy, N, seen=N)
         assert kept_positions(cache) == case["kept"].tolist()
         return
-    one = torch.tensor([1])
+    one, positions = torch.tensor([1]), [torch.arange(N).expand(1, 1, H, N)] * 2
     view = View(
-        budget, torch.arange(N).expand(1, 1, H, N), one * 0, one * budget, D**-0.5, inv_freq(D), one, one * N,
-        one * 0, torch.arange(N).expand(1, 1, H, N), keys[None, None], keys[None, None], cache.ring,
+        budget, one * 0, N, one * 0, one * budget, one, one * N, D**-0.5, inv_freq(D), *positions, keys[None, None],
+        keys[None, None], cache.ring,
     )  # fmt: skip
     scores, _ = policy.score(view, {})
     assert_scores(scores[0, 0, :, : N - W], case["scores"])

@@ -22,6 +22,23 @@ from kvlib.bench.shapes import SIZES, Sizes, load_subject
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError
 
+COLUMNS = {
+    "KV budget": ("kv_budget", 1, ".0f"),
+    "tokens/s": ("steps", 1, ".1f"),
+    "forward only": ("forward", 1, ".1f"),
+    "goodput": ("goodput", 1, ".1f"),
+    "x HF sdpa": (BASELINE, 1, ".2f"),
+    "of linears": ("linears", 1, ".2f"),
+    "of products": ("products", 1, ".2f"),
+    "in rounds": ("round_share", 1, ".1%"),
+    "live slots": ("live_slots", 1, ".0f"),
+    "KV MB": ("kv_bytes", 1e6, ".1f"),
+    "peak MB": ("peak_bytes", 1e6, ".0f"),
+    "GB/s": ("bandwidth", 1e9, ".1f"),
+    "of copy": ("bandwidth_share", 1, ".0%"),
+}
+"""Of the table: what an arm's row, or its ratio to another arm, is called; what it is divided by; how it is written."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvlib.bench", description=__doc__.splitlines()[0])
@@ -72,30 +89,14 @@ def main() -> None:
 
 def table(record: dict) -> str:
     """The arms as text for people."""
-    ratios = {(r["arm"], r["against"]): r["ratio"] for r in record["ratios"]}
-
-    def ratio(arm: str, against: str) -> str:
-        return f"{ratios[arm, against]:.2f}" if (arm, against) in ratios else ""
-
-    rows = [
-        {
-            "arm": row["arm"],
-            "KV budget": row["kv_budget"] or "",
-            "tokens/s": f"{row['steps']:.1f}",
-            "forward only": f"{row['forward']:.1f}" if "forward" in row else "",
-            "goodput": f"{row['goodput']:.1f}" if "goodput" in row else "",
-            "x HF sdpa": ratio(row["arm"], BASELINE),
-            "of linears": ratio(row["arm"], "linears"),
-            "of products": ratio(row["arm"], "products"),
-            "in rounds": f"{row['round_share']:.1%}" if row.get("round_share") is not None else "",
-            "live slots": f"{row['live_slots']:.0f}" if "live_slots" in row else "",
-            "KV MB": f"{row['kv_bytes'] / 1e6:.1f}" if "kv_bytes" in row else "",
-            "peak MB": f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") else "",
-            "GB/s": f"{row['bandwidth'] / 1e9:.1f}" if "bandwidth" in row else "",
-            "of copy": f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else "",
+    rows = []
+    for row in record["arms"]:
+        known = row | {r["against"]: r["ratio"] for r in record["ratios"] if r["arm"] == row["arm"]}
+        cells = {
+            column: f"{known[key] / unit:{form}}" if known.get(key) is not None else ""
+            for column, (key, unit, form) in COLUMNS.items()
         }
-        for row in record["arms"]
-    ]
+        rows.append({"arm": row["arm"], **cells})
     return pd.DataFrame(rows).to_string(index=False)
 
 

@@ -94,12 +94,9 @@ class HuggingFace:
 
     def start(self) -> None:
         self.cache, self.sequence = DynamicCache(config=self.subject.model.config), self.subject.prompts
-        self._generate(1)
+        self.advance(1)
 
     def advance(self, n: int) -> None:
-        self._generate(n)
-
-    def _generate(self, n: int) -> None:
         with through_transformers(self.subject.model, self.implementation) as model, clocked(model, self.meter):
             self.sequence = model.generate(
                 self.sequence,

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from kvlib.bench.arms import Ours, greedy, parse_arm, through_transformers
 from kvlib.bench.shapes import Sizes, Subject, bench_policy
 from kvlib.engine.decoder import Decoder
-from kvlib.errors import ConfigError
 from kvlib.kernels.rope import rotate
 from kvlib.policies import Full, Policy
 
@@ -55,13 +54,8 @@ def judged(checks: Sequence[Check]) -> dict:
 
 def check_full(subject: Subject) -> Check:
     """Every logit of GATE_STEPS steps on transformers' own greedy tokens, and each greedy token but near ties."""
-    with through_transformers(subject.model, "eager") as model:
-        expected = model.generate(
-            subject.prompts,
-            attention_mask=torch.ones_like(subject.prompts),
-            generation_config=greedy(GATE_STEPS + 1, output_logits=True, return_dict_in_generate=True),
-        )
-        tokens = expected.sequences[:, subject.prompts.shape[1] :]
+    expected = generated(subject, "eager", GATE_STEPS + 1, output_logits=True, return_dict_in_generate=True)
+    tokens = expected.sequences[:, subject.prompts.shape[1] :]
     with through_transformers(subject.model, "sdpa") as model, torch.inference_mode():
         at_once = model(expected.sequences[:, :-1]).logits[:, subject.prompts.shape[1] - 1 :]
     of_transformers = distance(at_once, torch.stack(expected.logits, 1))
@@ -88,14 +82,18 @@ def check_full(subject: Subject) -> Check:
     )
 
 
+def generated(subject: Subject, implementation: str, n: int, **options):
+    """What transformers' own loop makes of the prompts: exactly n tokens, the likeliest each time."""
+    with through_transformers(subject.model, implementation) as model:
+        mask = torch.ones_like(subject.prompts)
+        return model.generate(subject.prompts, attention_mask=mask, generation_config=greedy(n, **options))
+
+
 def check_first_tokens(subject: Subject, arms: dict) -> Check:
     """The first greedy tokens of every arm, kvpress' too, before any round: transformers', but for near ties."""
     outputs = {name: arm.output() for name, arm in arms.items()}
     n = min(output.shape[1] for output in outputs.values())
-    with through_transformers(subject.model, "sdpa") as model:
-        wanted = model.generate(
-            subject.prompts, attention_mask=torch.ones_like(subject.prompts), generation_config=greedy(n)
-        )[:, -n:]
+    wanted = generated(subject, "sdpa", n)[:, -n:]
     agreed = {name: (output[:, :n] == wanted).float().mean().item() for name, output in outputs.items()}
     worst = min(agreed, key=agreed.get)
     return Check(
@@ -134,12 +132,8 @@ def same_run(some: Ours, other: Ours) -> bool:
 def check_rounds(name: str, subject: Subject, policy: Policy, kv_budget: int, sizes: Sizes) -> Check:
     """Two rows past their first round: which positions are held, and whether their slots hold those tokens' keys."""
     P = sizes.n_prompt
-    for budget in range(min(P + sizes.interval, kv_budget), kv_budget + 1):
-        try:
-            policy.check(budget, P, name)
-            break
-        except ConfigError:
-            continue
+    budgets = range(min(P + sizes.interval, kv_budget), kv_budget)
+    budget = next((budget for budget in budgets if policy.trouble(budget, P) is None), kv_budget)
     few = replace(subject, prompts=subject.prompts[:2])
     arm = Ours(few, subject.fit(policy), budget, budget - P + 2)
     arm.start()
@@ -185,6 +179,5 @@ def first_layer(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     x = base.layers[0].input_layernorm(base.embed_tokens(tokens))
     keys, values = (part(x).unflatten(-1, (-1, attention.head_dim)) for part in (attention.k_proj, attention.v_proj))
     keys = getattr(attention, "k_norm", nn.Identity())(keys).transpose(0, 1)
-    return rotate(keys, torch.arange(len(tokens), device=tokens.device), base.rotary_emb.inv_freq), values.transpose(
-        0, 1
-    )
+    positions = torch.arange(len(tokens), device=tokens.device)
+    return rotate(keys, positions, base.rotary_emb.inv_freq), values.transpose(0, 1)

@@ -21,22 +21,9 @@ import torch
 from transformers import Qwen2Config
 
 import kvlib
+from kvlib.bench import gpu_timing
 from kvlib.bench.gate import Check, check_full, check_graphs, check_rounds, same_run
-from kvlib.bench.gpu_timing import (  # fmt: skip
-    N_PROMPT,
-    Scale,
-    profile_step,
-    reasons,
-    release,
-    reserved,
-    scales,
-    steady_arm,
-    time_attention,
-    time_decode,
-    time_products,
-    time_rounds,
-    time_sampler,
-)
+from kvlib.bench.gpu_timing import N_PROMPT, Scale, reasons, release, reserved, scales, steady_arm
 from kvlib.bench.measure import ceilings, check_writable, copy_bandwidth, driver, write_record
 from kvlib.bench.shapes import Sizes, Subject, bench_policy, random_model, random_subject
 from kvlib.errors import ConfigError
@@ -255,14 +242,14 @@ def gpu_bench(scale: Scale, device: str, seconds: float, path: Path, say: Callab
     run.check("outputs", lambda: check_outputs(subject))
     copy = block("copy", lambda: copy_bandwidth(device, scale.copy_bytes))
     record["ceilings"] = ceilings(scale.config, copy)
-    block("step", lambda: profile_step(subject, scale))
-    block("products", lambda: time_products(subject, scale))
-    block("attention", lambda: time_attention(scale, copy, device))
-    block("rounds", lambda: time_rounds(subject, scale))
-    block("sampler", lambda: time_sampler(scale, device))
+    block("step", lambda: gpu_timing.profile_step(subject, scale))
+    block("products", lambda: gpu_timing.time_products(subject, scale))
+    block("attention", lambda: gpu_timing.time_attention(scale, copy, device))
+    block("rounds", lambda: gpu_timing.time_rounds(subject, scale))
+    block("sampler", lambda: gpu_timing.time_sampler(scale, device))
 
     def decode(batch: int, kv_budget: int) -> dict:
-        record["arms"].append(time_decode(subject, scale, batch, kv_budget, copy))
+        record["arms"].append(gpu_timing.time_decode(subject, scale, batch, kv_budget, copy))
         return {"tokens/s": record["arms"][-1]["steps"]}
 
     for batch, kv_budget in scale.settings:

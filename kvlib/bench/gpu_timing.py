@@ -151,33 +151,39 @@ def time_attention(scale: Scale, copy: float | None, device: str) -> Iterator[di
 
     copy: a plain copy's bandwidth, if it was measured.
     """
-    config = scale.config
-    H, HQ = config.num_key_value_heads, config.num_attention_heads
-    D, repeats = config.hidden_size // HQ, max(1, scale.windows[1] // 4)
     variants = [(shape, None, None) for shape in scale.attention]
     if device != "cpu":
         variants += [(shape, n, k) for shape in scale.attention[:3] for n in PROGRAMS for k in STAGES]
     for (batch, live), programs, stages in variants:
-        one = 2 * batch * H * live * D * 2
-        n_layers = max(2, min(config.num_hidden_layers, 2**31 // one))
-        keys, values = (torch.randn(n_layers, batch, H, live, D, dtype=torch.bfloat16, device=device) for _ in "kv")
-        query = torch.randn(batch, HQ, D, dtype=torch.bfloat16, device=device)
-        lengths = torch.full((batch,), live, device=device)
-
-        def attend(k, v, query=query, lengths=lengths, live=live, programs=programs, stages=stages):
-            if programs is None:
-                return decode_attention(query, k, v, lengths, D**-0.5, live)
-            from kvlib.kernels import attention_triton  # Triton has no build for every platform
-
-            return attention_triton.decode_attention(query, k, v, lengths, D**-0.5, None, programs, stages)
-
-        def all_layers(keys=keys, values=values, attend=attend) -> None:
-            for k, v in zip(keys, values, strict=True):
-                attend(k, v)
-
-        bandwidth = n_layers * one / seconds_of(captured("attention", all_layers, device), device, repeats)
+        bandwidth = attention_bandwidth(scale, device, batch, live, programs, stages)
         row = {"batch": batch, "live_slots": live, "bandwidth": bandwidth, "share_of_copy": copy and bandwidth / copy}
         yield row if programs is None else {**row, "programs": programs, "stages": stages}
+
+
+def attention_bandwidth(
+    scale: Scale, device: str, batch: int, live: int, programs: int | None, stages: int | None
+) -> float:
+    """Bytes per second of the attention kernel alone, with its own settings where programs and stages are None."""
+    config = scale.config
+    H, HQ = config.num_key_value_heads, config.num_attention_heads
+    D = config.hidden_size // HQ
+    one = 2 * batch * H * live * D * 2
+    n_layers = max(2, min(config.num_hidden_layers, 2**31 // one))
+    keys, values = (torch.randn(n_layers, batch, H, live, D, dtype=torch.bfloat16, device=device) for _ in "kv")
+    query = torch.randn(batch, HQ, D, dtype=torch.bfloat16, device=device)
+    lengths = torch.full((batch,), live, device=device)
+
+    def all_layers() -> None:
+        for k, v in zip(keys, values, strict=True):
+            if programs is None:
+                decode_attention(query, k, v, lengths, D**-0.5, live)
+            else:
+                from kvlib.kernels import attention_triton  # Triton has no build for every platform
+
+                attention_triton.decode_attention(query, k, v, lengths, D**-0.5, None, programs, stages)
+
+    graph = captured("attention", all_layers, device)
+    return n_layers * one / seconds_of(graph, device, max(1, scale.windows[1] // 4))
 
 
 @torch.inference_mode()

@@ -22,15 +22,12 @@ class Peer:
         self.model = AutoModelForCausalLM.from_pretrained(
             settings["model"], dtype="auto", attn_implementation="sdpa"
         ).eval()
-        base = {
-            "knorm": lambda: KnormPress(),
-            "snapkv-kvpress": lambda: SnapKVPress(window_size=settings["n_obs"], kernel_size=5),
-        }[settings["policy"]]()
+        by_norm = settings["policy"] == "knorm"
         self.press = DecodingPress(
-            base_press=base,
+            base_press=KnormPress() if by_norm else SnapKVPress(window_size=settings["n_obs"], kernel_size=5),
             compression_interval=settings["interval"],
             target_size=settings["keep"],
-            hidden_states_buffer_size=settings["interval"] if settings["policy"] != "knorm" else 0,
+            hidden_states_buffer_size=0 if by_norm else settings["interval"],
         )
         self.prompts = torch.tensor(settings["prompts"])
 

@@ -37,15 +37,6 @@ class CacheShape:
         heads = 1 if self.shared_heads else self.n_kv_heads
         return layers, self.n_rows, heads, self.n_slots
 
-    def nbytes(self, itemsize: int) -> int:
-        """Bytes of keys, values, the query ring (itemsize each), positions (int32) and policy state (float32)."""
-        L, B, H, D = self.n_layers, self.n_rows, self.n_kv_heads, self.head_dim
-        keys_and_values = L * B * H * self.n_slots * (D + (self.value_dim or D)) * itemsize
-        ring = L * B * self.n_query_heads * self.n_queries * D * itemsize
-        layers, _, heads, N = self.slot_map
-        per_slot = 4 * (1 + len(self.state_names)) * layers * B * heads * N
-        return keys_and_values + ring + per_slot
-
 
 def cache_shape(policy: Policy, n_rows: int, n_slots: int, **of_model: int) -> CacheShape:
     """The cache that a policy needs; of_model: CacheShape's layers, heads and widths."""
@@ -110,7 +101,7 @@ class SlotCache:
             state[:, self.rows, :, self.lengths] = self.zero
 
     def nbytes(self) -> int:
-        """Bytes really held; equals shape.nbytes."""
+        """Bytes held: keys, values, positions, the query ring and policy state."""
         tensors = (self.keys, self.values, self.positions, self.ring, *self.state.values())
         return sum(t.numel() * t.element_size() for t in tensors)
 

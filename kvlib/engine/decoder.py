@@ -5,21 +5,51 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvlib.engine.evict import Round, evict
+from kvlib.engine.attention import CHANGING
+from kvlib.engine.evict import evict, split
+from kvlib.engine.fast import FastModel, why_not_fast
+from kvlib.engine.general import GeneralModel, check_decodes
 from kvlib.engine.graph import Graph, Pool
 from kvlib.engine.meter import Meter
 from kvlib.engine.rows import Completion, Request, Rows
 from kvlib.engine.sampling import Sampling
-from kvlib.engine.step import step_for
 from kvlib.errors import ConfigError
 from kvlib.policies import Policy
+from kvlib.policies.base import Round
 
 ROUND_BYTES = 2**29
 """Of the keys, in float32, that a policy looks at together in a round; what it makes of them is a few times that."""
 FINISH_LAG = 8
 """Steps between two looks at the end-of-sequence flags, for which the host waits."""
+
+
+def step_for(model: nn.Module, policy: Policy, n_rows: int, n_slots: int, n_positions: int) -> FastModel | GeneralModel:
+    """The model beside a cache of n_rows rows and n_slots slots, ready to prefill and to step.
+
+    n_positions: tokens of the longest prompt and all that follow it. Raises ConfigError for a model that does not
+    decode through kvlib, or that the policy cannot score.
+    """
+    with CHANGING:
+        if why_not_fast(model) is None:
+            return FastModel(model, policy, n_rows, n_slots)
+    return GeneralModel(model, policy, n_rows, n_slots, n_positions)
+
+
+def planned_step(config: PreTrainedConfig, n_positions: int) -> str:
+    """Which step will decode a model of this config, which is made without weights; and why, if it is the general one.
+
+    Raises ConfigError for what is known of it that does not decode.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    reason = why_not_fast(model)
+    if reason is None:
+        return "fast step"
+    check_decodes(model, n_positions)
+    return f"general step ({reason}): transformers' own modules, and torch's attention on every device"
 
 
 class Decoder:
@@ -207,7 +237,7 @@ class Decoder:
         """A round, in slices of as many rows as leave its memory small, whatever the policy reads of them."""
         shape = self.cache.shape
         row = 4 * shape.n_layers * shape.n_kv_heads * due.n_live * shape.head_dim
-        for part in due.split(max(1, ROUND_BYTES // row)):
+        for part in split(due, max(1, ROUND_BYTES // row)):
             _, finite = evict(self.cache, self.policy, part)
             self.finite &= finite
 
@@ -229,25 +259,16 @@ class Decoder:
         return self._round_of(self._packed(due, n_keep), n_live)
 
     def _packed(self, due: np.ndarray, n_keep: np.ndarray) -> Tensor:
-        """int64 `[5, R]`, sent to the device in one piece: rows, prompt tokens, slots that stay, noise, tokens seen."""
+        """int64 `[5, R]`, sent to the device in one piece: what a round knows by row (Round.by_row)."""
         rows = self.rows
         noise = [rows.requests[row].noise_key for row in due]
         packed = torch.from_numpy(np.array([due, rows.n_prompt[due], n_keep, noise, rows.n_seen[due]], dtype=np.int64))
         return packed.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else packed
 
     def _round_of(self, packed: Tensor, n_live: int) -> Round:
-        rows, n_prompt, n_keep, noise_key, n_seen = packed.unbind(0)
-        return Round(
-            kv_budget=self.kv_budget,
-            rows=rows,
-            n_live=n_live,
-            n_prompt=n_prompt,
-            n_keep=n_keep,
-            noise_key=noise_key,
-            n_seen=n_seen,
-            scaling=self.model.scaling,
-            inv_freq=self.model.inv_freq,
-        )
+        by_row = dict(zip(Round.by_row, packed.unbind(0), strict=True))
+        model = self.model
+        return Round(self.kv_budget, n_live=n_live, scaling=model.scaling, inv_freq=model.inv_freq, **by_row)
 
     def _check(self, logits: Tensor) -> None:
         """Note it if a logit is not finite, in one pass: a sum is finite only where every term is."""

@@ -1,14 +1,14 @@
 """One round of eviction, the same for every policy: score, share, protect, select, compact."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvlib.engine.cache import SlotCache
 from kvlib.kernels.rope import rotate
-from kvlib.policies.base import Policy, Share, View
+from kvlib.policies.base import Policy, Round, Share, View
 
 
 def share_scores(scores: Tensor, share: Share) -> Tensor:
@@ -29,31 +29,13 @@ def select(scores: Tensor, protected: Tensor, n_keep: Tensor) -> Tensor:
     return torch.zeros_like(protected).scatter(-1, order, chosen.expand_as(order)).flip(-1)
 
 
-@dataclass(frozen=True)
-class Round:
-    """What a round knows of its rows `[R]`: n_live slots are held by each, n_keep `[R]` stay.
-
-    n_prompt, noise_key and n_seen (tokens so far) are `[R]`; inv_freq `[D / 2]` is RoPE's.
-    """
-
-    kv_budget: int
-    rows: Tensor
-    n_live: int
-    n_prompt: Tensor
-    n_keep: Tensor
-    noise_key: Tensor
-    n_seen: Tensor
-    scaling: float
-    inv_freq: Tensor
-
-    def split(self, n: int) -> Iterator["Round"]:
-        """The same in slices of n rows."""
-        if n >= len(self.rows):
-            yield self
-            return
-        by_row = ("rows", "n_prompt", "n_keep", "noise_key", "n_seen")
-        for start in range(0, len(self.rows), n):
-            yield replace(self, **{name: getattr(self, name)[start : start + n] for name in by_row})
+def split(due: Round, n: int) -> Iterator[Round]:
+    """The same in slices of n rows."""
+    if n >= len(due.rows):
+        yield due
+        return
+    for start in range(0, len(due.rows), n):
+        yield replace(due, **{name: getattr(due, name)[start : start + n] for name in due.by_row})
 
 
 def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]:
@@ -61,19 +43,7 @@ def look(cache: SlotCache, due: Round) -> tuple[View, dict[str, Tensor], Tensor]
     rows, n = due.rows, due.n_live
     positions, slots = cache.positions[:, rows, :, :n].sort(-1)
     view = View(
-        kv_budget=due.kv_budget,
-        positions=positions,
-        n_prompt=due.n_prompt,
-        n_keep=due.n_keep,
-        scaling=due.scaling,
-        inv_freq=due.inv_freq,
-        noise_key=due.noise_key,
-        n_seen=due.n_seen,
-        _rows=rows,
-        _slots=slots,
-        _keys=cache.keys,
-        _values=cache.values,
-        _ring=cache.ring,
+        **vars(due), positions=positions, _slots=slots, _keys=cache.keys, _values=cache.values, _ring=cache.ring
     )
     state = {name: tensor[:, rows, :, :n].gather(-1, slots) for name, tensor in cache.state.items()}
     return view, state, slots

@@ -243,11 +243,7 @@ class GeneralModel:
         return hidden[0], logits[0]
 
     def step(self, tokens: Tensor, positions: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
-        """Hidden states `[B, d]` and logits `[B, V]` of tokens `[B]` at positions `[B]`.
-
-        Keys, values and positions go to each row's next free slot, `cache.lengths`, which the caller advances; n_max
-        bounds the slots in use, these included.
-        """
+        """As `kvlib.engine.fast.FastModel.step`."""
         hidden, logits = self._forward(Decode(self, positions, n_max), tokens[:, None], positions[:, None])
         return hidden[:, 0], logits
 

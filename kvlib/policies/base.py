@@ -21,12 +21,13 @@ MOST_SLOTS = 2**20
 """Where the search for a budget that will do ends."""
 
 Share = Literal["head", "layer", "head_across_layers", "model"]
-
-
 Whole = Annotated[int, "a whole number, 0 or more", lambda x: isinstance(x, Integral) and x >= 0]
 Count = Annotated[int, "a whole number, 1 or more", lambda x: isinstance(x, Integral) and x >= 1]
 Odd = Annotated[int, "an odd number of slots", lambda x: isinstance(x, Integral) and x >= 1 and x % 2 == 1]
 Part = Annotated[float, "a share from 0 to 1", lambda x: isinstance(x, Real) and 0 <= x <= 1]
+Buffer = Annotated[
+    int | None, "a whole number of tokens, 0 or more", lambda x: x is None or (type(x) is int and x >= 0)
+]
 SomePart = Annotated[float, "a share above 0, at most 1", lambda x: isinstance(x, Real) and 0 < x <= 1]
 
 
@@ -49,7 +50,7 @@ class Policy:
     n_sink: Whole = 0
     protect_prompt: bool = False
     n_recent: Whole = 0
-    buffer: int | None = 0
+    buffer: Buffer = 0
     share: Share = "head"
     reindex: bool = False
 
@@ -80,10 +81,6 @@ class Policy:
                 known = self.shares if name == "share" else rule
                 words, holds = f"one of {', '.join(known)}", known.__contains__
             self.require(holds(value), f"{name} is {value!r}; use {words}")
-        self.require(
-            self.buffer is None or (type(self.buffer) is int and self.buffer >= 0),
-            f"buffer is {self.buffer!r}; use a whole number of tokens, 0 or more",
-        )
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise ConfigError with this policy's name unless `holds`."""
@@ -128,11 +125,11 @@ class Policy:
 
         n_prompt 0: not known yet, and so not counted.
         """
-        trouble = self._trouble(kv_budget, n_prompt)
+        trouble = self.trouble(kv_budget, n_prompt)
         if trouble is None:
             return
         larger = range(kv_budget + 1, MOST_SLOTS)
-        first = bisect_left(larger, True, key=lambda works: self._trouble(works, n_prompt) is None)
+        first = bisect_left(larger, True, key=lambda works: self.trouble(works, n_prompt) is None)
         if first == len(larger):
             step = "no kv_budget will do: lower n_recent, buffer or the share that is kept"
         else:
@@ -144,7 +141,8 @@ class Policy:
             f"buffer={self.buffer}): {trouble}; {step}"
         )
 
-    def _trouble(self, kv_budget: int, n_prompt: int) -> str | None:
+    def trouble(self, kv_budget: int, n_prompt: int) -> str | None:
+        """What keeps n_prompt tokens from being decoded under this budget, in a clause; None if nothing does."""
         if n_prompt > kv_budget:
             return "the prompt does not fit"
         keep = self.keep(kv_budget, n_prompt, kv_budget + 1)
@@ -171,36 +169,47 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class View:
-    """The N live slots of R rows in position order, newest last. `L or 1`, `H or 1`: 1 where the keep set is shared.
+class Round:
+    """What a round knows of its rows `[R]`: n_live slots are held by each, n_keep `[R]` stay.
 
-    positions int32 `[L or 1, R, H or 1, N]`; n_prompt `[R]`: prompt tokens; n_keep `[R]`: slots that stay; keys,
-    values `[L, R, H, N, D]` (after RoPE); queries `[L, R, HQ, W, D]`: the last W, oldest first; scaling: of q.k;
-    inv_freq `[D / 2]`: radians per position of RoPE; noise_key `[R]`: of what each row decodes; n_seen `[R]`: tokens
-    seen so far, so that the newest has position n_seen - 1.
+    n_prompt `[R]`: prompt tokens; noise_key `[R]`: of what each row decodes; n_seen `[R]`: tokens seen so far, so that
+    the newest has position n_seen - 1; scaling: of q.k; inv_freq `[D / 2]`: radians per position of RoPE.
     """
 
     kv_budget: int
-    positions: Tensor
+    rows: Tensor
+    n_live: int
     n_prompt: Tensor
     n_keep: Tensor
-    scaling: float
-    inv_freq: Tensor
     noise_key: Tensor
     n_seen: Tensor
-    _rows: Tensor = field(repr=False)
+    scaling: float
+    inv_freq: Tensor
+
+    by_row: ClassVar = ("rows", "n_prompt", "n_keep", "noise_key", "n_seen")
+
+
+@dataclass(frozen=True)
+class View(Round):
+    """A round's N live slots in position order, newest last. `L or 1`, `H or 1`: 1 where the keep set is shared.
+
+    positions int32 `[L or 1, R, H or 1, N]`; keys, values `[L, R, H, N, D]` (after RoPE); queries `[L, R, HQ, W, D]`:
+    the last W, oldest first.
+    """
+
+    positions: Tensor
     _slots: Tensor = field(repr=False)
     _keys: Tensor = field(repr=False)
     _values: Tensor = field(repr=False)
     _ring: Tensor = field(repr=False)
-    """The whole cache's: rows `[R]`, slots `[L or 1, R, H or 1, N]` of each; only what a policy reads is copied."""
+    """The whole cache's, and the slots `[L or 1, R, H or 1, N]` of the rows; only what a policy reads is copied."""
 
     def _take(self, tensor: Tensor, slots: Tensor) -> Tensor:
         """`[L, B, H, S, D]` -> `[L, R, H, N, D]`, the slots `[L or 1, R, H or 1, N]` of the rows."""
         L, B, H, S, D = tensor.shape
         layer = torch.arange(L, device=tensor.device)[:, None, None, None]
         head = torch.arange(H, device=tensor.device)[:, None]
-        index = ((layer * B + self._rows[:, None, None]) * H + head) * S + slots
+        index = ((layer * B + self.rows[:, None, None]) * H + head) * S + slots
         return tensor.reshape(-1, D).index_select(0, index.flatten()).view(*index.shape, D)
 
     @cached_property

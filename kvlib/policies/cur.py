@@ -14,21 +14,6 @@ Leverage = Literal["kv_product", "kv_avg", "key", "value"]
 N_COLUMNS = 20
 
 
-def gaussian_projection(view: View) -> Tensor:
-    """`[L, R, H, D, 20]` of variance 1 / 20, keyed by request, round, layer and head."""
-    L, _, H, _, D = view.keys.shape
-    device = view.keys.device
-    drawn = uniform(
-        view.noise_key[None, :, None, None, None],
-        view.n_seen[None, :, None, None, None],
-        torch.arange(L, device=device)[:, None, None, None, None],
-        view.heads(H)[None, None, :, None, None],
-        torch.arange(D, device=device)[:, None],
-        torch.arange(N_COLUMNS, device=device),
-    )
-    return torch.special.ndtri(drawn) / N_COLUMNS**0.5
-
-
 def share_of_window(x: Tensor, size: int) -> Tensor:
     """Each of `x [..., N]` as its share of its window of `size` slots; the last window may be short."""
     N = x.shape[-1]
@@ -53,7 +38,18 @@ class CUR(Policy):
     resample: bool = False
 
     def projection(self, view: View) -> Tensor:
-        return gaussian_projection(view)
+        """`[L, R, H, D, 20]` of variance 1 / 20, keyed by request, round, layer and head."""
+        L, _, H, _, D = view.keys.shape
+        device = view.keys.device
+        drawn = uniform(
+            view.noise_key[None, :, None, None, None],
+            view.n_seen[None, :, None, None, None],
+            torch.arange(L, device=device)[:, None, None, None, None],
+            view.heads(H)[None, None, :, None, None],
+            torch.arange(D, device=device)[:, None],
+            torch.arange(N_COLUMNS, device=device),
+        )
+        return torch.special.ndtri(drawn) / N_COLUMNS**0.5
 
     def score(self, view, state):
         keys, values = wide(view.keys), wide(view.values)

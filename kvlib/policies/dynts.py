@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +63,9 @@ class DynTS(Policy):
     share: Share = "model"
     prompt_in_share: bool = False
     predictor: Callable[[Tensor], Tensor] | str | None = None
-    state_names: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
-    needs: ClassVar[tuple[str, ...]] = ("predictor",)
-    reads_heads: ClassVar[bool] = False
+    state_names = (IMPORTANCE,)
+    needs = ("predictor",)
+    reads_heads = False
 
     def keep(self, kv_budget: int, n_prompt: int, n_seen: int) -> int:
         if self.buffer is not None:

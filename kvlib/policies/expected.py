@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from numbers import Real
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 
@@ -28,7 +28,7 @@ class ExpectedAttention(Observing):
     use_covariance: bool = True
     use_vnorm: bool = True
     epsilon: Annotated[float, "0 or more", lambda x: isinstance(x, Real) and x >= 0] = 0.0
-    reads_rope: ClassVar[bool] = True
+    reads_rope = True
 
     def score(self, view, state):
         keys, queries = wide(view.keys), wide(view.queries[..., -self.n_obs :, :])

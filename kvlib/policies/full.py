@@ -1,7 +1,6 @@
 """Full cache: nothing is ever evicted."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvlib.policies.base import Policy
 
@@ -10,5 +9,5 @@ from kvlib.policies.base import Policy
 class Full(Policy):
     """The reference: memory grows with the output."""
 
-    evicts: ClassVar[bool] = False
-    reads_heads: ClassVar[bool] = False
+    evicts = False
+    reads_heads = False

@@ -1,7 +1,7 @@
 """G-KV: attention of the last queries remembered across rounds, minus redundancy (arXiv 2512.00504)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class GKV(Observing):
     threshold: float = 0.5
     n_recent: int = 16
     buffer: int | None = 128
-    state_names: ClassVar[tuple[str, ...]] = (SCORE, SCORED)
-    shares: ClassVar[tuple[str, ...]] = ("head",)
+    state_names = (SCORE, SCORED)
+    shares = ("head",)
 
     def remembered(self, view: View, state: dict[str, Tensor]) -> Tensor:
         """F of the slots older than the window, `[L, R, H, N - n_obs]`. A newcomer starts from its own attention."""

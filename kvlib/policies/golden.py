@@ -1,7 +1,6 @@
 """Golden eviction: keep what a recorded trace attends to later, knowing the future (arXiv 2602.03203)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ class Golden(Policy):
     """
 
     attention: Tensor | None = None
-    reads_heads: ClassVar[bool] = False
+    reads_heads = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,7 +1,6 @@
 """H2O: heavy hitters by accumulated attention (arXiv 2306.14048)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvlib.policies.base import MASS, Part, Policy
 
@@ -19,9 +18,9 @@ class H2O(Policy):
 
     recent_ratio: Part = 0.5
     per_query: bool = False
-    state_names: ClassVar[tuple[str, ...]] = (MASS,)
-    reads_heads: ClassVar[bool] = False
-    shares: ClassVar[tuple[str, ...]] = ("head",)
+    state_names = (MASS,)
+    reads_heads = False
+    shares = ("head",)
 
     def recent(self, kv_budget: int) -> int:
         return max(self.n_recent, int(self.recent_ratio * self.keep(kv_budget, 0, 0)))

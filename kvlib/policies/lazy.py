@@ -1,14 +1,12 @@
 """LazyEviction: tokens recur, evict those overdue (arXiv 2506.15969)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvlib.policies.base import View
-from kvlib.policies.hits import Hits, decoded
-from kvlib.policies.observe import attention, observe, query_positions
+from kvlib.policies.observe import Hits, attention, decoded, observe, query_positions
 
 LAST_HIT = "last_hit"
 LONGEST_GAP = "longest_gap"
@@ -30,7 +28,7 @@ class LazyEviction(Hits):
 
     n_recent: int = 175
     buffer: int | None = 174
-    state_names: ClassVar[tuple[str, ...]] = (LAST_HIT, LONGEST_GAP)
+    state_names = (LAST_HIT, LONGEST_GAP)
 
     def hits(self, view: View, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The new state. Steps count from the first decoded token, 1; a slot starts as hit one step before its own."""

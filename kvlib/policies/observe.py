@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvlib.policies.base import Count, Policy, View, wide
+from kvlib.policies.base import Count, Policy, SomePart, View, wide
 
 Pooling = Literal["max", "avg"]
 
@@ -24,9 +24,33 @@ class Observing(Policy):
         return self.n_obs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hits(Policy):
+    """Settings and rhythm of a policy that remembers hits per KV head.
+
+    A round comes every buffer + 1 tokens from the first decoded one on, and keeps all while they fit, so that the ring
+    of buffer + 1 queries misses none.
+    """
+
+    alpha: SomePart = 1e-4
+    shares = ("head",)
+
+    @property
+    def n_queries(self) -> int:
+        return self.buffer + 1
+
+    def limit(self, kv_budget: int, n_prompt: int, n_held: int) -> int:
+        return min(kv_budget, n_held + self.buffer)
+
+
 def query_positions(view: View, n_queries: int) -> Tensor:
     """Positions `[R, W]` of the last W queries, oldest first."""
     return view.n_seen[:, None] + torch.arange(-n_queries, 0, device=view.n_seen.device)
+
+
+def decoded(view: View, n_queries: int) -> Tensor:
+    """Bool `[R, W]`: which of the last W queries are of decoded tokens, not of the prompt."""
+    return query_positions(view, n_queries) >= view.n_prompt[:, None]
 
 
 def observe(view: View, n_obs: int, among: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,13 +1,11 @@
 """RaaS: evict what has not been attended to for longest (arXiv 2502.11147)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvlib.policies.hits import Hits, decoded
-from kvlib.policies.observe import attention, observe, query_positions
+from kvlib.policies.observe import Hits, attention, decoded, observe, query_positions
 
 STAMP = "stamp"
 
@@ -23,7 +21,7 @@ class RaaS(Hits):
 
     top_half: bool = False
     protect_prompt: bool = True
-    state_names: ClassVar[tuple[str, ...]] = (STAMP,)
+    state_names = (STAMP,)
 
     def score(self, view, state):
         def newest_hit(logits: Tensor, visible: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Random eviction: the null every scorer must beat (arXiv 2609.03430)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvlib.policies.base import Policy
 
@@ -13,7 +12,7 @@ class Random(Policy):
     With protect_prompt and n_recent=64, buffer=64 it is Random Attention as published.
     """
 
-    reads_heads: ClassVar[bool] = False
+    reads_heads = False
 
     def score(self, view, state):
         return view.uniform(), state

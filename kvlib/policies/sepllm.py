@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,10 +32,10 @@ class SepLLM(Policy):
     n_recent: int = 256
     share: Share = "model"
     separators: tuple[int, ...] | None = None
-    state_names: ClassVar[tuple[str, ...]] = (SEPARATOR,)
-    needs: ClassVar[tuple[str, ...]] = ("separators",)
-    reads_heads: ClassVar[bool] = False
-    shares: ClassVar[tuple[str, ...]] = ("model",)
+    state_names = (SEPARATOR,)
+    needs = ("separators",)
+    reads_heads = False
+    shares = ("model",)
 
     def creation_score(self, hidden, token_ids, answering):
         # torch.isin sorts larger sets, and then waits for the device.

@@ -1,7 +1,7 @@
 """TriAttention: attention of the average query from many future positions (arXiv 2604.04921)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,9 @@ class TriAttention(Policy):
     max_offset: Count = 2**16
     offset_reduce: Literal["mean", "max"] = "mean"
     calibration: QueryStatistics | str | None = None
-    needs: ClassVar[tuple[str, ...]] = ("calibration",)
-    shares: ClassVar[tuple[str, ...]] = ("head", "head_across_layers", "model")
-    reads_rope: ClassVar[bool] = True
+    needs = ("calibration",)
+    shares = ("head", "head_across_layers", "model")
+    reads_rope = True
 
     def score(self, view, state):
         scores = query_scores(view, self.calibration, self.max_offset, self.offset_reduce)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,9 +57,9 @@ class TrimKV(Policy):
     buffer: int | None = 512
     use_knorm: bool = False
     gate: Callable[[Tensor], Tensor] | str | None = None
-    state_names: ClassVar[tuple[str, ...]] = (LOG_BETA,)
-    needs: ClassVar[tuple[str, ...]] = ("gate",)
-    shares: ClassVar[tuple[str, ...]] = ("head",)
+    state_names = (LOG_BETA,)
+    needs = ("gate",)
+    shares = ("head",)
 
     def creation_score(self, hidden, token_ids, answering):
         return {LOG_BETA: self.gate(hidden).float()}

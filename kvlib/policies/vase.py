@@ -1,7 +1,7 @@
 """VaSE: keep the large value ranges, draw the rest by attention (arXiv 2606.03928)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class VaSE(SnapKV):
     large: Part = 0.25
     magnitude: Magnitude = "range"
     draw: bool = True
-    shares: ClassVar[tuple[str, ...]] = ("head",)
+    shares = ("head",)
 
     def score(self, view, state):
         scores, older = self.importance(view), slice(0, -self.n_obs)

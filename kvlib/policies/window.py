@@ -1,7 +1,6 @@
 """Sliding window: the newest tokens only."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvlib.policies.base import Policy, Share
 
@@ -11,7 +10,7 @@ class Window(Policy):
     """Keep the newest tokens. With protect_prompt it is the recency + prompt null of arXiv 2609.03430."""
 
     share: Share = "model"
-    reads_heads: ClassVar[bool] = False
+    reads_heads = False
 
     def score(self, view, state):
         return view.positions.float(), state

@@ -81,7 +81,7 @@ def drawn(labelled: Labelled, n: int | None, index: int) -> Labelled:
     T = len(labelled[1])
     if n is None or n >= T:
         return labelled
-    chosen = uniform(noise.key("label", index), torch.arange(T)).topk(n).indices.sort().values
+    chosen = uniform(torch.tensor(noise.key("label", index)), torch.arange(T)).topk(n).indices.sort().values
     return tuple(part[chosen.to(part.device)] for part in labelled)
 
 

@@ -72,7 +72,8 @@ def run_with(monkeypatch, tmp_path, **replaced) -> tuple[dict, list[str]]:
     lists = ["check_machine", "check_kernels", "probe_captures", "check_outputs", "time_attention", "time_products"]
     nothing = {**{name: [] for name in [*lists, "time_rounds", "time_sampler"]}, "profile_step": {}}
     for name, found in nothing.items():
-        monkeypatch.setattr(gpu, name, replaced.get(name, lambda *_, found=found: found))
+        room = gpu if hasattr(gpu, name) else gpu_timing
+        monkeypatch.setattr(room, name, replaced.get(name, lambda *_, found=found: found))
     said, path = [], tmp_path / "r.json"
     record = gpu.gpu_bench(gpu_timing.scales("tiny"), "cpu", replaced.get("seconds", 100.0), path, said.append)
     assert json.loads(path.read_text()) == record

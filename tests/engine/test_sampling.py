@@ -79,7 +79,7 @@ def test_temperature_zero_is_greedy():
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 @settings(max_examples=50, deadline=None)
 def test_noise_is_inside_the_open_interval(a, b):
-    assert 0.0 < uniform(torch.tensor([a]), b).item() < 1.0
+    assert 0.0 < uniform(torch.tensor([a]), torch.tensor([b])).item() < 1.0
 
 
 def test_noise_is_uniform_and_uncorrelated():

@@ -173,7 +173,7 @@ def test_noise_of_a_round_differs_by_layer_head_position_and_round():
     def uniform(step: int) -> torch.Tensor:
         positions = torch.arange(6, dtype=torch.int32).expand(2, 1, 3, 6)
         one, empty = torch.tensor([5]), torch.zeros(0)
-        return View(9, positions, one, one, 1.0, empty, one, one * step, one, empty, empty, empty, empty).uniform()
+        return View(9, one, 6, one, one, one, one * step, 1.0, empty, positions, empty, empty, empty, empty).uniform()
 
     assert uniform(7).unique().numel() == 2 * 3 * 6
     assert torch.equal(uniform(7), uniform(7))

@@ -18,9 +18,8 @@ from kvlib.policies import H2O, RKV, Policy, SnapKV
 from kvlib.policies.base import MASS
 from kvlib.policies.caote import CAOTE
 from kvlib.policies.gkv import GKV
-from kvlib.policies.hits import decoded
 from kvlib.policies.lazy import LAST_HIT, LONGEST_GAP, LazyEviction
-from kvlib.policies.observe import attention, observe
+from kvlib.policies.observe import attention, decoded, observe
 from kvlib.policies.raas import STAMP, RaaS
 from kvlib.policies.rpc import RPC
 from kvlib.policies.tova import TOVA
@@ -74,7 +73,7 @@ def test_a_row_is_scored_as_if_it_were_alone_and_its_state_is_not_touched(name):
     assert all(tensor.dtype == torch.float32 and tensor.shape == (2, 3, 2, 24) for tensor in after.values())
     for row in range(3):
         one = slice(row, row + 1)
-        parts = {key: getattr(view, key)[one] for key in ("n_prompt", "n_keep", "noise_key", "n_seen", "_rows")}
+        parts = {key: getattr(view, key)[one] for key in ("n_prompt", "n_keep", "noise_key", "n_seen", "rows")}
         parts |= {key: getattr(view, key)[:, one] for key in ("positions", "_slots")}
         alone, alone_after = policy.score(
             dataclasses.replace(view, **parts), {key: tensor[:, one] for key, tensor in state.items()}

@@ -92,7 +92,7 @@ def row_of(view: View, row: int) -> View:
         view,
         positions=view.positions[:, one],
         _slots=view._slots.expand(1, view.n_prompt.numel(), 1, N)[:, one],
-        **{name: getattr(view, name)[one] for name in ("n_prompt", "n_keep", "noise_key", "n_seen", "_rows")},
+        **{name: getattr(view, name)[one] for name in ("n_prompt", "n_keep", "noise_key", "n_seen", "rows")},
     )
 
 
