@@ -353,7 +353,7 @@ def test_training_sets_are_reproducible_and_grade_their_own_answers(tmp_path):
     assert not right_answer(problems["b"], "\\boxed{7} </think> I do not know")
     with pytest.raises(ConfigError, match="has 2 problems; use at most that"):
         training_problems(str(path), 3, 0)
-    with pytest.raises(ConfigError, match="unknown training set 'maths'; use 'chains', 'sums', 'math' or"):
+    with pytest.raises(ConfigError, match="unknown training set 'maths'; did you mean math"):
         training_problems("maths", 3, 0)
     path.write_text("[]\n")
     with pytest.raises(ConfigError, match=r"own.jsonl does not hold one object a line"):
