@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.rows import alike, budget_text, intervals, once, required, samples_text, signed_interval, texts
+from kvlib.charts.rows import alike, budget_text, intervals, once, order, required, samples_text, signed_interval, texts
 from kvlib.charts.sheet import FULL, GREY, INK, PROMPT, banner, budget_places, caveat_of, legend, looks, sheet, style
 from kvlib.errors import ConfigError
 
@@ -98,11 +98,7 @@ def cells_table(cells: pd.DataFrame) -> pd.DataFrame:
     values, positions, query ring and policy state of one row, seconds_per_solved of decoding, round_us_per_row:
     microseconds of one round on one row; the last three may be NaN.
     """
-    cells = _checked_cells(cells)
-    order = {name: i for i, name in enumerate(cells["dataset"].unique())}
-    cells = cells.assign(order=cells["dataset"].map(order)).sort_values(
-        ["order", "kv_budget", "pass_at_1"], ascending=[True, True, False], na_position="last", kind="stable"
-    )
+    cells = order(_checked_cells(cells))
     return pd.DataFrame(
         {
             "Dataset": cells["dataset"].tolist(),
