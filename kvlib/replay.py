@@ -109,7 +109,6 @@ class Replay:
     """
 
     recording: Recording
-    kv_budget: int | None
     predicted: Tensor
     logprob: Tensor
     kept: tuple[tuple[int, Kept], ...]
@@ -120,17 +119,8 @@ class Replay:
         """The share of the output's tokens that the model would have said."""
         return (self.predicted == torch.tensor(self.recording.tokens).to(self.predicted)).double().mean().item()
 
-    @property
-    def recall(self) -> float:
-        """Mean over the queries of the output; 1 before the first round."""
-        return self._mean("recall")
-
-    @property
-    def error(self) -> float:
-        """Mean over the queries of the output; 0 before the first round."""
-        return self._mean("error")
-
-    def _mean(self, column: str) -> float:
+    def mean(self, column: str) -> float:
+        """Of recall or error, over the queries of the output, of which there must be one; else NaN."""
         n = self.rounds["n_queries"].sum()
         return float((self.rounds[column] * self.rounds["n_queries"]).sum() / n) if n else math.nan
 
@@ -143,22 +133,14 @@ def replay(reasoner: Reasoner, policy: Policy, kv_budget: int | None, recording:
     n = len(recording.tokens)
     device = next(reasoner.model.parameters()).device
     forcing = TeacherForcing(torch.tensor(recording.tokens, device=device))
-    decoder = decoder_for(
-        reasoner.model,
-        policy,
-        kv_budget,
-        [recording.request],
-        max_new_tokens=n,
-        sampling=forcing,
-        answer_id=reasoner.answer_id,
-        trace=True,
-    )
+    settings = {"max_new_tokens": n, "sampling": forcing, "answer_id": reasoner.answer_id, "trace": True}
+    decoder = decoder_for(reasoner.model, policy, kv_budget, [recording.request], **settings)
     decoder.admit(0, recording.request)
     for _ in range(n - 1):
         decoder.step()
     ((_, completion),) = decoder.finished()
     rounds = _fidelity_by_round(recording, completion.kept)
-    return Replay(recording, kv_budget, forcing.predicted, forcing.logprob, completion.kept, rounds)
+    return Replay(recording, forcing.predicted, forcing.logprob, completion.kept, rounds)
 
 
 def replay_all(
@@ -255,7 +237,7 @@ def fidelity(replays: Replays) -> pd.DataFrame:
     tokens, in nats.
     """
     rows = [
-        (arm, kv_budget, i, one.recall, one.error, one.accuracy, one.logprob.mean().item())
+        (arm, kv_budget, i, one.mean("recall"), one.mean("error"), one.accuracy, one.logprob.mean().item())
         for (arm, kv_budget), several in replays.items()
         for i, one in enumerate(several)
     ]
