@@ -1,7 +1,6 @@
 """Many arms on the same problems -> charts of lines over KV budget or memory, differences, and the tables beneath.
 
-An arm is a policy with its settings; the label of an arm whose prompt is protected ends in "+prompt". Like
-kvlib.charts.measured: knows columns and colours, not how a value is measured, and never imports torch or pyplot.
+An arm is a policy with its settings; the label of an arm whose prompt is protected ends in "+prompt".
 """
 
 import math

@@ -1,8 +1,4 @@
-"""Measured cells of one model and policy -> bars of Pass@1 with throughput over them, and the table beneath.
-
-Knows columns and colours. It does not know where records lie, how an answer is graded
-or how an interval is computed, and it never imports torch or pyplot.
-"""
+"""Measured cells of one model and policy -> bars of Pass@1 with throughput over them, and the table beneath."""
 
 import math
 import textwrap

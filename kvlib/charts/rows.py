@@ -1,4 +1,4 @@
-"""What charts ask of the rows they draw, and how numbers read in their tables. Never imports torch or pyplot."""
+"""What charts ask of the rows they draw, and how numbers read in their tables."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

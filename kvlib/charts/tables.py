@@ -1,4 +1,4 @@
-"""From a folder of records to the tables that charts draw, and what they can tell. Never imports torch."""
+"""From a folder of records to the tables that charts draw, and what they can tell."""
 
 import math
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Records of kvlib.bench -> throughput against KV budget under its roofline, and the table beneath.
-
-Never imports torch or pyplot.
-"""
+"""Records of kvlib.bench -> throughput against KV budget under its roofline, and the table beneath."""
 
 import json
 from pathlib import Path
