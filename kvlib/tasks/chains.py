@@ -64,10 +64,6 @@ class Chain:
     question: str
 
     @property
-    def start(self) -> str:
-        return self.steps[0].source
-
-    @property
     def answer(self) -> str:
         return str(self.values[self.steps[-1].target])
 
@@ -131,7 +127,7 @@ def solution_words(rng: random.Random, chain: Chain) -> tuple[list[str], list[bo
             said.append((f"check : {calculation} .", 0))
         if rng.random() < P_FILLER:
             said.append((rng.choice(FILLERS), 0))
-    said += [(f"use {chain.steps[-1].target} ?", 1), ("</think>", 0), value(chain.start)]
+    said += [(f"use {chain.steps[-1].target} ?", 1), ("</think>", 0), value(chain.steps[0].source)]
     for step in chain.steps:
         said += [definition(step), value(step.target)]
     said += [(f"ans {chain.answer}", 1), ("<eos>", 0)]

@@ -121,11 +121,6 @@ def batch(seed: int, step: int, progress: float) -> tuple[torch.Tensor, torch.Te
     return pad_sequence(ids, batch_first=True, padding_value=PAD), pad_sequence(weights, batch_first=True)
 
 
-def learning_rate_factor(step: int, n_steps: int) -> float:
-    """Warm-up, constant to half of the run, then linear to 0."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, 2 * (1 - step / n_steps))
-
-
 class Trainer:
     """Model, optimisers and step counter; `save` and `load` move all of it through a file."""
 
@@ -152,9 +147,11 @@ class Trainer:
             raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; restart with another --seed")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        # Warm-up, constant to half of the run, then linear to 0.
+        factor = min(1.0, (self.step + 1) / WARMUP_STEPS, 2 * (1 - self.step / self.n_steps))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = optimiser.defaults["lr"] * learning_rate_factor(self.step, self.n_steps)
+                group["lr"] = optimiser.defaults["lr"] * factor
             optimiser.step()
             optimiser.zero_grad()
         self.step += 1
