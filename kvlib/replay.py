@@ -143,7 +143,7 @@ class Replay:
         return (self.predicted == torch.tensor(self.recording.tokens).to(self.predicted)).double().mean().item()
 
     def mean(self, column: str) -> float:
-        """Of recall or error, over the queries of the output, of which there must be one; else NaN."""
+        """Of recall (1 before the first round) or error (0 before it), over the output's queries; NaN without one."""
         n = self.rounds["n_queries"].sum()
         return float((self.rounds[column] * self.rounds["n_queries"]).sum() / n) if n else math.nan
 

@@ -1,1 +1,4 @@
-"""Records to pictures and tables. Never imports torch."""
+"""Records to pictures and tables: knows columns and colours, not how a value is measured.
+
+Never imports torch or pyplot.
+"""

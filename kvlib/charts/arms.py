@@ -1,7 +1,6 @@
 """Many arms on the same problems -> charts of lines over KV budget or memory, differences, and the tables beneath.
 
-An arm is a policy with its settings; the label of an arm whose prompt is protected ends in "+prompt". Like
-kvlib.charts.measured: knows columns and colours, not how a value is measured, and never imports torch or pyplot.
+An arm is a policy with its settings; the label of an arm whose prompt is protected ends in "+prompt".
 """
 
 import math
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.rows import alike, budget_text, intervals, once, required, samples_text, signed_interval, texts
+from kvlib.charts.rows import alike, budget_text, intervals, once, order, required, samples_text, signed_interval, texts
 from kvlib.charts.sheet import FULL, GREY, INK, PROMPT, banner, budget_places, caveat_of, legend, looks, sheet, style
 from kvlib.errors import ConfigError
 
@@ -77,7 +76,7 @@ def length_figure(cells: pd.DataFrame) -> Figure:
     """
     cells = _checked_cells(cells).assign(truncated=lambda df: 100 * df["truncated_share"])
     panels = []
-    for dataset, here in cells.groupby("dataset", sort=False):
+    for _, here in cells.groupby("dataset", sort=False):
         evicting, full, limit = here[here["label"] != FULL], here[here["label"] == FULL], here["max_new_tokens"].max()
         for column, ylabel, top, cap in [
             ("mean_tokens", "Mean output (tokens)", 1.05 * limit, {f"limit: {limit} tokens": limit}),
@@ -85,7 +84,7 @@ def length_figure(cells: pd.DataFrame) -> Figure:
         ]:
             points = evicting.assign(x=evicting["kv_budget"], y=evicting[column])
             levels = dict(zip(full["label"], full[column], strict=True)) | cap
-            panels.append(Panel(f"{_model(here)} | {dataset} ({_n(here)})", ylabel, points, top, levels))
+            panels.append(Panel(_title(here), ylabel, points, top, levels))
     notes = [f"{_samples(cells)}, n = problems. Truncated: cut at the limit of {cells['max_new_tokens'].max()} new "
              "tokens, without an answer.", *caveat_of(_model(cells))]  # fmt: skip
     return budget_figure(panels, _heading("output length against KV budget", cells), notes)
@@ -98,11 +97,7 @@ def cells_table(cells: pd.DataFrame) -> pd.DataFrame:
     values, positions, query ring and policy state of one row, seconds_per_solved of decoding, round_us_per_row:
     microseconds of one round on one row; the last three may be NaN.
     """
-    cells = _checked_cells(cells)
-    order = {name: i for i, name in enumerate(cells["dataset"].unique())}
-    cells = cells.assign(order=cells["dataset"].map(order)).sort_values(
-        ["order", "kv_budget", "pass_at_1"], ascending=[True, True, False], na_position="last", kind="stable"
-    )
+    cells = order(_checked_cells(cells))
     return pd.DataFrame(
         {
             "Dataset": cells["dataset"].tolist(),
@@ -186,7 +181,7 @@ def _pass_panel(here: pd.DataFrame, x: str) -> Panel:
     full, evicting = here[here["label"] == FULL], here[here["label"] != FULL]
     points = evicting.rename(columns={"pass_at_1": "y", "pass_low": "low", "pass_high": "high"}).assign(x=evicting[x])
     levels = dict(zip(full["label"], full["pass_at_1"], strict=True))
-    return Panel(f"{_model(here)} | {here['dataset'].iloc[0]} ({_n(here)})", "Pass@1 (%)", points, 104, levels)
+    return Panel(_title(here), "Pass@1 (%)", points, 104, levels)
 
 
 def budget_figure(panels: list[Panel], heading: str, notes: list[str]) -> Figure:
@@ -257,8 +252,9 @@ def _model(cells: pd.DataFrame) -> str:
     return cells["model"].iloc[0]
 
 
-def _n(cells: pd.DataFrame) -> str:
-    return f"n = {cells['n_problems'].max()}"
+def _title(here: pd.DataFrame) -> str:
+    """Of the panel of one dataset."""
+    return f"{_model(here)} | {here['dataset'].iloc[0]} (n = {here['n_problems'].max()})"
 
 
 def _heading(what: str, cells: pd.DataFrame) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,21 +24,10 @@ WIDEST, MOST_ROWS = 1100, 14  # pixels of a picture, rows of a table
 
 
 def made_from(notebook: Path) -> str:
-    """Hash of what decides a page: the notebook, its settings and the code that draws for it."""
-    parts = [notebook.read_text(encoding="utf-8"), json.dumps(SETTINGS.get(notebook.stem, {}))]
-    parts += [path.read_text(encoding="utf-8") for path in drawn_by(parts[0])]
+    """Hash of what decides a page: the notebook, its settings and the code of kvlib.charts."""
+    files = [notebook, *sorted((ROOT / "kvlib" / "charts").glob("*.py"))]
+    parts = [json.dumps(SETTINGS.get(notebook.stem, {})), *(path.read_text(encoding="utf-8") for path in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def drawn_by(source: str) -> list[Path]:
-    """The files of kvlib.charts that a source imports, and those that these import."""
-    found, left = set(), {source}
-    while left:
-        named = re.findall(r"kvlib\.charts\.(\w+)", left.pop())
-        new = {ROOT / "kvlib" / "charts" / f"{name}.py" for name in named} - found
-        found |= new
-        left |= {path.read_text(encoding="utf-8") for path in new}
-    return sorted(found)
 
 
 def outdated(notebooks: Path, pages: Path) -> list[Path]:
@@ -119,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,4 @@
-"""Measured cells of one model and policy -> bars of Pass@1 with throughput over them, and the table beneath.
-
-Knows columns and colours. It does not know where records lie, how an answer is graded
-or how an interval is computed, and it never imports torch or pyplot.
-"""
+"""Measured cells of one model and policy -> bars of Pass@1 with throughput over them, and the table beneath."""
 
 import math
 import textwrap
@@ -11,7 +7,7 @@ import matplotlib.patheffects
 import pandas as pd
 
 from kvlib.charts.published import BAR_WIDTH, PAPER, draw_beside, draw_line, print_value, two_axes
-from kvlib.charts.rows import alike, budget_text, interval, once, place, refuse, required, samples_text
+from kvlib.charts.rows import alike, budget_text, intervals, once, order, place, refuse, required, samples_text, texts
 from kvlib.charts.sheet import BLUE, GREY, INK, ORANGE, banner, budget_places, caveat_of, sheet, style
 from kvlib.errors import ConfigError, Spoken
 
@@ -62,30 +58,29 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=()):
     sample counts.
     """
     expected = list(dict.fromkeys((dataset, _budget(budget)) for dataset, budget in expected))
-    if all(budget is None for _, budget in expected):
+    datasets = list(dict.fromkeys(dataset for dataset, _ in expected))
+    budgets = sorted({budget for _, budget in expected if budget is not None})
+    if not budgets:
         raise ConfigError("expected names no KV budget, so there is nothing to put on the x axis")
-    rows = _measured_rows(df)
-    unexpected = [cell for cell in rows if cell not in expected]
-    if unexpected:
+    rows, timed = _measured_rows(df), "throughput" in df
+    if unexpected := [cell for cell in rows if cell not in expected]:
         raise ConfigError(f"not part of this grid: {_name_cells(unexpected)}; pass only the rows to be drawn")
-    timed = "throughput" in df
-    marks = _incomplete(rows, expected, timed)
+    missing = [cell for cell in expected if cell not in rows]
+    untimed = [cell for cell, row in rows.items() if timed and math.isnan(row.throughput)]
+    marks = {f"{what}{len(cells)} of {len(expected)} cells missing": cells
+             for what, cells in (("", missing), ("throughput of ", untimed)) if cells}  # fmt: skip
     if marks and not (allow_incomplete and rows):
         raise IncompleteError("; ".join([*(f"{count}: {_name_cells(cells)}" for count, cells in marks.items()),
                                          "run `make charts` again"]))  # fmt: skip
-    one = next(iter(rows.values()))
-    beside = _beside(published, rows, expected)
-    datasets = list(dict.fromkeys(dataset for dataset, _ in expected))
-    budgets = sorted({budget for _, budget in expected if budget is not None})
-    speeds = [row.throughput_high for row in rows.values() if timed and row.throughput_high > 0]
-    speeds += [row.throughput_tps for row in beside.values() if row.throughput_tps > 0]
-    tick = _round_up(max(speeds, default=1) / 5)
-    label = textwrap.wrap(_definition(rows), 30, break_on_hyphens=False) if timed else []
+    one, beside = df.iloc[0], _beside(published, df, expected)
+    speeds = [*(df["throughput_high"] if timed else ()), *(row.throughput_tps for row in beside.values())]
+    tick = _round_up(max((speed for speed in speeds if speed > 0), default=1) / 5)
+    label = textwrap.wrap(_definition(df), 30, break_on_hyphens=False) if timed else []
     what = "Pass@1 and throughput" if timed else "Pass@1"
     heading = banner(what + (", beside the published values" if beside else ""), one.model, datasets, one.policy)
     with style():
         fig, axes = sheet(
-            heading, _notes(rows, one, timed, beside), len(datasets), (4.2 if beside else 2.75, 2.75),
+            heading, _notes(df, beside), len(datasets), (4.2 if beside else 2.75, 2.75),
             (0.72, 0.62 if timed else 0.15, 0.4, 0.6), len(datasets), 0.2 * len(label),
             [f"INCOMPLETE: {count}" for count in marks],
         )  # fmt: skip
@@ -113,52 +108,48 @@ def measured_table(df):
     without an answer), NaN where they do not apply.
     Raises ConfigError as measured_figure does.
     """
-    rows = _measured_rows(df)
-    datasets = list(dict.fromkeys(dataset for dataset, _ in rows))
-    cells = sorted(rows, key=lambda cell: (datasets.index(cell[0]), cell[1] is None, cell[1] or 0))
-    table, halved = [], _halved(rows)
-    for dataset, budget in cells:
-        row = rows[dataset, budget]
-        line = {
-            "Dataset": dataset,
-            "KV budget": budget_text(budget),
-            "n": str(row.n_problems),
-            "Pass@1 (%) with 95 % interval": interval(row.pass_at_1, row.pass_low, row.pass_high),
+    _measured_rows(df)
+    df = order(df)
+    table = pd.DataFrame(
+        {
+            "Dataset": df["dataset"].tolist(),
+            "KV budget": df["kv_budget"].map(budget_text).tolist(),
+            "n": texts(df["n_problems"]),
+            "Pass@1 (%) with 95 % interval": intervals(df, PASS),
         }
-        if "throughput" in df:
-            low = row.throughput_low if row.n_repeats > 1 else math.nan
-            speed = interval(row.throughput, low, row.throughput_high, "{:,.0f}")
-            line[_definition(rows)] = speed if _is_timed(row) else "not timed"
-        line["Mean output (tokens)"] = f"{row.mean_tokens:.0f}"
-        line["Truncated (%)"] = f"{100 * row.truncated_share:.1f}"
-        if halved:
-            line["Batch halved"] = "yes" if (dataset, budget) in halved else ""
-        if hasattr(row, "strict_pass_at_1"):  # of a benchmark; a chain has an exact checker
-            graded = not math.isnan(row.strict_pass_at_1)
-            line["Strict Pass@1 (%)"] = f"{row.strict_pass_at_1:.1f}" if graded else ""
-            line["Without an answer (%)"] = f"{100 * row.unanswered_share:.1f}" if graded else ""
-        table.append(line)
-    return pd.DataFrame(table)
+    )
+    if "throughput" in df:
+        repeated = df.assign(throughput_low=df["throughput_low"].where(df["n_repeats"] > 1))
+        table[_definition(df)] = intervals(repeated, SPEED, "{:,.0f}", "not timed")
+    table["Mean output (tokens)"] = texts(df["mean_tokens"])
+    table["Truncated (%)"] = texts(100 * df["truncated_share"], "{:.1f}")
+    if df["batch_halved"].any():
+        table["Batch halved"] = ["yes" if halved else "" for halved in df["batch_halved"]]
+    if "strict_pass_at_1" in df:  # of a benchmark; a chain has an exact checker
+        table["Strict Pass@1 (%)"] = texts(df["strict_pass_at_1"], "{:.1f}", "")
+        table["Without an answer (%)"] = texts(100 * df["unanswered_share"], "{:.1f}", "")
+    return table
 
 
 def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
     """One dataset: bars and whiskers of the rows `here` {budget: row}, throughput over them; the legend's handles."""
     places, xlabel = budget_places(budgets)
     step = places[1] - places[0] if len(places) > 1 else 1
-    full = [places[-1] + 1.1 * step] if None in wanted else []
-    ax.set_xticks([*places, *full], [*budgets, *(["full"] if full else [])])
+    at = dict(zip(budgets, places, strict=True))
+    if None in wanted:
+        at[None] = places[-1] + 1.1 * step
+    ax.set_xticks([*at.values()], ["full" if budget is None else budget for budget in at])
     ax.set_xlabel(xlabel)
-    ax.set_xlim(places[0] - 0.6 * step, places[-1] + (1.7 if full else 0.6) * step)
+    ax.set_xlim(places[0] - 0.6 * step, max(at.values()) + 0.6 * step)
     ax.set_ylim(0, TOP)
     ax.set_yticks(range(0, 101, 20))
     ax.grid(axis="y")
-    at = {**dict(zip(budgets, places, strict=True)), **dict.fromkeys([None] if full else [], *full)}
     aside, width = (0.21 * step, 0.4 * step) if theirs else (0, BAR_WIDTH * step)  # each of two bars, from the middle
     handles = []
     if set(wanted) <= set(here) and not theirs and not any(row.pass_at_1 for row in here.values()):
         n = next(iter(here.values())).n_problems
         most = max(row.pass_high for row in here.values())
-        text = f"0 of {n} problems solved at every KV budget{' and by the full cache' if full else ''}"
+        text = f"0 of {n} problems solved at every KV budget{' and by the full cache' if None in at else ''}"
         text = textwrap.fill(f"{text} (95 % interval: 0 to {most:.1f} %)", 34)
         ax.text(0.5, 0.2, text, transform=ax.transAxes, ha="center", va="center", bbox=PAPER)
     else:
@@ -175,8 +166,8 @@ def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
                 _draw_whisker(ax, x - (0.24 if row.pass_at_1 else 0) * step, row)
                 inside = min(row.pass_low, row.pass_at_1) > 9
                 print_value(ax, x, 0 if inside else row.pass_high, row.pass_at_1, "white" if inside else INK)
-        if full and None in here:
-            _draw_full_cache(ax, here[None], full[0], timed and here[None].throughput / right.get_ylim()[1] * TOP)
+        if None in here:
+            _draw_full_cache(ax, here[None], at[None], timed and here[None].throughput / right.get_ylim()[1] * TOP)
     if theirs:
         hatched, dashed = draw_beside(ax, right, places, theirs, aside, step)
         handles.append(hatched)
@@ -184,21 +175,20 @@ def _draw_panel(ax, right, here, wanted, budgets, theirs, timed):
         if budget not in here:
             _draw_missing(ax, at[budget] - aside, width, "missing" if budget else "full cache missing")
     if timed:
-        handles.append(_draw_throughput(right, [(at[b], here.get(b)) for b in budgets], full, here.get(None)))
+        handles.append(_draw_throughput(right, at, here))
     return [*handles, dashed] if theirs else handles
 
 
-def _draw_throughput(right, points, full, reference):
+def _draw_throughput(right, at, here):
     """The line over the KV budgets and, hollow and unjoined, the full cache's; whiskers where there are repeats."""
-    nan = float("nan")  # a gap in the line where a cell is missing
-    line = draw_line(right, [x for x, _ in points], [row.throughput if row else nan for _, row in points],
-                     "Throughput (right)")  # fmt: skip
-    if full and reference:
-        right.plot(
-            full, [reference.throughput], "o", color=ORANGE, markersize=7, markerfacecolor="white", zorder=3, gid="full"
-        )
-    for x, row in [*points, *((x, reference) for x in full)]:
-        if row and row.n_repeats > 1:
+    budgets = [budget for budget in at if budget is not None]
+    speeds = [here[budget].throughput if budget in here else math.nan for budget in budgets]  # a gap where one misses
+    line = draw_line(right, [at[budget] for budget in budgets], speeds, "Throughput (right)")
+    if None in here:
+        right.plot(at[None], here[None].throughput, "o", color=ORANGE, markersize=7, markerfacecolor="white", zorder=3,
+                   gid="full")  # fmt: skip
+    for x, row in [(x, here[budget]) for budget, x in at.items() if budget in here]:
+        if row.n_repeats > 1:
             # The white edge keeps the whisker apart from a bar behind it.
             right.plot([x, x], [row.throughput_low, row.throughput_high], color=ORANGE, linewidth=1.8, zorder=1.9,
                        solid_capstyle="butt", gid="repeats",
@@ -226,21 +216,23 @@ def _draw_full_cache(ax, row, x, marker):
                 textcoords="offset points", ha="center", va="bottom" if up else "top", size=9)  # fmt: skip
 
 
-def _notes(rows, one, timed, beside):
+def _notes(df, beside):
     """What the figure cannot say, as sentences under it."""
+    one, timed = df.iloc[0], "throughput" in df
     interval = "Wilson" if one.n_samples == 1 else "bootstrap over problems"
     samples = samples_text([one.n_samples])
     speed = "Throughput was not measured: the study asks for no timing."
-    here = next((row for row in rows.values() if timed and _is_timed(row)), None)
-    if here:
+    if timed and df["throughput"].notna().any():
+        here = df[df["throughput"].notna()].iloc[0]
         repeats = f"median of {here.n_repeats:.0f} repeats; orange whiskers: {here.throughput_interval}"
         repeats = repeats if here.n_repeats > 1 else "one repeat, so without an interval"
         speed = f"Throughput at batch size {here.batch_size:.0f}: {repeats}"
-        speed += "; hollow: the full cache." if any(budget is None for _, budget in rows) else "."
+        speed += "; hollow: the full cache." if df["kv_budget"].isna().any() else "."
     elif timed:
         speed = "Throughput is not measured yet."
-    halved, noisy = _halved(rows), _noisy(rows) if timed else []
-    graders = dict.fromkeys(row.grader for row in rows.values())
+    halved, noisy = df[df["batch_halved"].astype(bool)], _noisy(df) if timed else []
+    halved = [*zip(halved["dataset"], halved["kv_budget"], strict=True)]
+    graders = df["grader"].unique()
     return [
         f"Measured on {one.device}. Policy {one.policy}, {samples}, at most {one.max_new_tokens} new tokens, n = "
         f"problems; black whiskers: 95 % interval ({interval}); dashed: the full cache. {speed}",
@@ -253,36 +245,19 @@ def _notes(rows, one, timed, beside):
     ]  # fmt: skip
 
 
-def _noisy(rows):
+def _noisy(df):
     """The datasets whose line means nothing: equal work ran at different speeds, or one whisker spans the line."""
-    lines = {}
-    for (dataset, budget), row in rows.items():
-        if budget is not None and _is_timed(row):
-            lines.setdefault(dataset, []).append(row)
     found = []
-    for dataset, line in lines.items():
-        spread = max(row.throughput_high - row.throughput_low for row in line)
-        differ = max(row.throughput for row in line) - min(row.throughput for row in line)
-        if line[0].too_busy or (len(line) > 1 and spread > differ):
+    for dataset, line in df.dropna(subset=["kv_budget", "throughput"]).groupby("dataset", sort=False):
+        spread = (line["throughput_high"] - line["throughput_low"]).max()
+        differ = line["throughput"].max() - line["throughput"].min()
+        if line["too_busy"].iloc[0] or (len(line) > 1 and spread > differ):
             found.append(dataset)
     return found
 
 
-def _incomplete(rows, expected, timed):
-    """{what is missing, counted: its cells}"""
-    missing = [cell for cell in expected if cell not in rows]
-    untimed = [cell for cell, row in rows.items() if timed and not _is_timed(row)]
-    said = {f"{len(missing)} of {len(expected)} cells missing": missing,
-            f"throughput of {len(untimed)} of {len(expected)} cells missing": untimed}  # fmt: skip
-    return {count: cells for count, cells in said.items() if cells}
-
-
-def _definition(rows):
-    return next((row.throughput_definition for row in rows.values() if _is_timed(row)), "Throughput (tokens/s)")
-
-
-def _is_timed(row):
-    return not math.isnan(row.throughput)
+def _definition(df):
+    return next(iter(df["throughput_definition"].dropna()), "Throughput (tokens/s)")
 
 
 def _budget(value):
@@ -299,11 +274,11 @@ def _measured_rows(df):
     if df.empty:
         return {}
     timed = "throughput" in df
-    numbers = ["mean_tokens", "truncated_share"]
-    required(df, [*MEASURED_COLUMNS, *(TIMED_COLUMNS if timed else [])], "the measured rows", numbers)
+    numbers = ["mean_tokens", "truncated_share", *PASS, *SPEED * timed]
+    required(df, [*MEASURED_COLUMNS, *TIMED_COLUMNS * timed], "the measured rows", numbers[:2])
     known = df.dropna(subset=SPEED, how="all") if timed else df
     alike(df, ["model", "policy", "n_samples", "max_new_tokens"])
-    alike(known, ["device", *(TIMED_COLUMNS[3:-1] if timed else [])])
+    alike(known, ["device", *TIMED_COLUMNS[3:-1] * timed])
     for dataset, group in df.groupby("dataset"):
         if group["n_problems"].nunique(dropna=False) > 1:
             raise ConfigError(f"{dataset} has cells of different n_problems; its bars cannot be compared")
@@ -313,7 +288,6 @@ def _measured_rows(df):
         # A rounding error of the interval's formula is not a fault.
         within = (rows[low] - 1e-6 <= rows[name]) & (rows[name] <= rows[high] + 1e-6)
         refuse(rows[~within], name, f"outside its interval {low} to {high}")
-        numbers += [name, low, high]
     for name in numbers:
         refuse(df[df[name] < 0], name, "it cannot be below 0")
     for name, most in [("pass_high", 100 + 1e-6), ("truncated_share", 1)]:
@@ -321,17 +295,12 @@ def _measured_rows(df):
     return {(row.dataset, _budget(row.kv_budget)): row for row in df.itertuples(index=False)}
 
 
-def _halved(rows):
-    """The cells whose batch was halved."""
-    return [cell for cell, row in rows.items() if row.batch_halved]
-
-
-def _beside(references, rows, expected):
+def _beside(references, df, expected):
     """{(dataset, budget): row} of the published values of the same model, where all is graded by the published rules"""
-    ours = {(row.model, row.grader) for row in rows.values()}
     theirs = [row for reference in references for row in reference.itertuples(index=False)]
     return {(row.dataset, row.kv_budget): row for row in theirs
-            if ours == {(row.model, PUBLISHED_RULES)} and (row.dataset, row.kv_budget) in expected}  # fmt: skip
+            if (df["model"] == row.model).all() and (df["grader"] == PUBLISHED_RULES).all()
+            and (row.dataset, row.kv_budget) in expected}  # fmt: skip
 
 
 def _round_up(value):

@@ -1,7 +1,4 @@
-"""The sheet that every chart is drawn on, in inches; how it is shown and saved; how each policy looks.
-
-Never imports torch or pyplot.
-"""
+"""The sheet that every chart is drawn on, in inches; how it is shown and saved; how each policy looks."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""From a folder of records to the tables that charts draw, and what they can tell. Never imports torch."""
+"""From a folder of records to the tables that charts draw, and what they can tell."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import pandas as pd
 
 from kvlib.charts.measured import EXACT, PASS, PUBLISHED_RULES, TIMED_COLUMNS, IncompleteError
 from kvlib.charts.sheet import policy_title
-from kvlib.config import Grid, RunConfig, folder_name
+from kvlib.config import Grid, RunConfig, check_names, folder_name
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError, read_record
 from kvlib.stats import pass_at_1, wilson_interval
@@ -21,7 +21,7 @@ MODEL_TITLES = {
     "DeepSeek-R1-Distill-Llama-8B": "R1-Llama",
 }
 THROUGHPUTS = {"forward": "forward time only, as published", "goodput": "useful tokens over total time"}
-GRADERS = {"published": "", "strict": "strict_"}
+GRADERS = {"published": ("", PUBLISHED_RULES), "strict": ("strict_", "strict rules")}
 
 
 def model_title(name: str) -> str:
@@ -49,7 +49,7 @@ def measured_cells(
     or one made with other settings than the grid's; ConfigError for verdicts or a throughput that the records do not
     hold.
     """
-    _check_choice("throughput", throughput, ["steps", *THROUGHPUTS])
+    check_names([throughput], ["steps", *THROUGHPUTS], "throughput")
     policy = grid.shared.get("policy", "dynts")
     rows = []
     for cell, record in _finished(grid, records, seed)[0]:
@@ -145,13 +145,13 @@ def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
 
 def graded_by(record: dict, grader: str, folder: Path) -> tuple[str, str]:
     """(prefix of its keys in results and verdicts, its name on a chart). Raises ConfigError where it graded nothing."""
-    _check_choice("grader", grader, GRADERS)
+    check_names([grader], list(GRADERS), "grader")
     benchmark = "strict_correct" in record.get("verdicts", {})
     if grader == "strict" and not benchmark:
         raise ConfigError(f"{folder} has no verdicts by the strict rules, only by an exact checker; set grader to "
                           "'published'")  # fmt: skip
-    names = {"published": PUBLISHED_RULES, "strict": "strict rules"}
-    return GRADERS[grader], names[grader] if benchmark else EXACT
+    prefix, rules = GRADERS[grader]
+    return prefix, rules if benchmark else EXACT
 
 
 def measured_verdicts(
@@ -199,8 +199,3 @@ def what_n_tells(cells: pd.DataFrame) -> list[str]:
             f"of {found} points is found four times in five; less is mostly missed."
         )
     return sentences
-
-
-def _check_choice(name: str, value: str, known) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} is {value!r}; use one of {', '.join(known)}")

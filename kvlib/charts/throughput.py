@@ -1,7 +1,4 @@
-"""Records of kvlib.bench -> throughput against KV budget under its roofline, and the table beneath.
-
-Never imports torch or pyplot.
-"""
+"""Records of kvlib.bench -> throughput against KV budget under its roofline, and the table beneath."""
 
 import json
 from pathlib import Path
@@ -208,26 +205,19 @@ def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
 def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
     """The numbers of throughput_figure as text, one row per arm, by batch and KV budget; those that keep all last."""
     df = df.sort_values(["batch", "kv_budget", "tokens_per_s"], ascending=[True, True, False], kind="stable")
-    rounds = zip(
-        intervals(df, ["tokens_per_s", "low", "high"], "{:,.1f}"), df["tokens_per_s"], df["rounds"], strict=True
-    )
-    return pd.DataFrame(
+    repeated, speed = df["rounds"] > 1, "Tokens/s (slowest to fastest round)"
+    table = pd.DataFrame(
         {
             "Batch": texts(df["batch"]),
-            "KV budget": [_budget(row) for row in df.itertuples()],
+            "KV budget": texts(df["kv_budget"], missing="none"),
             "Arm": df["policy"].map(arm_title).tolist(),
-            "Tokens/s (slowest to fastest round)": [
-                spread if n > 1 else f"{speed:,.1f} (one round)" for spread, speed, n in rounds
-            ],
+            speed: intervals(df.assign(low=df["low"].where(repeated)), ["tokens_per_s", "low", "high"], "{:,.1f}"),
             "Mean live slots": texts(df["live_slots"]),
             "Roofline (tokens/s)": texts(df["roof"], "{:,.1f}"),
             "Of the roofline": texts(df["tokens_per_s"] / df["roof"], "{:.0%}"),
             "Of the linear layers": texts(df["tokens_per_s"] / df["linears"], "{:.0%}", "not measured"),
         }
     )
-
-
-def _budget(row) -> str:
-    if pd.isna(row.kv_budget):
-        return "none"
-    return f"{row.kv_budget:.0f}{'' if row.evicted else ' (nothing evicted)'}"
+    table["KV budget"] += np.where(df["evicted"], "", " (nothing evicted)")
+    table[speed] += np.where(repeated, "", " (one round)")
+    return table

@@ -64,10 +64,6 @@ class Chain:
     question: str
 
     @property
-    def start(self) -> str:
-        return self.steps[0].source
-
-    @property
     def answer(self) -> str:
         return str(self.values[self.steps[-1].target])
 
@@ -113,43 +109,33 @@ def make_chain(rng: random.Random, n_steps: int, level_weights: tuple[float, ...
 
 def solution_words(rng: random.Random, chain: Chain) -> tuple[list[str], list[bool]]:
     """A worked solution and, per word, whether it is a look-up (of a definition, a value or the stop)."""
-    words: list[str] = []
-    is_lookup: list[bool] = []
+    said: list[tuple[str, int]] = []  # a text, and how many of its last words are looked up
 
-    def say(text: str, lookups: int = 0) -> None:
-        """Append text, whose last `lookups` words are looked up."""
-        spoken = text.split()
-        words.extend(spoken)
-        is_lookup.extend([False] * (len(spoken) - lookups) + [True] * lookups)
+    def definition(step: Step) -> tuple[str, int]:
+        return f"use {step.source} {step.target}", 1
 
-    def look_up_definition(step: Step) -> None:
-        say(f"use {step.source} {step.target}", lookups=1)
-
-    def look_up_value(name: str) -> None:
-        say(f"get {name} {chain.values[name]}", lookups=1)
+    def value(name: str) -> tuple[str, int]:
+        return f"get {name} {chain.values[name]}", 1
 
     for step in chain.steps:
-        value = chain.values[step.target]
-        look_up_definition(step)
-        say(" ".join(step.operators), lookups=len(step.operators))
-        for name in [step.source, *(op[1:] for op in step.operators if op[1:] in NAMES)]:
-            look_up_value(name)
-        calculation = f"{chain.values[step.source]} {' '.join(_substituted(step, chain.values))} = {value}"
-        say(f", {calculation}", lookups=1)
-        say(f"so {step.target} {value}", lookups=1)
-        say(".")
+        result = chain.values[step.target]
+        calculation = f"{chain.values[step.source]} {' '.join(_substituted(step, chain.values))} = {result}"
+        said += [definition(step), (" ".join(step.operators), len(step.operators)), value(step.source)]
+        said += [value(op[1:]) for op in step.operators if op[1:] in NAMES]
+        said += [(f", {calculation}", 1), (f"so {step.target} {result}", 1), (".", 0)]
         if rng.random() < P_CHECK:
-            say(f"check : {calculation} .")
+            said.append((f"check : {calculation} .", 0))
         if rng.random() < P_FILLER:
-            say(rng.choice(FILLERS))
-    say(f"use {chain.steps[-1].target} ?", lookups=1)
-    say("</think>")
-    look_up_value(chain.start)
+            said.append((rng.choice(FILLERS), 0))
+    said += [(f"use {chain.steps[-1].target} ?", 1), ("</think>", 0), value(chain.steps[0].source)]
     for step in chain.steps:
-        look_up_definition(step)
-        look_up_value(step.target)
-    say(f"ans {chain.answer}", lookups=1)
-    say("<eos>")
+        said += [definition(step), value(step.target)]
+    said += [(f"ans {chain.answer}", 1), ("<eos>", 0)]
+    words, is_lookup = [], []
+    for text, lookups in said:
+        spoken = text.split()
+        words += spoken
+        is_lookup += [False] * (len(spoken) - lookups) + [True] * lookups
     return words, is_lookup
 
 

@@ -1,6 +1,5 @@
 """Problems by name: embedded chains of rising difficulty, benchmarks from the hub, a file of one's own, a generator."""
 
-import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kvlib.config import check_names
 from kvlib.errors import ConfigError
 from kvlib.files import file_sha256
 from kvlib.tasks import gym
@@ -21,6 +21,8 @@ from kvlib.tasks.rows import SUFFIXES, read_rows
 
 N_PROBLEMS = 200
 TUNE_SUFFIX = "-tune"
+ONES_OWN = (f"the path of a file ({', '.join(SUFFIXES)})", f"{gym.PREFIX}<generator>?<settings>")
+"""What may be given in the place of a name that kvlib knows."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,7 @@ def _benchmark_of(name: str) -> Benchmark | None:
         return BENCHMARKS.get(Path(name).stem.replace("_", "-").lower())
     if name not in BENCHMARKS:
         known = [*CHAINS, *(chain + TUNE_SUFFIX for chain in CHAINS), *BENCHMARKS]
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"unknown dataset {name!r}{hint} (known: {', '.join(known)}, the path of a file: {', '.join(SUFFIXES)}, or "
-            f"{gym.PREFIX}<generator>?<settings>)"
-        )
+        check_names([name], [*known, *ONES_OWN], "dataset")
     return BENCHMARKS[name]
 
 

@@ -3,13 +3,14 @@
 import random
 import re
 
+from kvlib.config import check_names
 from kvlib.errors import ConfigError
 from kvlib.hub import Source
 from kvlib.tasks.answers import solution_answer
 from kvlib.tasks.chains import make_chain
-from kvlib.tasks.datasets import Problem, is_ones_own, load_problems
+from kvlib.tasks.datasets import ONES_OWN, Problem, is_ones_own, load_problems
 from kvlib.tasks.grade import verdicts
-from kvlib.tasks.rows import SUFFIXES, read_rows
+from kvlib.tasks.rows import read_rows
 
 LEVEL_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
 MATH = "EleutherAI/hendrycks_math"
@@ -32,10 +33,7 @@ def training_problems(name: str, n: int, seed: int) -> list[Problem]:
     if name == "sums":
         return [_sum(i, seed) for i in range(n)]
     if name != "math" and not is_ones_own(name):
-        raise ConfigError(
-            f"unknown training set {name!r}; use 'chains', 'sums', 'math' or the path of a file "
-            f"({', '.join(SUFFIXES)}), or a generator of reasoning-gym"
-        )
+        check_names([name], ["chains", "sums", "math", *ONES_OWN], "training set")
     found = math_train() if name == "math" else load_problems(name)
     if n > len(found):
         raise ConfigError(f"n_traces is {n} and training set {name!r} has {len(found)} problems; use at most that")

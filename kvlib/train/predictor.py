@@ -101,8 +101,7 @@ def train_head(
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the predictor's loss is {loss.item()}; its features or labels are not finite")
         if checkpoint:
-            numbers = {"epoch": epoch + 1, "schedule": schedule.state_dict()}
-            store(checkpoint, mark, head, [optimiser], generator, **numbers)
+            store(checkpoint, mark, head, [optimiser], generator, epoch=epoch + 1, schedule=schedule.state_dict())
         epochs.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return head.eval().requires_grad_(False)
 
@@ -131,7 +130,7 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
         head = train_head(
             data[:n_train],
             **profile.of_head(),
-            checkpoint=work / "training.safetensors",
+            checkpoint=work / "training.pt",
             mark=fingerprint({"traces": mark, "profile": asdict(profile)}),
         )
         stored = head

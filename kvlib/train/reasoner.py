@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -60,7 +61,6 @@ retention gate in the manner of TRIM-KV (`python -m kvlib.train gate`).
 """
 CHECKPOINT_EVERY = 100
 
-
 SHAPE = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": 128,
@@ -91,17 +91,15 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
 
 def sequence(rng: random.Random, n: int, kind: str) -> tuple[list[int], list[float]]:
     """Token ids and the loss weight of predicting each (0 in the question); n: names or steps; kind: see batch."""
+    question: list[str] = []
     if kind == "values":
-        words, is_copied = value_drill(rng, n, 4 * n)
-        return [ID[word] for word in words], [LOOKUP_WEIGHT * copied for copied in is_copied]
-    chain = make_chain(rng, n, LEVEL_WEIGHTS)
-    question = chain.question.split()
-    if kind == "definitions":
-        words, is_copied = definition_drill(rng, chain, 4 * n)
-        weights = [LOOKUP_WEIGHT * copied for copied in is_copied]
+        words, is_lookup = value_drill(rng, n, 4 * n)
     else:
-        words, is_lookup = solution_words(rng, chain)
-        weights = [LOOKUP_WEIGHT if looked_up else 1.0 for looked_up in is_lookup]
+        chain = make_chain(rng, n, LEVEL_WEIGHTS)
+        question = chain.question.split()
+        words, is_lookup = solution_words(rng, chain) if kind == "solutions" else definition_drill(rng, chain, 4 * n)
+    other = 1.0 if kind == "solutions" else 0.0
+    weights = [LOOKUP_WEIGHT if looked_up else other for looked_up in is_lookup]
     return [ID[word] for word in question + words], [0.0] * len(question) + weights
 
 
@@ -119,15 +117,8 @@ def batch(seed: int, step: int, progress: float) -> tuple[torch.Tensor, torch.Te
     rows = []
     while not rows or (len(rows) + 1) * max(len(ids) for ids, _ in rows) <= TOKENS_PER_BATCH:
         rows.append(sequence(rng, n, kind))
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [PAD] * (width - len(ids)) for ids, _ in rows])
-    weights = torch.tensor([weights + [0.0] * (width - len(weights)) for _, weights in rows])
-    return ids, weights
-
-
-def learning_rate_factor(step: int, n_steps: int) -> float:
-    """Warm-up, constant to half of the run, then linear to 0."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, 2 * (1 - step / n_steps))
+    ids, weights = ([torch.tensor(row) for row in column] for column in zip(*rows, strict=True))
+    return pad_sequence(ids, batch_first=True, padding_value=PAD), pad_sequence(weights, batch_first=True)
 
 
 class Trainer:
@@ -156,9 +147,11 @@ class Trainer:
             raise FloatingPointError(f"loss is {loss.item()} at step {self.step}; restart with another --seed")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        # Warm-up, constant to half of the run, then linear to 0.
+        factor = min(1.0, (self.step + 1) / WARMUP_STEPS, 2 * (1 - self.step / self.n_steps))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = optimiser.defaults["lr"] * learning_rate_factor(self.step, self.n_steps)
+                group["lr"] = optimiser.defaults["lr"] * factor
             optimiser.step()
             optimiser.zero_grad()
         self.step += 1
@@ -224,7 +217,7 @@ def export(model: Qwen2ForCausalLM, folder: Path, accuracy: dict[str, float], ma
 def train_reasoner(out: Path, n_steps: int, seed: int) -> None:
     """Train for n_steps, from the checkpoint in `out` if there is one, and export the weights."""
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.safetensors"
+    checkpoint = out / "checkpoint.pt"
     trainer = Trainer(seed, n_steps)
     if checkpoint.exists():
         trainer.load(checkpoint)

@@ -79,17 +79,15 @@ def load_profile(path: Path, name: str) -> tuple[Profile, Expected | None]:
     check_names([name], list(profiles), f"profile (in {path})")
     settings = dict(profiles[name])
     expected = settings.pop("expected", None)
-    profile = _typed(Profile, settings, [], f"{path}: {name}")
-    if expected is None:
-        return profile, None
-    needed = [field.name for field in dataclasses.fields(Expected)]
-    return profile, _typed(Expected, expected, needed, f"{path}: {name}.expected")
+    profile = _typed(Profile, settings, f"{path}: {name}")
+    return profile, None if expected is None else _typed(Expected, expected, f"{path}: {name}.expected")
 
 
-def _typed(kind: type, given, needed: list[str], where: str):
-    """The dataclass with these fields, if they exist and are of its types; numbers of Expected are above 0."""
+def _typed(kind: type, given, where: str):
+    """The dataclass of these fields, if they exist and are of its types; all of Expected, whose numbers are above 0."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
-    check_keys(given, needed, [name for name in types if name not in needed], f"setting of {where}")
+    needed, others = (list(types), []) if kind is Expected else ([], list(types))
+    check_keys(given, needed, others, f"setting of {where}")
     for name, value in given.items():
         wanted = {float: (float, int), int | None: (int, NoneType)}.get(types[name], (types[name],))
         if type(value) not in wanted:

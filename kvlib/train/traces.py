@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from kvlib.cell import build_decoder
+from kvlib.config import RunConfig
 from kvlib.engine import noise
-from kvlib.engine.decoder import Completion, Request, completions, decoder_for
-from kvlib.engine.sampling import Sampling
+from kvlib.engine.decoder import Request, completions
 from kvlib.errors import ConfigError
 from kvlib.models import Reasoner
-from kvlib.policies import make_policy
 from kvlib.record import SampleLog, fingerprint, provenance
 from kvlib.tasks.datasets import Problem, content_sha256
 from kvlib.tasks.training import right_answer, training_problems
@@ -43,6 +43,8 @@ def decode_traces(
     profile: Profile, reasoner: Reasoner, problems: list[Problem], done: Collection[str] = ()
 ) -> Iterator[dict]:
     """Decode one output per problem that is not done, full cache, and yield each as a line of samples.jsonl."""
+    names = ("model", "max_new_tokens", "temperature", "top_p", "top_k")
+    config = RunConfig(policy="full", **{name: getattr(profile, name) for name in names})
     requests = [
         Request(
             problem.id,
@@ -51,37 +53,24 @@ def decode_traces(
         )
         for problem in problems
     ]
-    decoder = decoder_for(
-        reasoner.model,
-        make_policy("full"),
-        None,
-        requests,
-        n_rows=min(profile.n_rows, len(requests)),
-        max_new_tokens=profile.max_new_tokens,
-        sampling=Sampling(profile.temperature, profile.top_p, profile.top_k),
-        eos_ids=reasoner.eos_ids,
-        answer_id=reasoner.answer_id,
-    )
+    decoder = build_decoder(config, reasoner, requests, n_rows=min(profile.n_rows, len(requests)))
     by_id = {problem.id: problem for problem in problems}
     for completion in completions(decoder, requests, done):
-        yield trace_entry(completion, by_id[completion.request.id], profile, reasoner)
-
-
-def trace_entry(completion: Completion, problem: Problem, profile: Profile, reasoner: Reasoner) -> dict:
-    output = reasoner.decode(completion.tokens)
-    return {
-        "id": problem.id,
-        "problem": problem.id,
-        "sample": 0,
-        "output": output,
-        "answer": problem.answer,
-        "correct": right_answer(problem, output),
-        "prompt": list(completion.request.prompt),
-        "tokens": list(completion.tokens),
-        "n_prompt": len(completion.request.prompt),
-        "n_tokens": len(completion.tokens),
-        "stop": completion.stop,
-    }
+        prompt, problem = completion.request.prompt, by_id[completion.request.id]
+        output = reasoner.decode(completion.tokens)
+        yield {
+            "id": problem.id,
+            "problem": problem.id,
+            "sample": 0,
+            "output": output,
+            "answer": problem.answer,
+            "correct": right_answer(problem, output),
+            "prompt": list(prompt),
+            "tokens": list(completion.tokens),
+            "n_prompt": len(prompt),
+            "n_tokens": len(completion.tokens),
+            "stop": completion.stop,
+        }
 
 
 def as_trace(entry: dict, profile: Profile, reasoner: Reasoner) -> Trace | None:

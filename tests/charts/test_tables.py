@@ -79,7 +79,7 @@ def test_each_grader_and_each_throughput_is_named_and_its_own(study):
     assert set(cells["pass_at_1"]) == {50} and set(cells["grader"]) == {"strict rules"}
     assert set(cells["throughput"]) == {300}
     assert cells["throughput_definition"].iloc[0] == "Throughput (tokens/s, forward time only, as published)"
-    with pytest.raises(ConfigError, match="grader is 'strikt'; use one of published, strict"):
+    with pytest.raises(ConfigError, match="unknown grader 'strikt'; did you mean strict"):
         measured_cells(*study, 0, "strikt")
 
 

@@ -110,7 +110,7 @@ def test_no_answer_is_wrong():
 
 
 def test_unknown_dataset_and_impossible_size_are_refused():
-    with pytest.raises(ConfigError, match="did you mean 'chain-a'"):
+    with pytest.raises(ConfigError, match="unknown dataset 'chain_a'; did you mean chain-a"):
         load_problems("chain_a")
     with pytest.raises(ConfigError, match="use 1 to 200"):
         load_problems("chain-a", 201)

@@ -189,7 +189,7 @@ def test_a_broken_parquet_file_is_refused(tmp_path):
 
 
 def test_unknown_names_missing_files_and_impossible_sizes_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="did you mean 'aime24'"):
+    with pytest.raises(ConfigError, match="unknown dataset 'aime2024'; did you mean aime24"):
         load_problems("aime2024")
     with pytest.raises(ConfigError, match=r"there is no file nowhere\.jsonl"):
         load_problems("nowhere.jsonl")
