@@ -101,7 +101,8 @@ def train_head(
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the predictor's loss is {loss.item()}; its features or labels are not finite")
         if checkpoint:
-            store(checkpoint, mark, head, [optimiser], generator, epoch=epoch + 1, schedule=schedule.state_dict())
+            numbers = {"epoch": epoch + 1, "schedule": schedule.state_dict()}
+            store(checkpoint, mark, head, [optimiser], generator, **numbers)
         epochs.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return head.eval().requires_grad_(False)
 
@@ -130,7 +131,7 @@ def train_predictor(profile: Profile, name: str, work: Path, out: Path) -> tuple
         head = train_head(
             data[:n_train],
             **profile.of_head(),
-            checkpoint=work / "training.pt",
+            checkpoint=work / "training.safetensors",
             mark=fingerprint({"traces": mark, "profile": asdict(profile)}),
         )
         stored = head

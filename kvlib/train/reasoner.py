@@ -217,7 +217,7 @@ def export(model: Qwen2ForCausalLM, folder: Path, accuracy: dict[str, float], ma
 def train_reasoner(out: Path, n_steps: int, seed: int) -> None:
     """Train for n_steps, from the checkpoint in `out` if there is one, and export the weights."""
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
+    checkpoint = out / "checkpoint.safetensors"
     trainer = Trainer(seed, n_steps)
     if checkpoint.exists():
         trainer.load(checkpoint)

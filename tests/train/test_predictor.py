@@ -99,7 +99,7 @@ def stored_epochs(monkeypatch) -> list[int]:
 def test_an_interrupted_training_ends_in_the_same_head(tmp_path, monkeypatch, after):
     data, settings = random_data(8), {"n_epochs": 5, "batch_tokens": 100}
     undisturbed = train_head(data, **settings)
-    checkpoint = tmp_path / "training.pt"
+    checkpoint = tmp_path / "training.safetensors"
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(predictor_module, "store", interrupted_after(after, predictor_module.store))
         train_head(data, **settings, checkpoint=checkpoint, mark="a")
@@ -110,7 +110,7 @@ def test_an_interrupted_training_ends_in_the_same_head(tmp_path, monkeypatch, af
 
 
 def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_not_continued(tmp_path, monkeypatch):
-    data, checkpoint, epochs = random_data(4), tmp_path / "training.pt", stored_epochs(monkeypatch)
+    data, checkpoint, epochs = random_data(4), tmp_path / "training.safetensors", stored_epochs(monkeypatch)
     for mark in "abb":
         train_head(data, n_epochs=2, checkpoint=checkpoint, mark=mark)
         if mark == "b":
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_not_continued(tmp_pa
 
 def test_a_reasoners_training_is_taken_up_where_it_stopped_and_no_other_is(tmp_path, monkeypatch):
     monkeypatch.setattr(reasoner_module, "TOKENS_PER_BATCH", 256)
-    path, undisturbed, first, resumed = tmp_path / "c.pt", *(reasoner_module.Trainer(3, 60) for _ in range(3))
+    path, undisturbed, first, resumed = tmp_path / "c.safetensors", *(reasoner_module.Trainer(3, 60) for _ in range(3))
     losses = [undisturbed.train_step() for _ in range(4)]
     assert losses[:2] == [first.train_step() for _ in range(2)]
     first.save(path)
@@ -128,10 +128,10 @@ def test_a_reasoners_training_is_taken_up_where_it_stopped_and_no_other_is(tmp_p
     assert losses[2:] == [resumed.train_step() for _ in range(2)]
     pairs = zip(undisturbed.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(ConfigError, match=r"c.pt is damaged, or not of 61 steps with seed 3; delete it or"):
+    with pytest.raises(ConfigError, match=r"c.safetensors is damaged, or not of 61 steps with seed 3; delete it or"):
         reasoner_module.Trainer(3, 61).load(path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ConfigError, match=r"c.pt is damaged, or not of 60 steps with seed 3; delete it or"):
+    with pytest.raises(ConfigError, match=r"c.safetensors is damaged, or not of 60 steps with seed 3; delete it or"):
         first.load(path)
 
 
