@@ -210,13 +210,13 @@ class Plan:
         """As a person reads it: a table of datasets, the total, what it was reckoned with."""
         costs, one = self.costs(), self.cells[0]
         lines = [*self._title(n_done), ""]
-        timed = bool(self.grid.timing)
-        lines.append(f"{'dataset':<16}{'problems':>9}{'samples':>12}{'tokens each':>13}{'hours':>9}{'at most':>9}"
+        timed, width = bool(self.grid.timing), max(16, *(len(label(cost.dataset)) + 1 for cost in costs))
+        lines.append(f"{'dataset':<{width}}{'problems':>9}{'samples':>12}{'tokens each':>13}{'hours':>9}{'at most':>9}"
                      f"{'timing':>9}")  # fmt: skip
         for cost in costs:
             per_cell = "?" if cost.n_samples is None else f"{cost.n_cells} x {cost.n_samples}"
             lines.append(
-                f"{label(cost.dataset)[:15]:<16}{cost.n_problems or '?':>9}{per_cell:>12}{cost.output_tokens:>13,.0f}"
+                f"{label(cost.dataset):<{width}}{cost.n_problems or '?':>9}{per_cell:>12}{cost.output_tokens:>13,.0f}"
                 f"{hours(cost.hours):>9}{hours(cost.most_hours):>9}{hours(cost.timing_hours) if timed else '-':>9}"
             )
         if self.grid.expected is None:
@@ -229,7 +229,7 @@ class Plan:
             wall = of_cells / n_workers + timing
             one_at_a_time = "" if n_workers == 1 else f" ({hours(wall)} h with {n_workers} cells at a time)"
             lines += [
-                f"{'total':<16}{'':>34}{hours(of_cells):>9}{hours(most):>9}{hours(timing):>9}",
+                f"{'total':<{width}}{'':>34}{hours(of_cells):>9}{hours(most):>9}{hours(timing):>9}",
                 "",
                 f"hours       {hours(of_cells + timing)} on one worker{one_at_a_time}; {hours(most + timing)} if no "
                 f"sample ended before {one.max_new_tokens} tokens"
