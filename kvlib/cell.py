@@ -15,6 +15,7 @@ import torch
 from kvlib.config import RunConfig
 from kvlib.engine import noise
 from kvlib.engine.decoder import Completion, Decoder, Request, completions, decoder_for, planned_step
+from kvlib.engine.linear import check_int8
 from kvlib.engine.meter import Meter
 from kvlib.engine.sampling import Sampling
 from kvlib.errors import ConfigError, GpuMemoryError
@@ -83,6 +84,8 @@ def prepare(config: RunConfig, policy: Policy | None = None) -> Prepared:
             attempt(chosen.check, config.kv_budget, 0, config.dataset)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         faults.append(f"device is {config.device!r} and torch sees no CUDA GPU; use device='cpu'")
+    if config.dtype == "int8":
+        attempt(check_int8, config.device)
     if faults:
         raise ConfigError("\n".join(faults))
     problems, _ = problems_of(config)

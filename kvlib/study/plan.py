@@ -210,7 +210,7 @@ class Plan:
         """As a person reads it: a table of datasets, the total, what it was reckoned with."""
         costs, one = self.costs(), self.cells[0]
         lines = [*self._title(n_done), ""]
-        timed, width = bool(self.grid.timing), max(16, *(len(label(cost.dataset)) + 1 for cost in costs))
+        timed, width = bool(self.grid.timing), max(16, 1 + max(len(label(cost.dataset)) for cost in costs))
         lines.append(f"{'dataset':<{width}}{'problems':>9}{'samples':>12}{'tokens each':>13}{'hours':>9}{'at most':>9}"
                      f"{'timing':>9}")  # fmt: skip
         for cost in costs:

@@ -8,6 +8,8 @@ from conftest import as_requests, decode, prompts, small_policy
 from torch import nn
 
 import kvlib
+from kvlib.cell import prepare
+from kvlib.config import RunConfig
 from kvlib.engine import linear
 from kvlib.engine.fast import why_not_fast
 from kvlib.engine.linear import Int8Linear, fuse, to_int8
@@ -91,6 +93,8 @@ def test_the_tiny_reasoner_says_nearly_the_same_in_int8():
 
 
 def test_int8_is_refused_where_it_cannot_be_had(monkeypatch):
+    with pytest.raises(ConfigError, match="dtype 'int8' is of x86"):
+        prepare(RunConfig(dataset="chain-a", policy="full", dtype="int8", device="cuda"))
     with pytest.raises(ConfigError, match="bfloat16"):
         kvlib.load_model("tiny", "int8", "cuda")
     monkeypatch.setattr(linear, "PACKS", False)
