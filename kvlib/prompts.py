@@ -59,7 +59,8 @@ def encoded(prompt, i: int, reasoner: Reasoner) -> tuple[int, ...]:
         raise ConfigError(f"prompt {i} is {prompt!r}; use a string, chat messages (role, content), or token ids")
     n = len(reasoner.model.get_input_embeddings().weight)
     if not ids:
-        raise ConfigError(f"prompt {i} is empty; it needs a token at least")
+        what = f"({prompt!r}) has no token that the model knows" if prompt else "is empty"
+        raise ConfigError(f"prompt {i} {what}; it needs a token at least")
     check_length(reasoner.model.config, len(ids), f"prompt {i}")
     strange = next((token for token in ids if not 0 <= token < n), None)
     if strange is not None:

@@ -18,6 +18,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvlib.api import KV_BUDGET, budget_of, chosen_policy, entered, fitted_policy
+from kvlib.config import check_names
 from kvlib.engine import noise
 from kvlib.engine.decoder import Request, completions, decoder_for
 from kvlib.engine.sampling import Sampling
@@ -30,11 +31,12 @@ READ = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logit
 
 
 def custom_generate(
-    *,
+    *called: object,
     policy: str | Policy | type[Policy] = "rkv",
     kv_budget: int | None = KV_BUDGET,
     policy_options: Mapping | None = None,
     tokenizer=None,
+    **unknown: object,
 ) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
     """A decoding for model.generate, pipelines and harnesses; policy, kv_budget and tokenizer as in kvlib.generate.
 
@@ -42,6 +44,12 @@ def custom_generate(
     honoured, a few tokens late and to the token. Raises ConfigError for beams, assistants, and logits processors other
     than temperature, top-k and top-p.
     """
+    if called:
+        raise ConfigError(
+            "kvlib.custom_generate makes what model.generate calls; pass custom_generate="
+            "kvlib.custom_generate(policy=..., kv_budget=...)"
+        )
+    check_names(unknown, list(custom_generate.__kwdefaults__), "setting of kvlib.custom_generate")
     chosen = chosen_policy(policy, policy_options)
     budget = budget_of(chosen, kv_budget)
 

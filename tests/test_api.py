@@ -32,6 +32,7 @@ from kvlib.errors import ConfigError
 from kvlib.invariants import SHAPE, random_model
 from kvlib.models import FAMILIES
 from kvlib.policies import PRESETS, Window
+from kvlib.policies.h2o import H2O
 
 EVICTING = [name for name, preset in PRESETS.items() if getattr(preset, "func", preset).evicts]
 N = 30
@@ -689,6 +690,22 @@ def test_what_custom_generate_cannot_do_is_refused_by_name(model, settings, told
             custom_generate=kvlib.custom_generate(policy="window"),
             **settings,
         )
+
+
+def test_custom_generate_itself_or_with_a_wrong_setting_is_refused(model):
+    with pytest.raises(ConfigError, match=r"custom_generate=kvlib\.custom_generate\(policy=\.\.\., kv_budget=\.\.\.\)"):
+        model.generate(**padded(PROMPTS[:1], "left"), max_new_tokens=4, custom_generate=kvlib.custom_generate)
+    with pytest.raises(ConfigError, match=r"unknown setting of kvlib.custom_generate 'budget'; did you mean kv_budget"):
+        kvlib.custom_generate(budget=3)
+
+
+def test_a_score_that_loses_state_is_told_by_name(model):
+    class Forgetful(H2O):
+        def score(self, view, state):
+            return super().score(view, state)[0], {}
+
+    with pytest.raises(ConfigError, match=r"Forgetful.score returned no state 'mass'"):
+        kvlib.generate(model, PROMPTS, policy=Forgetful, kv_budget=20, max_new_tokens=N)
 
 
 def test_an_assistant_is_refused(model):

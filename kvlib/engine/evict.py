@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvlib.engine.cache import SlotCache
+from kvlib.errors import ConfigError
 from kvlib.kernels.rope import rotate
 from kvlib.policies.base import Policy, Round, Share, View
 
@@ -58,6 +59,9 @@ def evict(cache: SlotCache, policy: Policy, due: Round) -> tuple[Tensor, Tensor]
     rows, n = due.rows, due.n_live
     view, state, slots = look(cache, due)
     scores, state = policy.score(view, state)
+    if lost := cache.state.keys() - state.keys():
+        name = sorted(lost)[0]
+        raise ConfigError(f"{type(policy).__name__}.score returned no state {name!r}; return all that it was given")
     scores = share_scores(scores, policy.share).expand_as(view.positions)
     kept = select(scores, policy.protection(view), due.n_keep)
     for name, tensor in cache.state.items():
