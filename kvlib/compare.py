@@ -4,6 +4,7 @@
     python -m kvlib.compare run --grid notebooks/compare.yml
     python -m kvlib.compare publish --grid notebooks/compare.yml --results results/compare
     python -m kvlib.compare cost --grid notebooks/compare.yml --results results/compare
+    python -m kvlib.compare replay --grid notebooks/compare.yml --results results/compare
 
 `kvlib.study` does these; what they publish is read here. More samples are more seeds.
 """
@@ -213,5 +214,5 @@ def beside_published(
 
 
 if __name__ == "__main__":
-    commands = ["plan", "run", "status", "verify", "publish", "cost"]
+    commands = ["plan", "run", "status", "verify", "publish", "cost", "replay"]
     sys.exit(main("python -m kvlib.compare", "notebooks/compare.yml", commands))

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -18,15 +19,18 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from kvlib.cell import build_decoder, prepare
-from kvlib.config import RunConfig
+from kvlib.config import Cell, RunConfig
 from kvlib.engine import noise
 from kvlib.engine.attention import causal_mask, observe_trace
 from kvlib.engine.decoder import Decoder, Request, completions, decoder_for
 from kvlib.errors import ConfigError
+from kvlib.files import write_atomically
+from kvlib.fitted import fill
 from kvlib.kernels.attention import attention_probabilities
-from kvlib.models import Reasoner
-from kvlib.policies import Full, Golden, Policy
+from kvlib.models import Reasoner, load_reasoner
+from kvlib.policies import Full, Golden, Policy, make_policy
 from kvlib.policies.base import wide
+from kvlib.record import explained
 from kvlib.stats import wilson_interval
 from kvlib.tasks.chains import DIGITS, NAMES, value_drill
 
@@ -212,6 +216,27 @@ def record_outputs(reasoner: Reasoner, config: RunConfig, n: int) -> list[Record
     decoder = build_decoder(config, reasoner, requests, n_rows=n)
     done = {completion.request.id: completion for completion in completions(decoder, requests)}
     return [record_trace(reasoner, request, done[request.id].tokens) for request in requests]
+
+
+def measure_fidelity(cells: Sequence[Cell], results: Path, n_traces: int = 30) -> None:
+    """Replay the first n_traces outputs of a comparison's full cache under all its arms; write results/fidelity.csv.
+
+    Of its first model and dataset, at every KV budget, the prompt protected; columns as `fidelity` has them.
+    """
+    full = next(cell.config for cell in cells if cell.arm == "full")
+    ours = [cell for cell in cells if cell.protected and cell.config.model == full.model]
+    torch.set_num_threads(full.threads)
+    reasoner, policies = load_reasoner(full.model, full.dtype, full.device), {}
+    for cell in ours:
+        if cell.arm not in policies:
+            policies[cell.arm] = fill(
+                make_policy(cell.config.policy, **cell.config.policy_options), full.model, reasoner
+            )
+    kv_budgets = sorted({cell.config.kv_budget for cell in ours})
+    rows = fidelity(replay(reasoner, policies, kv_budgets, record_outputs(reasoner, full, n_traces)))
+    with explained(results):
+        write_atomically(results / "fidelity.csv", rows.to_csv(index=False).encode())
+    print(f"wrote {results / 'fidelity.csv'}")
 
 
 def _fidelity_by_round(recording: Recording, kept: Sequence[tuple[int, Kept]]) -> pd.DataFrame:

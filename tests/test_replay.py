@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import prompts, small_policy
 
+from kvlib.config import load_grid
 from kvlib.engine.decoder import Request, decoder_for
 from kvlib.errors import ConfigError
 from kvlib.models import Reasoner, load_reasoner
@@ -18,6 +19,7 @@ from kvlib.replay import (
     fact_probe,
     fidelity,
     golden_like,
+    measure_fidelity,
     once_stated,
     output_error,
     record_trace,
@@ -251,3 +253,21 @@ def test_distances_outside_the_edges_and_traces_without_facts_are_refused(tiny, 
         fact_accuracy(facts, (0, 16, 64))
     with pytest.raises(ConfigError, match="no look-up of a value told once"):
         fact_probe(tiny, {})
+
+
+def test_the_outputs_of_a_comparisons_full_cache_are_read_under_its_arms(tmp_path):
+    grid = tmp_path / "two.yml"
+    grid.write_text(
+        "study: two\ndecoding: {n_problems: 9, temperature: 0.6, max_new_tokens: 300, batch_size: 9, threads: 1}\n"
+        "common: {n_sink: 4, n_recent: 16, buffer: 8}\n"
+        "arms: {random: {policy: random}, lagkv: {policy: lagkv, lag_size: 16}}\n"
+        "stages: {grid: {models: [tiny], arms: all, datasets: [chain-a], kv_budgets: [96, 400], protect_prompt: [true],"
+        " seeds: [0]}}\n"
+    )
+    measure_fidelity(load_grid(grid).comparison.cells, tmp_path, n_traces=3)
+    rows = pd.read_csv(tmp_path / "fidelity.csv").set_index(["arm", "kv_budget"])
+    assert len(rows) == 3 * (1 + 2 * 2) and set(rows["trace"]) == {0, 1, 2}
+    for arm in ("random", "lagkv"):
+        assert (rows.loc[arm, 400]["divergence"].abs() < 1e-6).all() and (rows.loc[arm, 400]["agreement"] == 1).all()
+        assert (rows.loc[arm, 96]["divergence"] > 1e-3).all() and (rows.loc[arm, 96]["recall"] < 1).all()
+    assert rows.loc["lagkv", 96]["divergence"].mean() < rows.loc["random", 96]["divergence"].mean()

@@ -31,7 +31,8 @@ def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", 
     """The command. prog, grid, do: as another name of it, with another default grid and only some of what it does."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("do", choices=list(do or DO), help="run: decode and nothing else; cost: of a comparison, time "
-                        "a round of every arm, on an otherwise idle machine; work: what run starts")  # fmt: skip
+                        "a round of every arm, on an otherwise idle machine; replay: read outputs of its full cache "
+                        "under every arm; work: what run starts")  # fmt: skip
     parser.add_argument("--grid", type=Path, default=Path(grid), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise; default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
@@ -128,6 +129,14 @@ def show_costs(study: Study, given: argparse.Namespace) -> None:
     measure_costs(study.grid.comparison.cells, given.results)
 
 
+def show_replays(study: Study, given: argparse.Namespace) -> None:
+    if study.grid.comparison is None:
+        raise ConfigError(f"{study.grid.path} has no arms to replay outputs under; name a comparison")
+    from kvlib.replay import measure_fidelity  # torch
+
+    measure_fidelity(study.grid.comparison.cells, given.results)
+
+
 DO: dict[str, Callable] = {
     "charts": make_charts,
     "run": run_cells,
@@ -137,6 +146,7 @@ DO: dict[str, Callable] = {
     "verify": verify_records,
     "publish": publish_results,
     "cost": show_costs,
+    "replay": show_replays,
     "work": lambda study, given: work(study),
 }
 
