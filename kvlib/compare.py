@@ -117,10 +117,11 @@ def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:
     """One row per model, dataset, arm, protection and KV budget of a published comparison, these seeds pooled.
 
     The columns that `kvlib.charts.arms` asks for: Pass@1 in percent with its 95 % interval, output length,
-    truncated share, mean live slots, and, from costs.json, microseconds per row of a round and seconds of one row per
-    solved problem (tokens x step and rounds x round, over the share solved); NaN for an arm that was not timed.
+    truncated share, mean live slots, and, from costs.json if that was measured, microseconds per row of a round and
+    seconds of one row per solved problem (tokens x step and rounds x round, over the share solved); else NaN.
     """
-    costs = {row["arm"]: row for row in json.loads(published(results, "costs.json"))["arms"]}
+    timed = (results / "costs.json").exists()
+    costs = {row["arm"]: row for row in json.loads(published(results, "costs.json"))["arms"]} if timed else {}
     by_cell = defaultdict(list)
     for cell in published_cells(results):
         if cell["config"]["seed"] in seeds:

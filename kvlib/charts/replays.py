@@ -11,7 +11,14 @@ from kvlib.charts.sheet import FULL, banner, caveat_of
 from kvlib.errors import ConfigError
 from kvlib.stats import mean_interval
 
-FIDELITY_COLUMNS = ["arm", "kv_budget", "trace", "recall", "error"]
+MEASURES = {
+    "recall": ("Attention-mass recall (%)", 100, "{:.1f}"),
+    "error": ("Output error (%)", 100, "{:.1f}"),
+    "agreement": ("Same likeliest token (%)", 100, "{:.1f}"),
+    "divergence": ("KL of the next token (nats)", 1, "{:.3f}"),
+}
+"""Of a replay against the full cache: what a table calls it, its factor there, its form."""
+FIDELITY_COLUMNS = ["arm", "kv_budget", "trace", *MEASURES]
 FACT_COLUMNS = ["arm", "kv_budget", "distance_low", "distance_high", "n", "right", "low", "high"]
 
 FEWEST_LOOK_UPS = 10
@@ -50,21 +57,23 @@ def fidelity_table(fidelity: pd.DataFrame) -> pd.DataFrame:
             "KV budget": rows["kv_budget"].map(budget_text).tolist(),
             "Arm": rows["arm"].tolist(),
             "Traces": texts(rows["n_traces"]),
-            "Attention-mass recall (%) with 95 % interval": intervals(rows, ["recall", "recall_low", "recall_high"]),
-            "Output error (%) with 95 % interval": intervals(rows, ["error", "error_low", "error_high"]),
+            **{
+                f"{title} with 95 % interval": intervals(rows, [name, f"{name}_low", f"{name}_high"], form)
+                for name, (title, _, form) in MEASURES.items()
+            },
         }
     )
 
 
 def _fidelity_means(fidelity: pd.DataFrame) -> pd.DataFrame:
-    """By arm and KV budget: n_traces, and recall and error in percent, each with _low and _high (NaN of one trace)."""
-    rows = required(fidelity, FIDELITY_COLUMNS, "the replays", ["recall", "error"])
+    """By arm and KV budget: n_traces, and MEASURES as a table has them, each with _low and _high (NaN of one trace)."""
+    rows = required(fidelity, FIDELITY_COLUMNS, "the replays", list(MEASURES))
     once(rows, ["arm", "kv_budget", "trace"])
     means = []
     for (arm, kv_budget), group in rows.groupby(["arm", "kv_budget"], dropna=False, sort=False):
         mean = {"arm": arm, "kv_budget": kv_budget, "n_traces": len(group)}
-        for name in ("recall", "error"):
-            values = 100 * group[name].to_numpy()
+        for name, (_, factor, _) in MEASURES.items():
+            values = factor * group[name].to_numpy()
             mean |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
         means.append(mean)
     return pd.DataFrame(means)

@@ -51,9 +51,10 @@ def differences():
 
 @pytest.fixture(scope="module")
 def fidelity():
-    rows = [(f"{arm}+prompt", b, trace, 0.5 + b / 200 - i / 100 + trace / 500, 0.4 - b / 300 + i / 100 + trace / 500)
+    rows = [(f"{arm}+prompt", b, trace, 0.5 + b / 200 - i / 100 + trace / 500, 0.4 - b / 300 + i / 100 + trace / 500,
+             0.9, 0.02 + trace / 1000)
             for i, arm in enumerate(ARMS) for b in (32, 64, 96) for trace in range(5)]  # fmt: skip
-    return pd.DataFrame([*rows, ("full", None, 0, 1.0, 0.0)], columns=rp.FIDELITY_COLUMNS)
+    return pd.DataFrame([*rows, ("full", None, 0, 1.0, 0.0, 1.0, 0.0)], columns=rp.FIDELITY_COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,8 @@ def test_an_arm_on_fewer_problems_says_how_many_in_its_name(cells):
 def test_uneven_budgets_get_equal_steps_and_the_axis_says_so(figures):
     ax = figures["fidelity"].axes[0]
     assert ax.get_xlabel() == "KV Budget"
-    uneven = pd.DataFrame({"arm": "A", "kv_budget": [32, 64, 256], "trace": 0, "recall": 0.5, "error": 0.1})
+    uneven = pd.DataFrame({"arm": "A", "kv_budget": [32, 64, 256], "trace": 0, "recall": 0.5, "error": 0.1,
+                           "agreement": 0.9, "divergence": 0.1})  # fmt: skip
     ax = rp.fidelity_figure(uneven, "m").axes[0]
     assert ax.get_xlabel() == "KV Budget (not to scale)" and list(ax.get_xticks()) == [0, 1, 2]
 
@@ -192,6 +194,8 @@ def test_replays_show_what_is_lost_with_its_interval_over_traces(figures, fideli
     table = rp.fidelity_table(fidelity)
     row = table[(table["Arm"] == "H2O+prompt") & (table["KV budget"] == "32")].iloc[0]
     assert row["Traces"] == "5" and row["Attention-mass recall (%) with 95 % interval"].startswith("63.4 (63.2 to 63.6")
+    assert row["Same likeliest token (%) with 95 % interval"] == "90.0 (90.0 to 90.0)"
+    assert row["KL of the next token (nats) with 95 % interval"].startswith("0.022 (0.021 to 0.02")
     assert table.iloc[-1]["Attention-mass recall (%) with 95 % interval"] == "100.0", "one trace has no interval"
 
 
