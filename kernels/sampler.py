@@ -27,14 +27,16 @@ def sample(logits: Tensor, request: Tensor, step: Tensor, temperature: float, to
         if 0 < top_k <= LARGEST_TOP_K or (not top_k and top_p == 1):
             return sample_ids(logits, request, step, temperature, top_p, top_k)
     V = logits.shape[-1]
-    if V > FEW and not top_k and top_p == 1:
+    # Elsewhere than on a CPU, what is looked at must not depend on the logits: a step would wait for the device.
+    many = V > FEW and not top_k and logits.device.type == "cpu"
+    if many and top_p == 1:
         return _within_reach(logits, request, step, temperature)
     ids = torch.arange(V, device=logits.device).expand_as(logits)
-    mass = (logits.double() / temperature).logsumexp(-1, keepdim=True) if top_p < 1 and not top_k else None
+    mass = (logits.double() / temperature).logsumexp(-1, keepdim=True) if many else None
     if top_k or top_p < 1:
         whole = logits
-        logits, ids = whole.topk(min(top_k or FEW, V), -1)
-        if mass is not None and ((logits.double() / temperature - mass).exp().sum(-1) < top_p).any():
+        logits, ids = whole.topk(FEW if many else min(top_k or V, V), -1)
+        if many and ((logits.double() / temperature - mass).exp().sum(-1) < top_p).any():
             logits, ids = whole.sort(-1, descending=True)
     logits = logits.double() / temperature
     if top_p < 1:

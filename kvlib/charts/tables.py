@@ -17,6 +17,8 @@ from kvlib.tasks.datasets import dataset_title
 MODEL_TITLES = {
     "tiny": "Tiny-0.8M",
     "smollm2": "SmolLM2-135M",
+    "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf": "Qwen2.5-Coder-0.5B (Q4_K_M)",
+    "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf": "Qwen2.5-Coder-1.5B (Q4_K_M)",
     "DeepSeek-R1-Distill-Qwen-7B": "R1-Qwen",
     "DeepSeek-R1-Distill-Llama-8B": "R1-Llama",
 }
