@@ -33,7 +33,7 @@ endif
 charts: env ## decode, grade, time and draw the four charts; SEED=1 for other noise
 	@$(STUDY) charts --grid notebooks/tiny.yml --seed $(SEED)
 
-sweep: env ## the same for any study: PROFILE=tiny, smollm2, r1-qwen, r1-llama or your file; GPUS=4: cells at a time
+sweep: env ## the same for any study: PROFILE=tiny, qwen-coder, smollm2, r1-qwen, r1-llama or your file; GPUS=4: cells at a time
 	@$(STUDY) charts $(OF)
 
 plan: env ## what a sweep takes (cells, hours, disk, GPU memory) and what is missing; starts nothing
