@@ -14,6 +14,7 @@ from kvlib.charts.tables import expected_cells, measured_cells, measured_verdict
 from kvlib.charts.throughput import load_bench, throughput_table
 from kvlib.compare import load_cells, load_comparison
 from kvlib.config import load_grid
+from kvlib.stats import budget_differences
 from kvlib.tasks.datasets import dataset_title
 
 ROOT = Path(__file__).parent.parent
@@ -22,25 +23,35 @@ RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_table_of_the_tiny_study_is_the_committed_records():
-    grid = load_grid(ROOT / "notebooks" / "tiny.yml")
-    cells = measured_cells(grid, ROOT / "results" / "tiny" / "records", seed=0)
+@pytest.mark.parametrize("study", ["tiny", "qwen-coder"])
+def test_the_table_of_a_study_is_the_committed_records(study):
+    grid = load_grid(ROOT / "notebooks" / f"{study}.yml")
+    cells = measured_cells(grid, ROOT / "results" / study / "records", seed=0)
     assert len(cells) == len(expected_cells(grid, 0)) == 28
     table = measured_table(cells)
-    with (ROOT / "results" / "tiny" / "measured.csv").open() as file:
+    with (ROOT / "results" / study / "measured.csv").open() as file:
         assert list(csv.reader(file)) == [list(table.columns), *table.values.tolist()]
     for row in table.values.tolist():
         assert f"| {' | '.join(row)} |" in RESULTS
 
 
-def test_the_answer_is_that_of_the_committed_records():
-    grid, records = load_grid(ROOT / "notebooks" / "tiny.yml"), ROOT / "results" / "tiny" / "records"
+@pytest.mark.parametrize("study", ["tiny", "qwen-coder"])
+def test_the_answer_is_that_of_the_committed_records(study):
+    grid, records = load_grid(ROOT / "notebooks" / f"{study}.yml"), ROOT / "results" / study / "records"
     found = answers(measured_verdicts(grid, records, 0), measured_cells(grid, records, 0), 5.0, None)
     assert [sentence for sentence in found["sentence"] if f"- {sentence}\n" not in RESULTS] == []
-    assert [name for name, budget in zip(found["dataset"], found["kv_budget"], strict=True) if budget == 196] == [
-        "Chain-A"
-    ]
-    assert "196 slots on Chain-A; on the other three none" in README
+    named = {name: int(b) for name, b in zip(found["dataset"], found["kv_budget"], strict=True) if not isnan(b)}
+    assert named and [name for name, budget in named.items() if f"{budget} slots on {name}" not in README] == []
+
+
+def test_the_difference_between_the_ends_is_that_of_the_committed_records():
+    grid, records = load_grid(ROOT / "notebooks" / "qwen-coder.yml"), ROOT / "results" / "qwen-coder" / "records"
+    pairs = budget_differences(measured_verdicts(grid, records, 0))
+    ends = pairs[(pairs["fewer"] == min(grid.kv_budgets)) & (pairs["more"] == max(grid.kv_budgets))]
+    for row in ends.itertuples():
+        told = f"- {row.dataset}: {row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f}) points"
+        assert re.sub(r"(?<=[ (])-(?=\d)", "−", told) in RESULTS
+    assert len(ends) == 4
 
 
 def test_the_speed_is_the_committed_record():

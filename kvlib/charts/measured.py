@@ -32,6 +32,10 @@ class IncompleteError(Spoken, ValueError):
     """Cells that the grid asks for have no row; the message names them and the next step."""
 
 
+LONGEST_TITLE = 38
+"""Characters of a panel's heading that fit on a line."""
+
+
 def measured_figure(df, expected, *, allow_incomplete=False, published=()):
     """The form of the published panel for values measured here; both axes start at 0.
 
@@ -90,7 +94,9 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=()):
             theirs = [beside.get((dataset, budget)) for budget in budgets] if beside else []
             n = f"n = {next(iter(here.values())).n_problems}" if here else "missing"
             last = "\n".join(label * (ax is axes[-1]))
-            right = two_axes(ax, f"{one.model} | {dataset} ({n})", "Pass@1 (%)", last)
+            title = f"{one.model} | {dataset} ({n})"
+            title = title if len(title) <= LONGEST_TITLE else f"{dataset} ({n})"  # the banner says whose it is
+            right = two_axes(ax, title, "Pass@1 (%)", last)
             right.set_ylim(0, 5 * tick * TOP / 100)
             right.set_yticks([tick * i for i in range(6)] if timed else [])
             right.spines["right"].set_visible(timed)
