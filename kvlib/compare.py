@@ -103,14 +103,10 @@ def stage_cells(comparison: Comparison, stage: str, cells: pd.DataFrame, model: 
 
 def stage_policies(comparison: Comparison, stage: str, model: str, reasoner) -> "dict[str, Policy]":
     """The policies of a stage's arms with the prompt protected, fitted to the reasoner, by arm."""
-    from kvlib.fitted import fill
-    from kvlib.policies import make_policy
+    from kvlib.replay import fitted_arms  # torch
 
-    policies = {}
-    for cell in comparison.cells:
-        if cell.protected and cell.arm in comparison.stages[stage]["arms"] and cell.arm not in policies:
-            policies[cell.arm] = fill(make_policy(cell.config.policy, **cell.config.policy_options), model, reasoner)
-    return policies
+    arms = comparison.stages[stage]["arms"]
+    return fitted_arms([cell for cell in comparison.cells if cell.arm in arms], model, reasoner)
 
 
 def load_cells(results: Path, seeds: Collection[int] = (0,)) -> pd.DataFrame:

@@ -218,6 +218,15 @@ def record_outputs(reasoner: Reasoner, config: RunConfig, n: int) -> list[Record
     return [record_trace(reasoner, request, done[request.id].tokens) for request in requests]
 
 
+def fitted_arms(cells: Sequence[Cell], model: str, reasoner: Reasoner) -> dict[str, Policy]:
+    """The policies of a comparison's cells by arm, fitted to the model: those with the prompt protected."""
+    configs = {cell.arm: cell.config for cell in cells if cell.protected}
+    return {
+        arm: fill(make_policy(config.policy, **config.policy_options), model, reasoner)
+        for arm, config in configs.items()
+    }
+
+
 def measure_fidelity(cells: Sequence[Cell], results: Path, n_traces: int = 30) -> None:
     """Replay the first n_traces outputs of a comparison's full cache under all its arms; write results/fidelity.csv.
 
@@ -226,14 +235,9 @@ def measure_fidelity(cells: Sequence[Cell], results: Path, n_traces: int = 30) -
     full = next(cell.config for cell in cells if cell.arm == "full")
     ours = [cell for cell in cells if cell.protected and cell.config.model == full.model]
     torch.set_num_threads(full.threads)
-    reasoner, policies = load_reasoner(full.model, full.dtype, full.device), {}
-    for cell in ours:
-        if cell.arm not in policies:
-            policies[cell.arm] = fill(
-                make_policy(cell.config.policy, **cell.config.policy_options), full.model, reasoner
-            )
-    kv_budgets = sorted({cell.config.kv_budget for cell in ours})
-    rows = fidelity(replay(reasoner, policies, kv_budgets, record_outputs(reasoner, full, n_traces)))
+    reasoner, kv_budgets = load_reasoner(full.model, full.dtype, full.device), {cell.config.kv_budget for cell in ours}
+    recordings = record_outputs(reasoner, full, n_traces)
+    rows = fidelity(replay(reasoner, fitted_arms(ours, full.model, reasoner), sorted(kv_budgets), recordings))
     with explained(results):
         write_atomically(results / "fidelity.csv", rows.to_csv(index=False).encode())
     print(f"wrote {results / 'fidelity.csv'}")

@@ -1,12 +1,12 @@
 """R1-Qwen-7B's true shapes through the whole path on a CPU: random weights, two rows, a round, a few dozen steps.
 
-    python tests/true_shapes.py FOLDER         16 GB of disk, 20 GB of memory, a quarter of an hour on two cores
+    python tests/true_shapes.py FOLDER         16 GB of disk, 20 GB of memory: reckoned, it was never run whole
     python tests/true_shapes.py FOLDER --layers 2 --width 512
 
 Writes a checkpoint of the config in kvlib.cost.SHAPES as sharded bfloat16 safetensors, with the tokenizer of
 Qwen2.5-Coder (from the hub's cache, or --tokenizer), a predictor of random weights, two problems of about 2,490 tokens
-and a grid with KV budget 2500; then `kvlib.study plan` and `charts` as a person types them. Prints what the plan
-reckoned beside what was measured: disk, peak memory, bytes of the cache. Exits 1 if a cell had no round.
+and a grid with KV budget 2500; then `kvlib.study plan` and `charts` as a person types them. Prints what kvlib.cost
+reckons beside what was measured: disk, peak memory, bytes of the cache, and the records.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from kvlib.bench.shapes import QWEN_CODER
 from kvlib.cost import SHAPES, kv_bytes, model_bytes
 from kvlib.fitted import save_fitted
 from kvlib.models import load_tokenizer, weights_sha256
@@ -30,10 +31,6 @@ from kvlib.record import load_records
 
 ROOT = Path(__file__).parents[1]
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
-TOKENIZER = (
-    "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-    "@ebb2015119c907b064c512bf053e945850b5875f"
-)
 N_PROMPT, KV_BUDGET, N_NEW = 2490, 2500, 36
 SENTENCE = "A train leaves at {} and its driver counts {} sheep beside the line before the next stop. "
 
@@ -90,7 +87,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--width", type=int, help="a narrower model, of the same heads")
-    parser.add_argument("--tokenizer", default=TOKENIZER, help="a model whose tokenizer to take")
+    parser.add_argument("--tokenizer", default=QWEN_CODER, help="a model whose tokenizer to take")
     args = parser.parse_args()
     shape = dict(SHAPES[MODEL])
     if args.layers:

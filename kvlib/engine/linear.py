@@ -59,9 +59,8 @@ class Int8Linear(nn.Module):
             self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
         step = x.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
         rounded = (x / step).round_().add_(self.ZERO).to(torch.uint8)
-        weights = self.ready, self.scale, self.zeros
-        scales = 1.0, self.ZERO, *weights, None, 1.0, 0
-        out = torch.ops.onednn.qlinear_pointwise(rounded, *scales, torch.float32, "none", [], "").mul_(step)
+        weights, as_it_is = (self.ready, self.scale, self.zeros), (None, 1.0, 0, torch.float32, "none", [], "")
+        out = torch.ops.onednn.qlinear_pointwise(rounded, 1.0, self.ZERO, *weights, *as_it_is).mul_(step)
         return out if self.bias is None else out.add_(self.bias)
 
 

@@ -102,7 +102,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
         prepare(cell)
     reasoner = load_reasoner(cells[0].model, cells[0].dtype, cells[0].device)
     on_cuda = reasoner.model.device.type == "cuda"
-    n_threads, one_thread = cells[0].threads, cells[0].threads == 1 and not on_cuda
+    n_threads, one_thread = cells[0].threads, is_one_thread(cells[0])
     clock = clock_of(one_thread)
     names = {cell.cell_path: cell for cell in cells}
     reference = max(cells, key=lambda cell: (cell.kv_budget is None, cell.kv_budget or 0))
@@ -155,6 +155,10 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             "results": {"throughput": rows_of(found, cells, reference, batch_size, n_steps)},
         },
     )
+
+
+def is_one_thread(config: RunConfig) -> bool:
+    return config.device == "cpu" and config.threads == 1
 
 
 def clock_of(one_thread: bool) -> Callable[[], float]:
@@ -250,7 +254,7 @@ def measure_costs(cells: Sequence[Cell], results: Path) -> None:
     configs = costed_cells(cells)
     config = next(config for arm, config in configs.items() if arm != "full")
     reasoner = load_reasoner(config.model, config.dtype, config.device)
-    n_threads, one_thread = config.threads, config.threads == 1 and config.device == "cpu"
+    n_threads, one_thread = config.threads, is_one_thread(config)
     clock = clock_of(one_thread)
     n_steps = config.kv_budget + (COST_REPEATS + 1) * COST_STEPS
     measured: dict[str, list[tuple[float, float | None]]] = {arm: [] for arm in configs}
