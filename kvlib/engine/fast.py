@@ -2,7 +2,7 @@
 
 The weights are the Hugging Face model's own. Matrices that read the same input are fused into one, and the model's
 separate ones become slices of it, so that a step reads every weight once in four products a layer. In float32 on a
-CPU both read packed copies of large ones, at twice the memory of the weights: there speed runs out first.
+CPU both read packed copies of large ones instead, and the plain ones, if mapped from a file, take no memory.
 `FastModel.close` undoes both.
 """
 
@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 from kvlib.engine.attention import CHANGING
 from kvlib.engine.cache import SlotCache, cache_shape
-from kvlib.engine.linear import Int8Linear, Linear, adjacent, alone, fuse
+from kvlib.engine.linear import Int8Linear, Int8Part, Linear, adjacent, alone, fuse
 from kvlib.kernels.append import append, rotated_heads
 from kvlib.kernels.attention import decode_attention
 from kvlib.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
@@ -46,8 +46,8 @@ class Layer:
     products: ClassVar = ("qkv", "output", "gate_up", "down")
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Layer":
-        """What the fast step reads of a decoder layer of transformers."""
+    def of(cls, layer: nn.Module, fuse: Callable[..., Linear | Int8Linear] = fuse) -> "Layer":
+        """What the fast step reads of a decoder layer of transformers. fuse: of the linears of one input, one."""
         attention, mlp = layer.self_attn, layer.mlp
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         return cls(
@@ -77,7 +77,7 @@ def why_not_fast(model: nn.Module) -> str | None:
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "all modules have a hook"
-    own = (nn.Linear, Int8Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
+    own = (nn.Linear, Int8Linear, Int8Part, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]))
     for name, module in model.named_modules():
         if getattr(module, "variance_epsilon", config.rms_norm_eps) != config.rms_norm_eps:
             return f"its module {name} has an epsilon of its own"
@@ -96,6 +96,8 @@ def why_not_fast(model: nn.Module) -> str | None:
         if attention.scaling != base.layers[0].self_attn.scaling:
             return "its layers scale attention differently"
         for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            if isinstance(linears[0], Int8Part):
+                continue
             biases = [linear.bias for linear in linears if linear.bias is not None]
             if len(biases) not in (0, len(linears)):
                 return "its projections differ in whether they have a bias"
@@ -131,7 +133,7 @@ class FastModel:
         self.scaling = base.layers[0].self_attn.scaling
         self.inv_freq = base.rotary_emb.inv_freq
         self.n_query_heads, self.eps = config.num_attention_heads, config.rms_norm_eps
-        linears = [module for module in model.modules() if type(module) in (nn.Linear, Int8Linear)]
+        linears = [module for module in model.modules() if type(module) is nn.Linear]
         parts = [part for linear in linears for part in linear.parameters()]
         with CHANGING:
             self.alone = list(filter(alone, parts))

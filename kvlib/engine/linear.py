@@ -14,27 +14,29 @@ PACKED_FROM = 2**20
 """Bytes of a weight. Smaller ones stay in the CPU's cache, and a step gains nothing from packing them."""
 PACKS = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 """Where packing was measured; elsewhere oneDNN's float32 products may be no faster, or missing."""
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of linear layers that read the same input."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """weight `[outputs, inputs]`, bias `[outputs]` or None; packed: the weight as oneDNN reads it fastest, or None."""
+    """weight `[outputs, inputs]`, plain or as oneDNN reads it fastest (`is_mkldnn`); bias `[outputs]` or None."""
 
     weight: Tensor
     bias: Tensor | None
-    packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if self.weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):
     """A linear layer in 8-bit integers: weights by output, inputs by token, each as its largest part over 127.
 
     The sums are exact, so a token's output does not depend on what is computed beside it. weight int8
-    `[outputs, inputs]`, scale float32 `[outputs]`, bias float32 `[outputs]` or None; x float32 `[..., inputs]`.
+    `[outputs, inputs]`, held as oneDNN reads it fastest only; scale float32 `[outputs]`, bias float32 `[outputs]` or
+    None; x float32 `[..., inputs]`.
     """
 
     ZERO = 128
@@ -42,26 +44,43 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
         super().__init__()
-        for name, held in (("weight", weight), ("scale", scale), ("bias", bias)):
-            self.register_buffer(name, held)
-        self.out_features, self.in_features = weight.shape
-        self.ready: Tensor | None = None  # the weights as oneDNN reads them
+        self.out_features = len(weight)
+        self.weight = torch.ops.onednn.qlinear_prepack(weight, [1])
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "Int8Linear":
-        scale = linear.weight.detach().abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
-        weight = (linear.weight.detach() / scale[:, None]).round_().to(torch.int8)
-        return cls(weight, scale, None if linear.bias is None else linear.bias.detach())
+    def of(cls, *linears: nn.Linear | Linear) -> "Int8Linear":
+        """One layer of those that read the same input."""
+        smallest = torch.finfo(torch.float32).tiny
+        weights = [linear.weight.detach() for linear in linears]
+        scales = [weight.abs().amax(1).clamp_min_(smallest) / 127 for weight in weights]
+        rounded = [
+            (weight / scale[:, None]).round_().to(torch.int8) for weight, scale in zip(weights, scales, strict=True)
+        ]
+        biases = [weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
+                  for linear, weight in zip(linears, weights, strict=True)]  # fmt: skip
+        without = all(linear.bias is None for linear in linears)
+        return cls(torch.cat(rounded), torch.cat(scales), None if without else torch.cat(biases))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.ready is None:
-            self.ready = torch.ops.onednn.qlinear_prepack(self.weight, [1])
-            self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
         step = x.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
         rounded = (x / step).round_().add_(self.ZERO).to(torch.uint8)
-        weights, as_it_is = (self.ready, self.scale, self.zeros), (None, 1.0, 0, torch.float32, "none", [], "")
+        weights, as_it_is = (self.weight, self.scale, self.zeros), (None, 1.0, 0, torch.float32, "none", [], "")
         out = torch.ops.onednn.qlinear_pointwise(rounded, 1.0, self.ZERO, *weights, *as_it_is).mul_(step)
         return out if self.bias is None else out.add_(self.bias)
+
+
+class Int8Part(nn.Module):
+    """Some outputs of a layer in 8-bit integers, in the place of the linear layer that they are of."""
+
+    def __init__(self, whole: Int8Linear, outputs: slice):
+        super().__init__()
+        self.whole, self.outputs = whole, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x)[..., self.outputs]
 
 
 def check_int8(device: str) -> None:
@@ -74,45 +93,59 @@ def check_int8(device: str) -> None:
 
 
 def to_int8(model: nn.Module) -> None:
-    """Make every linear layer of a model one in 8-bit integers, in place."""
+    """Make every linear layer of a model one in 8-bit integers, in place; nothing stays mapped from a file."""
     for module in list(model.modules()):
-        for name, part in list(module.named_children()):
-            if type(part) is nn.Linear:
-                setattr(module, name, Int8Linear.of(part))
+        apart = {name: part for name, part in module.named_children() if type(part) is nn.Linear}
+        for names in ONE_INPUT:
+            if apart.keys() >= set(names):
+                linears, start = [apart.pop(name) for name in names], 0
+                whole = Int8Linear.of(*linears)
+                for name, linear in zip(names, linears, strict=True):
+                    setattr(module, name, Int8Part(whole, slice(start, start + linear.out_features)))
+                    start += linear.out_features
+        for name, linear in apart.items():
+            setattr(module, name, Int8Linear.of(linear))
+    for part in model.parameters():
+        part.data = part.data.clone()
 
 
-def fuse(*linears: nn.Linear | Int8Linear) -> Linear | Int8Linear:
-    """The linears of one input as one, sharing storage with them. A second call finds what the first one made.
-
-    A packed copy is of the weights as they are now, and one of integers is always a copy; it is kept on the first
-    linear, for all decoders of the model.
-    """
-    if isinstance(linears[0], Int8Linear):
-        return _fused_int8(linears)
-    bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
-    weight = _joined([linear.weight for linear in linears])
-    return Linear(weight, bias, _packed(weight, linears))
-
-
-def _fused_int8(linears: Sequence[Int8Linear]) -> Int8Linear:
-    """One layer of all; the separate ones become slices of it."""
+def fuse(*linears: nn.Linear | Int8Linear | Int8Part) -> Linear | Int8Linear:
+    """The linears of one input as one, sharing storage with them, or packed."""
     first = linears[0]
-    if len(linears) > 1 and not hasattr(first, "packed"):
-        held = [[getattr(linear, name) for linear in linears] for name in ("weight", "scale", "bias")]
-        first.packed = None, Int8Linear(*(None if parts[0] is None else torch.cat(parts) for parts in held))
-        for linear, own in zip(linears, first.packed[1].weight.split([len(part) for part in held[0]]), strict=True):
-            linear.weight = own
-    return first if len(linears) == 1 else first.packed[1]
+    if isinstance(first, Int8Linear | Int8Part):
+        return first if isinstance(first, Int8Linear) else first.whole
+    packed = _packed(linears)
+    return joined(*linears) if packed is None else Linear(packed, _joined_biases(linears))
 
 
-def _packed(weight: Tensor, linears: Sequence[nn.Linear]) -> Tensor | None:
-    """A copy in oneDNN's blocked layout, where it pays: products of a few rows then take half the time."""
-    if not PACKS or weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.nbytes < PACKED_FROM:
+def joined(*linears: nn.Linear) -> Linear:
+    """The linears of one input as one that is not packed; they become slices of it."""
+    return Linear(_joined([linear.weight for linear in linears]), _joined_biases(linears))
+
+
+def _joined_biases(linears: Sequence[nn.Linear]) -> Tensor | None:
+    return None if linears[0].bias is None else _joined([linear.bias for linear in linears])
+
+
+def _packed(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """The weights as one in oneDNN's blocked layout, where it pays: products of a few rows then take half the time.
+
+    A copy of the weights as they are now, kept on the first linear for all decoders of the model. The plain ones are
+    not read again, so that those of a file need no memory.
+    """
+    weights = [linear.weight.detach() for linear in linears]
+    first = weights[0]
+    large = sum(weight.nbytes for weight in weights) >= PACKED_FROM
+    if not PACKS or first.device.type != "cpu" or first.dtype != torch.float32 or not large:
         return None
-    made_of = weight.data_ptr(), weight.shape, [linear.weight._version for linear in linears]
+    made_of = [
+        (weight.data_ptr(), weight.shape, linear.weight._version)
+        for weight, linear in zip(weights, linears, strict=True)
+    ]
     kept = getattr(linears[0], "packed", None)
     if kept is None or kept[0] != made_of:
-        kept = linears[0].packed = made_of, torch.ops.mkldnn._reorder_linear_weight(weight)
+        whole = first if len(weights) == 1 else torch.cat(weights)
+        kept = linears[0].packed = made_of, torch.ops.mkldnn._reorder_linear_weight(whole)
     return kept[1]
 
 

@@ -32,7 +32,7 @@ def test_a_packed_product_is_the_product(bias, monkeypatch):
     torch.manual_seed(0)
     linears = [nn.Linear(37, n, bias=bias) for n in (64, 5, 1)]
     packed = fuse(*linears)
-    assert (packed.packed is not None) == linear.PACKS
+    assert packed.weight.is_mkldnn == linear.PACKS
     for n_rows in (1, 3, 8, 64):
         x = torch.randn(n_rows, 37)
         expected = torch.cat([linear(x) for linear in linears], -1)
@@ -42,24 +42,35 @@ def test_a_packed_product_is_the_product(bias, monkeypatch):
 def test_only_large_float32_weights_on_a_cpu_that_can_are_packed(monkeypatch):
     """A small weight would gain nothing, and another order of sums would change what was measured with it."""
     large = nn.Linear(512, linear.PACKED_FROM // 2048)
-    assert fuse(nn.Linear(512, linear.PACKED_FROM // 2048 - 1)).packed is None
-    assert (fuse(large).packed is not None) == linear.PACKS
-    assert fuse(nn.Linear(512, linear.PACKED_FROM // 2048, device="meta")).packed is None
+    assert not fuse(nn.Linear(512, linear.PACKED_FROM // 2048 - 1)).weight.is_mkldnn
+    assert fuse(large).weight.is_mkldnn == linear.PACKS
+    assert not fuse(nn.Linear(512, linear.PACKED_FROM // 2048, device="meta")).weight.is_mkldnn
     monkeypatch.setattr(linear, "PACKS", False)
-    assert fuse(large).packed is None
+    assert not fuse(large).weight.is_mkldnn
     monkeypatch.undo()
-    assert fuse(large.bfloat16()).packed is None and fuse(large.double()).packed is None
+    assert not fuse(large.bfloat16()).weight.is_mkldnn and not fuse(large.double()).weight.is_mkldnn
 
 
 @pytest.mark.skipif(not linear.PACKS, reason="nothing is packed on this machine")
 def test_a_model_is_packed_once_and_again_when_its_weights_change(monkeypatch):
     monkeypatch.setattr(linear, "PACKED_FROM", 0)
     linears = [nn.Linear(6, n, bias=False) for n in (4, 2)]
-    packed = fuse(*linears).packed
-    assert fuse(*linears).packed is packed
+    packed = fuse(*linears).weight
+    assert fuse(*linears).weight is packed
     with torch.no_grad():
         linears[1].weight.fill_(7.0)
     assert (fuse(*linears)(torch.ones(1, 6))[0, 4:] == 42.0).all()
+
+
+@pytest.mark.skipif(not linear.PACKS, reason="nothing is packed on this machine")
+def test_packing_leaves_the_models_weights_where_they_are(monkeypatch):
+    """Those mapped from a file stay so, and need no memory of their own."""
+    monkeypatch.setattr(linear, "PACKED_FROM", 0)
+    model = random_model("qwen2").float()
+    before = {name: part.data_ptr() for name, part in model.named_parameters() if name.endswith("weight")}
+    decoder = decoder_for(model, Full(), None, as_requests(prompts(1)), max_new_tokens=2)
+    assert before == {name: part.data_ptr() for name, part in model.named_parameters() if name.endswith("weight")}
+    decoder.close()
 
 
 def test_a_step_over_packed_weights_is_the_same_step(monkeypatch):
@@ -77,7 +88,7 @@ def test_a_step_over_packed_weights_is_the_same_step(monkeypatch):
     plain = decoder()
     monkeypatch.setattr(linear, "PACKED_FROM", 0)
     packed = decoder()
-    assert (packed.model.head.packed is not None) == linear.PACKS
+    assert packed.model.head.weight.is_mkldnn == linear.PACKS
     for _ in range(8):
         packed.token.copy_(plain.token)
         plain.step()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import as_requests, decode, prompts, small_policy
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import kvlib
 from kvlib.cell import prepare
@@ -50,13 +51,34 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 
 @needs_onednn
-def test_products_of_one_input_are_fused_without_a_change():
+@pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, False, True)])
+def test_products_of_one_input_are_one_without_a_change(biases):
     torch.manual_seed(0)
-    parts = [Int8Linear.of(nn.Linear(32, n)) for n in (16, 8, 8)]
+    holder = nn.Module()
+    for name, n, bias in zip("qkv", (16, 8, 8), biases, strict=True):
+        setattr(holder, f"{name}_proj", nn.Linear(32, n, bias=bias))
+    apart = [Int8Linear.of(part) for part in holder.children()]
     x = torch.randn(3, 32)
-    fused = fuse(*parts)
-    assert fused(x).equal(torch.cat([part(x) for part in parts], -1))
-    assert fuse(*parts) is fused and fuse(parts[0]) is not fused
+    expected = [part(x) for part in apart]
+    to_int8(holder)
+    parts = list(holder.children())
+    assert all(part(x).equal(its) for part, its in zip(parts, expected, strict=True))
+    assert fuse(*parts)(x).equal(torch.cat(expected, -1)) and fuse(*parts) is fuse(*parts)
+    assert fuse(apart[0]) is apart[0]
+
+
+@needs_onednn
+def test_an_int8_model_holds_its_weights_once_and_nothing_of_the_file(tmp_path):
+    """Plain weights beside those that oneDNN reads, or pages of the float file, would double its memory."""
+    model = random_model("qwen2").float()
+    model.save_pretrained(tmp_path)
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    places = {part.untyped_storage().data_ptr() for part in mapped.parameters()}
+    to_int8(mapped)
+    left = dict(mapped.named_parameters())
+    assert not places & {part.untyped_storage().data_ptr() for part in left.values()}
+    assert {name.split(".")[-2] for name in left if left[name].dim() > 1} == {"embed_tokens"}
+    assert all(tensor.dtype != torch.int8 for tensor in mapped.state_dict().values())
 
 
 @needs_onednn
