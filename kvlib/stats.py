@@ -211,6 +211,10 @@ class Ratio:
     low: float | None
     high: float | None
 
+    def __str__(self) -> str:
+        interval = "too few rounds for an interval" if self.low is None else f"{self.low:.3f} to {self.high:.3f}"
+        return f"{self.ratio:.3f} ({interval})"
+
 
 def paired_ratio(seconds: np.ndarray, against: np.ndarray) -> Ratio:
     """The speed of the arm that took `seconds` over that of the arm that took `against`, both `[rounds, windows]`.

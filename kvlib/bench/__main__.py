@@ -16,11 +16,12 @@ import pandas as pd
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from kvlib.bench.arms import BASELINE, check_arms, default_arms
+from kvlib.bench.arms import BASELINE, Peers, check_arms, default_arms
 from kvlib.bench.measure import bench, check_writable, write_record
 from kvlib.bench.shapes import SIZES, Sizes, load_subject
 from kvlib.errors import ConfigError
 from kvlib.record import RecordError
+from kvlib.stats import Ratio
 
 COLUMNS = {
     "KV budget": ("kv_budget", 1, ".0f"),
@@ -50,19 +51,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420.0, help="wall time for the rounds (default 420)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--kvpress", metavar="PYTHON", help="a Python that has kvpress (make bench-kvpress-env)")
+    parser.add_argument("--llama-cpp", metavar="PROGRAM", help="llama.cpp's llama-batched-bench, for a model in GGUF")
     parser.add_argument("--out", type=Path, help="write the record to this file, instead of as the last line")
     given = parser.parse_args()
     disable_progress_bar()
     own = {name: value for name in Sizes.__dataclass_fields__ if (value := getattr(given, name, None)) is not None}
     sizes = replace(SIZES[given.model], **own)
+    peers = Peers(given.kvpress, given.llama_cpp)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if min(*own.values(), given.rounds, given.threads) < 1:
             raise ConfigError("sizes, --rounds and --threads are whole numbers from 1 on")
         if sizes.n_new % given.rounds:
             raise ConfigError(f"--n-new {sizes.n_new} must be a multiple of --rounds {given.rounds}")
-        names = given.arms.split(",") if given.arms else default_arms(given.model, device, bool(given.kvpress))
-        check_arms(names, sizes, given.kvpress)
+        names = given.arms.split(",") if given.arms else default_arms(given.model, device, peers)
+        check_arms(names, given.model, sizes, peers)
         if given.out:
             check_writable(given.out)
         torch.set_num_threads(given.threads)
@@ -72,7 +75,7 @@ def main() -> None:
             names,
             n_rounds=given.rounds,
             seconds=given.seconds,
-            kvpress=given.kvpress,
+            peers=peers,
             say=lambda line: print(line, flush=True),
         )
     except (ConfigError, RecordError) as error:
@@ -122,10 +125,8 @@ def report(record: dict) -> None:
     print(f"peak memory of the process: {record['peak_rss_bytes'] / 1e6:.0f} MB")
 
 
-def interval(ratio: dict) -> str:
-    if ratio["low"] is None:
-        return f"{ratio['ratio']:.3f}  (too few rounds for an interval)"
-    return f"{ratio['ratio']:.3f}  ({ratio['low']:.3f} to {ratio['high']:.3f})"
+def interval(row: dict) -> Ratio:
+    return Ratio(row["ratio"], row["low"], row["high"])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,23 +14,38 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from kvlib.bench.shapes import Sizes, Subject, bench_policy, observed
-from kvlib.charts.throughput import CEILINGS, PARTS
+from kvlib.bench.shapes import GGUF, Sizes, Subject, bench_policy, observed
+from kvlib.charts.throughput import CEILINGS, LLAMA_CPP, PARTS
 from kvlib.cost import kv_bytes
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.fast import Layer
-from kvlib.engine.linear import Int8Linear, Linear, check_int8, fuse
+from kvlib.engine.linear import Int8Linear, Linear, check_int8, fuse, joined
 from kvlib.engine.meter import Meter
 from kvlib.engine.paired import Arm
 from kvlib.errors import ConfigError
+from kvlib.models import place_of
 from kvlib.policies import Full, Policy
 
 BASELINE = "hf-sdpa"
 KVPRESS = ("knorm", "snapkv-kvpress")
 """Policies that kvpress has with the same settings."""
 POLICIES = ("window", "knorm", "snapkv-kvpress", "rkv", "dynts")
-WITHOUT_BUDGET = ("hf-eager", BASELINE, *CEILINGS)
+WITHOUT_BUDGET = {
+    "hf-eager": ("hf", "eager"),
+    BASELINE: ("hf", "sdpa"),
+    LLAMA_CPP: (LLAMA_CPP, ""),
+    **{name: ("alone", name) for name in CEILINGS},
+}
+"""Kind, and what of it."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Programs that the caller names: the Python that has kvpress, and llama.cpp's llama-batched-bench."""
+
+    kvpress: str | None = None
+    llama_cpp: str | None = None
 
 
 class Ours(Arm):
@@ -58,21 +72,10 @@ def without_part(decoder: Decoder, part: str) -> None:
     as they are. int8: products in 8-bit integers. eager: no CUDA graph. On a CPU unfused also leaves the matrices
     unpacked that are small alone."""
     fast = decoder.model
-    if part == "unfused":
-        fast.layers = [
-            replace(
-                own,
-                qkv=apart(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                gate_up=apart(layer.mlp.gate_proj, layer.mlp.up_proj),
-            )
-            for own, layer in zip(fast.layers, fast.base.layers, strict=True)
-        ]
-    elif part in ("unpacked", "int8"):
-        made = Int8Linear.of if part == "int8" else partial(replace, packed=None)
-        fast.layers = [
-            replace(own, **{name: made(getattr(own, name)) for name in Layer.products}) for own in fast.layers
-        ]
-        fast.head = made(fast.head)
+    made = {"unfused": apart, "unpacked": joined, "int8": Int8Linear.of}.get(part)
+    if made:
+        fast.layers = [Layer.of(layer, made) for layer in fast.base.layers]
+        fast.head = made(fast.model.get_output_embeddings())
     elif part == "eager":
         decoder.forward, decoder.sample = Decoder._forward, Decoder._sample
         decoder.replay_round = lambda *due: decoder.evict_rows(decoder.round(*due))
@@ -80,6 +83,8 @@ def without_part(decoder: Decoder, part: str) -> None:
 
 def apart(*linears: nn.Linear) -> Callable[[Tensor], Tensor]:
     own = [fuse(linear) for linear in linears]
+    if len(own) == 1:
+        return own[0]
     return lambda x: torch.cat([linear(x) for linear in own], -1)
 
 
@@ -234,6 +239,47 @@ class KVPress:
         self.process.wait(timeout=60)
 
 
+class LlamaCpp:
+    """llama.cpp's llama-batched-bench on the model's GGUF file, as many rows, threads and tokens.
+
+    Every round is a run of its own, which reports the seconds of prefill and of all steps; it begins at the prompt, so
+    that its caches are the shorter ones. seconds: of the last run's steps.
+    """
+
+    def __init__(self, program: str, file: Path, sizes: Sizes):
+        n_threads = str(torch.get_num_threads())
+        slots = sizes.batch * (sizes.n_prompt + sizes.n_new)
+        self.command = [program, "-m", str(file), "-t", n_threads, "-tb", n_threads, "-c", str(slots)]
+        self.command += ["-npp", str(sizes.n_prompt), "-npl", str(sizes.batch), "--output-format", "jsonl"]
+        self.sizes = sizes
+
+    def _run(self, n: int) -> dict:
+        try:
+            done = subprocess.run([*self.command, "-ntg", str(n)], capture_output=True, text=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--llama-cpp {self.command[0]} cannot be started ({error.strerror}); name the program "
+                "llama-batched-bench of llama.cpp"
+            ) from error
+        reported = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+        if done.returncode or reported is None:
+            said = (done.stderr.splitlines() or ["nothing"])[-1]
+            raise ConfigError(f"--llama-cpp {self.command[0]} ended with {done.returncode} and said: {said}")
+        return json.loads(reported)
+
+    def start(self) -> None:
+        self.prefill = self._run(1)["t_pp"]
+
+    def advance(self, n: int) -> None:
+        self.seconds = self._run(n)["t_tg"]
+
+    def live_slots(self) -> float:
+        return self.sizes.n_prompt + self.sizes.n_new / 2
+
+    def phase_seconds(self) -> dict[str, float]:
+        return {}
+
+
 def save_model(model: nn.Module, folder: Path) -> None:
     """The weights for another process: each in a storage of its own, not as slices of fused ones."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -249,8 +295,8 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Named:
-    """What an arm's name says. kind: "kvlib", "hf", "kvpress" or "alone"; of: the policy, HF's attention, or what is
-    alone; part: what a kvlib arm is without. kv_budget: None where nothing is evicted."""
+    """What an arm's name says. kind: "kvlib", "hf", "kvpress", "llama.cpp" or "alone"; of: the policy, HF's attention,
+    or what is alone; part: what a kvlib arm is without. kv_budget: None where nothing is evicted."""
 
     kind: str
     of: str
@@ -264,11 +310,11 @@ def parse_arm(name: str, sizes: Sizes) -> Named:
     if own.startswith("kvpress-"):
         kind, of, part = "kvpress", own.removeprefix("kvpress-"), ""
     elif own in WITHOUT_BUDGET:
-        kind, of, part = "alone" if own in CEILINGS else "hf", own.removeprefix("hf-"), ""
+        (kind, of), part = WITHOUT_BUDGET[own], ""
     else:
         part = next((part for part in PARTS if own.endswith(f"-{part}")), "")
         kind, of = "kvlib", own.removesuffix(f"-{part}")
-    if kind in ("alone", "hf") or of == "full":
+    if own in WITHOUT_BUDGET or of == "full":
         if budget:
             raise ConfigError(f"arm {name!r} evicts nothing and takes no KV budget")
         return Named(kind, of, part, None)
@@ -277,16 +323,16 @@ def parse_arm(name: str, sizes: Sizes) -> Named:
     return Named(kind, of, part, int(budget) if budget else sizes.kv_budget)
 
 
-def default_arms(name: str, device: str, kvpress: bool) -> list[str]:
+def default_arms(name: str, device: str, peers: Peers) -> list[str]:
     arms = ["hf-eager", BASELINE, *CEILINGS, "full", "full-again"]
     arms += [policy for policy in POLICIES if policy != "dynts" or name not in ("smollm2", "qwen-coder")]
     arms += ["full-unfused"] + ["full-eager"] * (device != "cpu")
     if device == "cpu" and name != "tiny":  # of the tiny model nothing is packed
         arms += ["full-unpacked", "knorm-unpacked", "full-int8", "knorm-int8"]
-    return arms + [f"kvpress-{policy}" for policy in KVPRESS if kvpress]
+    return arms + [f"kvpress-{policy}" for policy in KVPRESS if peers.kvpress] + [LLAMA_CPP] * bool(peers.llama_cpp)
 
 
-def check_arms(names: Sequence[str], sizes: Sizes, kvpress: str | None) -> None:
+def check_arms(names: Sequence[str], model: str, sizes: Sizes, peers: Peers) -> None:
     """Raise ConfigError for an arm that does not exist or cannot run, before any model is loaded."""
     if len(set(names)) != len(names):
         raise ConfigError(f"an arm is named twice in {','.join(names)}; a second full cache is called full-again")
@@ -294,11 +340,17 @@ def check_arms(names: Sequence[str], sizes: Sizes, kvpress: str | None) -> None:
         arm = parse_arm(name, sizes)
         if arm.part == "int8":
             check_int8("cuda" if torch.cuda.is_available() else "cpu")
+        if arm.kind == LLAMA_CPP and model not in GGUF:
+            raise ConfigError(
+                f"arm {name!r} reads GGUF files, which are those of {', '.join(GGUF)}; name it as --model"
+            )
+        if arm.kind == LLAMA_CPP and peers.llama_cpp is None:
+            raise ConfigError(f"arm {name!r} needs --llama-cpp and the program llama-batched-bench of llama.cpp")
         if arm.kv_budget is None:
             continue
         if arm.kind == "kvpress" and arm.of not in KVPRESS:
             raise ConfigError(f"arm {name!r}: the same settings exist in kvpress for {', '.join(KVPRESS)} only")
-        if arm.kind == "kvpress" and kvpress is None:
+        if arm.kind == "kvpress" and peers.kvpress is None:
             raise ConfigError(f"arm {name!r} needs --kvpress and the Python that kvpress is installed in")
         bench_policy(arm.of, arm.kv_budget, sizes).check(arm.kv_budget, sizes.n_prompt, f"arm {name!r}")
         if arm.kv_budget >= sizes.n_prompt + sizes.n_new:
@@ -308,14 +360,16 @@ def check_arms(names: Sequence[str], sizes: Sizes, kvpress: str | None) -> None:
             )
 
 
-def build_arm(name: str, subject: Subject, sizes: Sizes, kvpress: str | None, folder: Path):
-    """kvpress: the Python that has it; folder: where the weights are saved for it."""
+def build_arm(name: str, subject: Subject, sizes: Sizes, peers: Peers, folder: Path):
+    """folder: where the weights are saved for kvpress."""
     arm = parse_arm(name, sizes)
     if arm.kind == "hf":
         return HuggingFace(subject, arm.of, sizes.n_new)
     if arm.kind == "alone":
         return Linears(subject, arm.of)
+    if arm.kind == LLAMA_CPP:
+        return LlamaCpp(peers.llama_cpp, place_of(GGUF[subject.name]).fetch(), sizes)
     if arm.kind == "kvpress":
-        return KVPress(kvpress, folder, subject, arm.of, arm.kv_budget, sizes)
+        return KVPress(peers.kvpress, folder, subject, arm.of, arm.kv_budget, sizes)
     policy = Full() if arm.kv_budget is None else subject.fit(bench_policy(arm.of, arm.kv_budget, sizes))
     return Ours(subject, policy, arm.kv_budget, sizes.n_new, arm.part)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from kvlib.bench.arms import KVPress, Named, Ours, build_arm, parse_arm, save_model
+from kvlib.bench.arms import KVPress, LlamaCpp, Named, Ours, Peers, build_arm, parse_arm, save_model
 from kvlib.bench.gate import check_first_tokens, gate, judged
 from kvlib.bench.shapes import Sizes, Subject
-from kvlib.charts.throughput import CEILINGS
+from kvlib.charts.throughput import CEILINGS, LLAMA_CPP
 from kvlib.cost import kv_bytes, minimum_bytes
 from kvlib.engine.paired import take_turns, timed, useful_tokens
 from kvlib.files import write_atomically
@@ -45,9 +45,21 @@ def ceilings(config, copy_bandwidth: float | None, itemsize: int = 2) -> dict:
     }
 
 
-def traffic(model, n_rows: int, live: float, n_steps: int, seconds: float, copy_bandwidth: float | None) -> dict:
-    """Of an arm's row: the least that n_steps steps over `live` slots a row move, and that as bandwidth."""
-    moved = minimum_bytes(model.config, n_rows, live, model.dtype.itemsize)
+def traffic(
+    model,
+    n_rows: int,
+    live: float,
+    n_steps: int,
+    seconds: float,
+    copy_bandwidth: float | None,
+    weight_itemsize: int | None = None,
+) -> dict:
+    """Of an arm's row: the least that n_steps steps over `live` slots a row move, and that as bandwidth.
+
+    weight_itemsize: bytes of a weight where they are not those of the model's dtype.
+    """
+    config, itemsize = model.config, model.dtype.itemsize
+    moved = minimum_bytes(config, 1, 0, weight_itemsize or itemsize) + n_rows * live * kv_bytes(config, itemsize)
     bandwidth = moved * n_steps / seconds
     share = copy_bandwidth and bandwidth / copy_bandwidth
     return {"live_slots": live, "bytes_per_step": moved, "bandwidth": bandwidth, "bandwidth_share": share}
@@ -77,7 +89,7 @@ def pairs(names: Sequence[str], sizes: Sizes) -> Iterator[tuple[str, str]]:
     for name, arm in arms.items():
         if arm.kind != "kvlib":
             continue
-        yield from ((name, peer) for peer, its in arms.items() if its.kind == "hf")
+        yield from ((name, peer) for peer, its in arms.items() if its.kind in ("hf", LLAMA_CPP))
         twin = "full" if arm.kv_budget is None or not arm.part else f"full-{arm.part}"
         if name != twin and twin in arms:
             yield (twin, name) if arm.kv_budget is None else (name, twin)
@@ -93,11 +105,15 @@ def measure(arms: dict, n_steps: int, n_rounds: int, device: str, seconds: float
     """
     begun = time.monotonic()
     found = {name: {"seconds": [], "prefill": timed(arm.start, device)} for name, arm in arms.items()}
+    for name, arm in arms.items():
+        if isinstance(arm, LlamaCpp):
+            found[name]["prefill"] = arm.prefill
     before = {name: arm.phase_seconds() for name, arm in arms.items()}
     for number in range(n_rounds):
         round_begun = time.monotonic()
         for name, (taken,) in take_turns(arms, [n_steps], number, device).items():
-            found[name]["seconds"].append(taken)
+            arm = arms[name]
+            found[name]["seconds"].append(arm.seconds if isinstance(arm, LlamaCpp) else taken)
         now = time.monotonic()
         left = (n_rounds - number - 1) * (now - round_begun)
         say(f"round {number + 1} of {n_rounds}; about {left:.0f} s left")
@@ -124,10 +140,10 @@ def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_step
     """One arm's row: tokens/s by three definitions, memory, and the bandwidth that the step's least bytes amount to."""
     rounds, total, B = len(found["seconds"]), sum(found["seconds"]), sizes.batch
     steps = rounds * n_steps
-    kv_budget = parse_arm(name, sizes).kv_budget
+    named = parse_arm(name, sizes)
     row = {
         "arm": name,
-        "kv_budget": kv_budget,
+        "kv_budget": named.kv_budget,
         "seconds": found["seconds"],
         "prefill_seconds": found["prefill"],
         "steps": B * steps / total,
@@ -135,12 +151,16 @@ def describe(name: str, arm, found: dict, subject: Subject, sizes: Sizes, n_step
     }
     if name in CEILINGS:
         return row
+    if isinstance(arm, LlamaCpp):
+        return row | {"live_slots": arm.live_slots()}
     return row | {
         "forward": B * steps / found["phases"]["forward"],
-        "round_share": found["phases"]["evict"] / total if kv_budget and "evict" in found["phases"] else None,
+        "round_share": found["phases"]["evict"] / total if named.kv_budget and "evict" in found["phases"] else None,
         "goodput": useful_tokens(arm.output(), subject.eos_ids) / (total + found["prefill"]),
         "kv_bytes": arm.kv_bytes,
-        **traffic(subject.model, B, arm.live_slots(), steps, total, copy_bandwidth),
+        **traffic(
+            subject.model, B, arm.live_slots(), steps, total, copy_bandwidth, 1 if named.part == "int8" else None
+        ),
     }
 
 
@@ -151,7 +171,7 @@ def bench(
     *,
     n_rounds: int = 8,
     seconds: float = 480.0,
-    kvpress: str | None = None,
+    peers: Peers = Peers(),  # noqa: B008 - frozen
     say: Callable[[str], None] = print,
 ) -> dict:
     """Gate, ceilings, warm-up, rounds. Returns the record; with a red gate it holds no measurement at all.
@@ -190,7 +210,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as peers:
         if any(name.startswith("kvpress-") for name in names):
             save_model(subject.model, Path(folder))
-        arms = {name: build_arm(name, subject, sizes, kvpress, Path(folder)) for name in names}
+        arms = {name: build_arm(name, subject, sizes, peers, Path(folder)) for name in names}
         for arm in arms.values():
             if isinstance(arm, KVPress):
                 peers.callback(arm.close)
@@ -199,7 +219,7 @@ def bench(
             name: warmed(arm, sizes.n_new if on_gpu and isinstance(arm, Ours) else min(n_steps, 8), device)
             for name, arm in arms.items()
         }
-        decoding = {name: arm for name, arm in arms.items() if name not in CEILINGS}
+        decoding = {name: arm for name, arm in arms.items() if name not in (*CEILINGS, LLAMA_CPP)}
         if decoding and not on_gpu:  # on a GPU the warm-up was a whole run, rounds and all
             checks.append(check_first_tokens(subject, decoding))
             say(str(checks[-1]))

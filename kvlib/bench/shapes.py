@@ -89,6 +89,8 @@ QWEN_CODER = (
     "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
     "@ebb2015119c907b064c512bf053e945850b5875f"
 )
+GGUF = {"qwen-coder": QWEN_CODER}
+"""By the name of its sizes, the file of a model that is one in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def load_subject(name: str, sizes: Sizes, device: str) -> Subject:
     """A model by the name of its sizes, with prompts cut from the embedded problems, or of random ids where the weights
     are random. Raises ConfigError."""
     if name not in R1:
-        model = QWEN_CODER if name == "qwen-coder" else name
+        model = GGUF.get(name, name)
         reasoner = load_reasoner(model, str(sizes.dtype).removeprefix("torch."), device)
         ids = [i for problem in load_problems("chain-a") for i in reasoner.encode(problem.question)]
         need = sizes.batch * sizes.n_prompt

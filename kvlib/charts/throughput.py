@@ -14,9 +14,21 @@ from kvlib.errors import ConfigError
 from kvlib.stats import BUSY
 
 SCHEMAS = ("kvlib.bench/1", "kvlib.gpu-bench/1")
-LEVELS = {"full": (INK, (0, (4, 2.5))), "full-unpacked": (INK, ":"), "hf-sdpa": (GREY, (0, (1, 1.2)))}
+LLAMA_CPP = "llama.cpp"
+LEVELS = {
+    "full": (INK, (0, (4, 2.5))),
+    "full-unpacked": (INK, ":"),
+    "full-int8": (INK, "-"),
+    "hf-sdpa": (GREY, (0, (1, 1.2))),
+    LLAMA_CPP: (GREY, (0, (4, 2.5))),
+}
 """Arms without a KV budget that are drawn as a level: colour, dashes."""
-TITLES = {"hf-eager": "HF generate, eager attention", "hf-sdpa": "HF generate", "full": "full cache"}
+TITLES = {
+    "hf-eager": "HF generate, eager attention",
+    "hf-sdpa": "HF generate",
+    "full": "full cache",
+    LLAMA_CPP: "llama.cpp, its GGUF file",
+}
 PARTS = {
     "again": "measured again",
     "unfused": "a product per matrix",
@@ -85,7 +97,6 @@ def _arms(record: dict) -> list[dict]:
         n_steps = row.get("steps_per_round") or record["steps_per_round"]
         rounds = [batch * n_steps / seconds for seconds in row["seconds"]]
         budget, policy = row["kv_budget"], row["arm"].partition("@")[0]
-        moved = ceilings["weight_bytes"] + ceilings["kv_bytes_per_token"] * batch * live
         found.append(
             {
                 "batch": batch,
@@ -96,7 +107,7 @@ def _arms(record: dict) -> list[dict]:
                 "low": min(rounds),
                 "high": max(rounds),
                 "live_slots": live,
-                "roof": batch * ceilings["copy_bandwidth"] / moved,
+                "roof": batch * ceilings["copy_bandwidth"] / row.get("bytes_per_step", float("nan")),
                 "linears": row.get("linears", alone),
                 "rounds": len(rounds),
                 "complete": record.get("complete", True),
@@ -152,7 +163,7 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
         f"{one['device']}, {one['dtype']}{weights}; {rounds}. "
         "All-inclusive steps. Policies stand side by side at their KV budget; hollow: by kvpress. HF's linear layers: "
         "alone, as the model has them. Roofline: the least bytes of a step (weights, live keys and values once) at the "
-        "copy bandwidth measured in the same call."
+        "copy bandwidth measured in the same call; in 8 bits it lies higher."
     ]
     with style():
         fig, axes = sheet(
@@ -170,7 +181,7 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
 def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
     evicting = here[here["kv_budget"].notna()]
     place = {budget: i for i, budget in enumerate(budgets)}
-    roof = evicting.groupby("kv_budget")["roof"].mean()
+    roof = evicting.groupby("kv_budget")["roof"].min()
     ax.plot(roof.index.map(place), roof, color=INK, linewidth=2.2, linestyle=(0, (6, 2)), label="roofline",
             gid="roofline")  # fmt: skip
     alone = here["linears"].dropna()

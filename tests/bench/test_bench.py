@@ -50,6 +50,8 @@ def made_record(batch: int, budgets=(128, 256), red: bool = False, utc: str = "2
         for i, name in enumerate(("knorm", "rkv", "kvpress-knorm"))
         for budget in budgets
     ]
+    for row in rows:
+        row["bytes_per_step"] = 5e8 + 46080 * batch * row.get("live_slots", 0)
     return {
         "schema": measure.SCHEMA,
         "model": "smollm2",
@@ -70,7 +72,7 @@ def test_all_arms_decode_the_same_tokens_where_nothing_is_evicted(record, subjec
     """Otherwise their times would not compare: same prompts, same weights, same number of steps."""
     outputs = {}
     for name in ("hf-eager", "hf-sdpa", "full", "full-unfused", "full-unpacked", "full-eager"):
-        arm = arms.build_arm(name, subject, SIZES, None, Path())
+        arm = arms.build_arm(name, subject, SIZES, arms.Peers(), Path())
         arm.start()
         for _ in range(2):
             arm.advance(4)
@@ -84,9 +86,9 @@ def test_the_unpacked_arm_lacks_the_packing_and_nothing_else(monkeypatch):
     monkeypatch.setattr(linear, "PACKED_FROM", 0)
     subject, tokens = shapes.load_subject("tiny", SIZES, "cpu"), {}
     for name in ("full", "full-unpacked", "knorm-unpacked@36"):
-        arm = arms.build_arm(name, subject, SIZES, None, Path())
+        arm = arms.build_arm(name, subject, SIZES, arms.Peers(), Path())
         linears = [getattr(layer, part) for layer in arm.decoder.model.layers for part in fast.Layer.products]
-        assert {linear.packed is None for linear in (*linears, arm.decoder.model.head)} == {name != "full"}
+        assert {linear.weight.is_mkldnn for linear in (*linears, arm.decoder.model.head)} == {name == "full"}
         arm.start()
         arm.advance(8)
         tokens[name] = arm.output()
@@ -97,7 +99,7 @@ def test_the_unpacked_arm_lacks_the_packing_and_nothing_else(monkeypatch):
 def test_the_int8_arm_has_the_products_of_an_int8_model(subject):
     tokens = {}
     for name in ("full", "full-int8", "knorm-int8@36"):
-        arm = arms.build_arm(name, subject, SIZES, None, Path())
+        arm = arms.build_arm(name, subject, SIZES, arms.Peers(), Path())
         products = [getattr(layer, part) for layer in arm.decoder.model.layers for part in fast.Layer.products]
         rounded = {isinstance(product, linear.Int8Linear) for product in (*products, arm.decoder.model.head)}
         assert rounded == {name != "full"}
@@ -121,7 +123,7 @@ def test_a_peer_that_decodes_something_else_is_not_compared_with(subject, monkey
 def test_an_arm_starts_again_where_it_started(subject):
     """The warm-up leaves no trace in what is measured."""
     for name in ("hf-sdpa", "full", "knorm@36"):
-        arm = arms.build_arm(name, subject, SIZES, None, Path())
+        arm = arms.build_arm(name, subject, SIZES, arms.Peers(), Path())
         first, second = [], []
         for outputs in (first, second):
             arm.start()
@@ -233,14 +235,16 @@ def test_every_arm_is_compared_with_its_peer_the_ceilings_and_what_differs_in_on
         "full-unpacked",
         "knorm-unpacked@40",
         "full-again",
+        "llama.cpp",
     ]
     found = list(measure.pairs([*names, "kvpress-knorm@40", "kvpress-knorm@36"], SIZES))
     assert ("knorm@40", "kvpress-knorm@40") in found and ("knorm@40", "full") in found
     assert ("knorm-unpacked@40", "kvpress-knorm@40") in found, "both have plain products"
     assert ("knorm-unpacked@40", "full-unpacked") in found and ("knorm-unpacked@40", "full") not in found
     assert ("full", "full-unfused") in found and ("full", "linears") in found and ("full", "hf-sdpa") in found
+    assert ("full", "llama.cpp") in found
     assert ("full", "full-again") in found and not any("kvpress-knorm@36" in pair for pair in found)
-    assert not any(arm in ("hf-sdpa", "linears", "kvpress-knorm@40") for arm, _ in found)
+    assert not any(arm in ("hf-sdpa", "linears", "kvpress-knorm@40", "llama.cpp") for arm, _ in found)
     assert len(set(found)) == len(found)
 
 
@@ -253,6 +257,7 @@ def test_a_name_says_what_an_arm_is():
     assert parse("kvpress-snapkv-kvpress@36") == arms.Named("kvpress", "snapkv-kvpress", "", 36)
     assert parse("hf-eager") == arms.Named("hf", "eager", "", None)
     assert parse("full-eager") == arms.Named("kvlib", "full", "eager", None)
+    assert parse("llama.cpp") == arms.Named("llama.cpp", "", "", None)
     assert parse("products") == arms.Named("alone", "products", "", None)
 
 
@@ -265,6 +270,8 @@ def test_a_name_says_what_an_arm_is():
         (["knorm@many"], "whole number"),
         (["kvpress-rkv"], "in kvpress for"),
         (["kvpress-knorm"], "needs --kvpress"),
+        (["llama.cpp"], "reads GGUF files, which are those of qwen-coder"),
+        (["llama.cpp@40"], "takes no KV budget"),
         (["knorm@12"], "does not fit"),
         (["full-again@30"], "takes no KV budget"),
         (["knorm@40", "window@64"], "would never evict"),
@@ -272,7 +279,7 @@ def test_a_name_says_what_an_arm_is():
 )
 def test_an_arm_that_cannot_run_is_refused_before_a_model_is_loaded(names, message):
     with pytest.raises(ConfigError, match=message):
-        arms.check_arms(names, SIZES, None)
+        arms.check_arms(names, "tiny", SIZES, arms.Peers())
 
 
 def test_the_command_writes_the_record_and_refuses_in_a_sentence(tmp_path, monkeypatch, capsys):
@@ -315,3 +322,32 @@ def test_a_peer_that_ends_is_a_sentence(subject, tmp_path):
     for python in ("false", str(tmp_path / "no python")):
         with pytest.raises(ConfigError, match="make bench-kvpress-env"):
             arms.KVPress(python, tmp_path, subject, "knorm", 40, SIZES)
+
+
+PROGRAM = """#!{python}
+import json, sys
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert (args["-npl"], args["-npp"], args["-c"], args["--output-format"]) == ("2", "24", "80", "jsonl"), args
+print("what it says before")
+print(json.dumps({{"pl": 2, "t_pp": 0.5, "t_tg": int(args["-ntg"]) / 100}}))
+"""
+
+
+def test_llama_cpp_is_timed_by_what_it_reports_and_without_its_start(tmp_path):
+    program = tmp_path / "llama-batched-bench"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    arm = arms.LlamaCpp(str(program), tmp_path / "model.gguf", SIZES)
+    found = measure.measure({"llama.cpp": arm}, 8, 2, "cpu", 1e9, lambda line: None)["llama.cpp"]
+    assert found["seconds"] == [0.08, 0.08] and found["prefill"] == 0.5
+    row = measure.describe("llama.cpp", arm, found, None, SIZES, 8, 1e9)
+    assert row["steps"] == pytest.approx(2 * 16 / 0.16) and row["live_slots"] == 32
+
+
+@pytest.mark.parametrize(
+    "program, message",
+    [("no program", "cannot be started"), ("false", "ended with 1 and said: nothing"), ("true", "ended with 0")],
+)
+def test_a_llama_cpp_that_cannot_run_is_a_sentence(tmp_path, program, message):
+    with pytest.raises(ConfigError, match=message):
+        arms.LlamaCpp(program, tmp_path / "model.gguf", SIZES).start()
