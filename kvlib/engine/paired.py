@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvlib.engine.decoder import Decoder, Request
 
-WINDOW = 12
+WINDOW = 4
 """Steps of a turn: some tens of milliseconds of a small model, in which a machine's mood hardly changes."""
 
 

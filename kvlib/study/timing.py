@@ -32,7 +32,7 @@ from kvlib.study.layout import python
 DEFINITION = "all-inclusive steps"
 """What the charts draw: rows x steps / time of the steps, with attention, eviction, sampling and bookkeeping."""
 CONTROL = "control"
-WARM_UP = 32
+WARM_UP = 12
 """Unmeasured steps of every arm on a CPU; on CUDA all that is compiled and captured, instead."""
 
 
@@ -92,7 +92,8 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     the reference's level, of the median of the quieter half of the rounds, times the ratio of its pairs with the
     interval of that (kvlib.stats.paired_ratio); forward (the paper's) counts forward time only, goodput the tokens up
     to the end of each output by the time of all steps and the prefill; these two: median, lowest, highest. timing holds
-    the clock and the control. Raises ConfigError if the grid asks for no such timing.
+    the clock, the control, and the ends of the line: the speed at the smallest KV budget over that at the largest.
+    Raises ConfigError if the grid asks for no such timing.
     """
     cells = [cell for cell in grid.cells(seed) if cell.dataset == dataset]
     if grid.timing is None or not cells:
@@ -131,9 +132,12 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             left = (time.monotonic() - started) / (number + 1) * (repeats - number - 1)
             print(f"timing {dataset}: round {number + 1} of {repeats}, about {cost.clock(left)} left", flush=True)
     control = ratio_of(found[CONTROL], found[reference.cell_path])
+    budgets = {cell.kv_budget: found[cell.cell_path] for cell in cells if cell.kv_budget}
+    kv_budgets = [min(budgets), max(budgets)]
+    ends = ratio_of(*(budgets[kv_budget] for kv_budget in kv_budgets))
     again = [python(), "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
     command = shlex.join([*again, "--seed", str(seed), "--folder", str(Path(folder).absolute())])
-    print(said_of(control, dataset, command), flush=True)
+    print(said_of(control, ends, kv_budgets, dataset, command), flush=True)
     said = f"python -m kvlib.study.timing --grid {grid.path.name} --dataset {dataset} --seed {seed}"  # no one's folders
     return publish(
         folder,
@@ -151,6 +155,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
                 "window": n_steps if on_cuda else windows_of(n_steps)[0],
                 "reference": reference.kv_budget,
                 "control": {**asdict(control), "too_busy": too_busy(control)},
+                "ends": {"kv_budgets": kv_budgets, **asdict(ends)},
             },
             "results": {"throughput": rows_of(found, cells, reference, batch_size, n_steps)},
         },
@@ -212,13 +217,13 @@ def rows_of(found: dict[str, list[Round]], cells: list[RunConfig], reference: Ru
     return rows
 
 
-def said_of(control: Ratio, dataset: str, command: str) -> str:
-    """What the control says of a timing run, for the terminal."""
-    interval = "" if control.low is None else f" ({control.low:.3f} to {control.high:.3f})"
-    text = f"timing {dataset}: the control, equal work, ran at {control.ratio:.3f}{interval} of its twin's speed"
-    if not too_busy(control):
-        return text
-    return f"{text}: the machine was too busy for the line to mean anything; repeat it with\n{command}"
+def said_of(control: Ratio, ends: Ratio, kv_budgets: Sequence[int], dataset: str, command: str) -> str:
+    """What the control and the ends of the line say of a timing run, for the terminal."""
+    text = f"timing {dataset}: the control, equal work, ran at {control} of its twin's speed"
+    if too_busy(control):
+        return f"{text}: the machine was too busy for the line to mean anything; repeat it with\n{command}"
+    smallest, largest = kv_budgets
+    return text if smallest == largest else f"{text}, KV budget {smallest} at {ends} of {largest}'s"
 
 
 def device_name(device: str) -> str:

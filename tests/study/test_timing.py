@@ -42,10 +42,14 @@ def test_a_mood_of_the_machine_changes_neither_shape_nor_level():
 
 
 def test_a_run_on_a_busy_machine_says_so_and_how_to_repeat_it():
-    assert "too busy" not in said_of(Ratio(1.01, 0.99, 1.03), "chain-a", "again")
-    said = said_of(Ratio(1.2, 1.1, 1.3), "chain-a", "python -m kvlib.study.timing --dataset chain-a")
+    ends, budgets, command = Ratio(1.5, 1.4, 1.6), (96, 196), "python -m kvlib.study.timing --dataset chain-a"
+    said = said_of(Ratio(1.01, 0.99, 1.03), ends, budgets, "chain-a", command)
+    assert "too busy" not in said and said.endswith("KV budget 96 at 1.500 (1.400 to 1.600) of 196's")
+    said = said_of(Ratio(1.2, 1.1, 1.3), ends, budgets, "chain-a", command)
     assert "too busy for the line to mean anything" in said and said.endswith("--dataset chain-a")
-    assert "(" not in said_of(Ratio(1.0, None, None), "chain-a", "again"), "one round has no interval"
+    assert "1.5" not in said, "no ratio that means nothing"
+    alone = said_of(Ratio(1.0, None, None), Ratio(1.0, None, None), (96, 96), "chain-a", command)
+    assert alone.endswith("1.000 (too few rounds for an interval) of its twin's speed")
 
 
 @pytest.mark.parametrize(("device", "seen"), [("cuda", ["GPU-a"]), ("cpu", [None])])
