@@ -219,7 +219,7 @@ def test_a_ratio_of_pairs_is_that_of_the_same_windows_and_its_interval_covers_it
         covered += found.low <= 1.5 <= found.high
     assert covered >= 48, "a 95 % interval from eight rounds"
     same = made_rounds(1.0, 3, 0.1, 0)
-    assert paired_ratio(same, same) == Ratio(1.0, 1.0, 1.0)
+    assert paired_ratio(same, same) == Ratio(1.0, 1 / 1.01, 1.01), "what equal runs differ by"
 
 
 def test_one_round_has_a_ratio_and_no_interval():
@@ -232,7 +232,6 @@ def test_one_round_has_a_ratio_and_no_interval():
     [
         (Ratio(1.0, 0.98, 1.02), False),
         (Ratio(1.02, 0.99, 1.04), False),
-        (Ratio(1.005, 1.004, 1.006), False),  # off by more than its interval, and by nothing that matters
         (Ratio(1.02, 1.015, 1.025), True),
         (Ratio(0.96, 0.9, 1.1), True),
         (Ratio(1.04, None, None), True),

@@ -15,6 +15,8 @@ from kvlib.policies import Full, Policy
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2}
 """Most that our logits may differ from transformers', as a share of their norm; or twice what its own two attention
 functions differ by on the same tokens, if that is more: of bfloat16 and random weights that is a tenth."""
+INT8_TOLERANCE, INT8_AGREEMENT = 0.3, 0.9
+"""The same of products in 8-bit integers, and the least share of greedy tokens that are transformers'."""
 GATE_STEPS = 16
 
 
@@ -33,6 +35,8 @@ class Check:
 def gate(subject: Subject, sizes: Sizes, names: Sequence[str]) -> list[Check]:
     """Is what will be timed correct: the full cache against transformers, and what every policy's rounds leave."""
     checks, seen = [check_full(subject)], []
+    if any(parse_arm(name, sizes).part == "int8" for name in names):
+        checks.append(check_full(subject, "int8"))
     for name in names:
         arm = parse_arm(name, sizes)
         if arm.kv_budget is None or arm.kind == "kvpress":
@@ -52,17 +56,19 @@ def judged(checks: Sequence[Check]) -> dict:
     return {"holds": all(check.holds for check in checks), "checks": [vars(check) for check in checks]}
 
 
-def check_full(subject: Subject) -> Check:
-    """Every logit of GATE_STEPS steps on transformers' own greedy tokens, and each greedy token but near ties."""
+def check_full(subject: Subject, part: str = "") -> Check:
+    """Of the full cache (without a part, as kvlib.bench.arms has it): every logit of GATE_STEPS steps on transformers'
+    own greedy tokens, and each greedy token but near ties."""
     expected = generated(subject, "eager", GATE_STEPS + 1, output_logits=True, return_dict_in_generate=True)
     tokens = expected.sequences[:, subject.prompts.shape[1] :]
     with through_transformers(subject.model, "sdpa") as model, torch.inference_mode():
         at_once = model(expected.sequences[:, :-1]).logits[:, subject.prompts.shape[1] - 1 :]
     of_transformers = distance(at_once, torch.stack(expected.logits, 1))
-    arm = Ours(subject, Full(), None, GATE_STEPS)
+    arm = Ours(subject, Full(), None, GATE_STEPS, part)
     arm.start()
     decoder = arm.decoder
-    tolerance, furthest, other, agreed = max(TOLERANCE[model.dtype], 2 * of_transformers), 0.0, 0, 0
+    tolerance = INT8_TOLERANCE if part == "int8" else max(TOLERANCE[model.dtype], 2 * of_transformers)
+    furthest, other, agreed = 0.0, 0, 0
     for step, wanted in enumerate(expected.logits):
         ours = decoder.token
         if step:
@@ -74,9 +80,10 @@ def check_full(subject: Subject) -> Check:
         if step < GATE_STEPS:
             decoder.token.copy_(tokens[:, step])
             decoder.step()
+    right = agreed >= INT8_AGREEMENT * tokens.numel() if part == "int8" else not other
     return Check(
-        "full cache = transformers",
-        furthest <= tolerance and not other,
+        f"{'full-int8 near' if part else 'full cache ='} transformers",
+        furthest <= tolerance and right,
         f"logits differ by {furthest:.1e} of their norm (at most {tolerance:.0e}); {agreed} of {tokens.numel()} greedy "
         f"tokens agree, {other} differ that are no near ties",
     )

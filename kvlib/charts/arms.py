@@ -177,6 +177,26 @@ def difference_table(differences: pd.DataFrame, cells: pd.DataFrame | None = Non
     return table
 
 
+def rankings_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The arms that several comparisons have, with their place and difference in each; best first in the first.
+
+    rankings: DIFFERENCE_COLUMNS by the comparison's name, as kvlib.stats.differences_to returns them.
+    """
+    ranked = {
+        name: required(rows, DIFFERENCE_COLUMNS, name, DIFFERENCE_COLUMNS[1:]).set_index("arm")
+        for name, rows in rankings.items()
+    }
+    first = next(iter(ranked.values())).sort_values("difference", ascending=False, kind="stable")
+    arms = [arm for arm in first.index if all(arm in rows.index for rows in ranked.values())]
+    table = {"Arm": arms}
+    for name, rows in ranked.items():
+        here = rows.loc[arms]
+        places = here["difference"].rank(ascending=False).astype(int)
+        table[f"{name}: place"] = places.tolist()
+        table[f"{name}: difference (points) with 95 % interval"] = [signed_interval(row) for row in here.itertuples()]
+    return pd.DataFrame(table)
+
+
 def _pass_panel(here: pd.DataFrame, x: str) -> Panel:
     full, evicting = here[here["label"] == FULL], here[here["label"] != FULL]
     points = evicting.rename(columns={"pass_at_1": "y", "pass_low": "low", "pass_high": "high"}).assign(x=evicting[x])

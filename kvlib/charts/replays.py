@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kvlib.charts.arms import Panel, budget_figure, lines_figure
+from kvlib.charts.arms import CELL_COLUMNS, Panel, budget_figure, lines_figure
 from kvlib.charts.rows import budget_text, intervals, once, required, texts
 from kvlib.charts.sheet import FULL, banner, caveat_of
 from kvlib.errors import ConfigError
@@ -48,11 +48,14 @@ def fidelity_figure(fidelity: pd.DataFrame, model: str, datasets: Sequence[str] 
     return budget_figure(panels, banner("what eviction loses", model, datasets), notes)
 
 
-def fidelity_table(fidelity: pd.DataFrame) -> pd.DataFrame:
-    """The numbers of fidelity_figure as text."""
+def fidelity_table(fidelity: pd.DataFrame, cells: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The numbers of fidelity_figure as text; with cells, also what the arms solved.
+
+    cells: kvlib.charts.arms.CELL_COLUMNS of the same arms and KV budgets on one dataset.
+    """
     rows = _fidelity_means(fidelity)
     rows = rows.sort_values(["kv_budget", "recall"], ascending=[True, False], na_position="last", kind="stable")
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "KV budget": rows["kv_budget"].map(budget_text).tolist(),
             "Arm": rows["arm"].tolist(),
@@ -63,6 +66,26 @@ def fidelity_table(fidelity: pd.DataFrame) -> pd.DataFrame:
             },
         }
     )
+    if cells is not None:
+        solved = rows.merge(_solved(cells), "left", ["arm", "kv_budget"])
+        table["Pass@1 (%) with 95 % interval"] = intervals(solved, ["pass_at_1", "pass_low", "pass_high"])
+    return table
+
+
+def correlation_table(fidelity: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlation of each measure with Pass@1 over the arms, by KV budget; arguments as above."""
+    rows = _fidelity_means(fidelity).dropna(subset="kv_budget").merge(_solved(cells), "left", ["arm", "kv_budget"])
+    table = {"Measure": [title for title, _, _ in MEASURES.values()]}
+    for kv_budget, here in rows.groupby("kv_budget"):
+        found = here[[*MEASURES, "pass_at_1"]].corr("spearman")["pass_at_1"]
+        table[f"KV budget {kv_budget:.0f} ({len(here)} arms)"] = texts(found[[*MEASURES]], "{:+.2f}")
+    return pd.DataFrame(table)
+
+
+def _solved(cells: pd.DataFrame) -> pd.DataFrame:
+    cells = required(cells, CELL_COLUMNS, "the cells", ["pass_at_1"])
+    once(cells, ["arm", "kv_budget"])
+    return cells[["arm", "kv_budget", "pass_at_1", "pass_low", "pass_high"]]
 
 
 def _fidelity_means(fidelity: pd.DataFrame) -> pd.DataFrame:

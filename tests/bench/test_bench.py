@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,6 +345,18 @@ def test_llama_cpp_is_timed_by_what_it_reports_and_without_its_start(tmp_path):
     assert row["steps"] == pytest.approx(2 * 16 / 0.16) and row["live_slots"] == 32
 
 
+def test_a_record_has_llama_cpp_beside_our_arms(subject, tmp_path, monkeypatch):
+    program = tmp_path / "llama-batched-bench"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(arms, "GGUF", {"tiny": "model.gguf"})
+    monkeypatch.setattr(arms, "place_of", lambda name: SimpleNamespace(fetch=lambda: tmp_path / name))
+    peers, names = arms.Peers(llama_cpp=str(program)), ["full", "llama.cpp"]
+    found = measure.bench(subject, SIZES, names, n_rounds=2, peers=peers, say=lambda line: None)
+    assert [row["arm"] for row in found["arms"]] == names
+    assert [(r["arm"], r["against"]) for r in found["ratios"]] == [("full", "llama.cpp")]
+
+
 @pytest.mark.parametrize(
     "program, message",
     [("no program", "cannot be started"), ("false", "ended with 1 and said: nothing"), ("true", "ended with 0")],
@@ -351,3 +364,12 @@ def test_llama_cpp_is_timed_by_what_it_reports_and_without_its_start(tmp_path):
 def test_a_llama_cpp_that_cannot_run_is_a_sentence(tmp_path, program, message):
     with pytest.raises(ConfigError, match=message):
         arms.LlamaCpp(program, tmp_path / "model.gguf", SIZES).start()
+
+
+@pytest.mark.skipif(not linear.PACKS, reason="8-bit products are of x86 with oneDNN")
+def test_8_bit_arms_are_held_to_their_logits(subject, monkeypatch):
+    checks = gate.gate(subject, SIZES, ["full", "full-int8"])
+    assert [check.name for check in checks] == ["full cache = transformers", "full-int8 near transformers"]
+    assert all(check.holds for check in checks)
+    monkeypatch.setattr(gate, "INT8_TOLERANCE", 1e-6)
+    assert not gate.gate(subject, SIZES, ["knorm-int8@40"])[1].holds
