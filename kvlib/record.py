@@ -255,7 +255,7 @@ def fingerprint(parts: dict) -> str:
 
 def provenance() -> dict:
     """Where, when and with what: git, versions, machine, UTC time, command. Commit and dirty are None
-    outside git; the command is KVLIB_COMMAND where a cell command started this kernel."""
+    outside git; the command names no one's folders, and is KVLIB_COMMAND where a cell command started this kernel."""
     versions = {"python": platform.python_version()}
     for name in ("kvlib", "torch", "transformers", "numpy"):
         try:
@@ -265,7 +265,7 @@ def provenance() -> dict:
     # A kvlib inside someone else's repository, say in its .venv, is not described by that repository.
     tracked = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     dirty = git("status", "--porcelain", "--untracked-files=no") if tracked else None
-    typed = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    typed = shlex.join([Path(word).name if Path(word).is_absolute() else word for word in sys.argv])
     interactive = "a notebook" if "ipykernel" in sys.modules else typed
     return {
         "git_commit": git("rev-parse", "HEAD") if tracked else None,

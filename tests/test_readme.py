@@ -54,16 +54,28 @@ def test_the_difference_between_the_ends_is_that_of_the_committed_records():
     assert len(ends) == 4
 
 
-def test_the_speed_is_the_committed_record():
-    folder = ROOT / "results" / "bench"
+@pytest.mark.parametrize("place", ["", "epyc"])
+def test_the_speed_is_the_committed_record(place):
+    folder = ROOT / "results" / "bench" / place
     for row in throughput_table(load_bench(folder, "smollm2")).values.tolist():
         assert f"| {' | '.join(row)} |" in RESULTS
     record = json.loads((folder / "smollm2.json").read_text())
     ratios = {(row["arm"], row["against"]): row for row in record["ratios"]}
     for pair in [("knorm", "kvpress-knorm"), ("snapkv-kvpress", "kvpress-snapkv-kvpress"), ("full", "hf-sdpa"),
-                 ("full", "linears"), ("full", "full-unpacked"), ("full-unpacked", "hf-sdpa")]:  # fmt: skip
+                 ("full", "linears"), ("full", "full-unpacked"), ("full-unpacked", "hf-sdpa"), ("knorm", "full"),
+                 ("full", "full-again")]:  # fmt: skip
         assert "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**ratios[pair]) in RESULTS
     assert f"{next(row['steps'] for row in record['arms'] if row['arm'] == 'products'):.0f} tokens/s" in RESULTS
+
+
+def test_the_speed_beside_llama_cpp_is_the_committed_records():
+    folder = ROOT / "results" / "bench" / "llama.cpp"
+    for row in throughput_table(load_bench(folder, "qwen-coder")).values.tolist():
+        assert f"| {' | '.join(row)} |" in RESULTS
+    for path in folder.glob("*.json"):
+        ratios = {(row["arm"], row["against"]): row for row in json.loads(path.read_text())["ratios"]}
+        for arm in ("full", "full-int8"):
+            assert "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**ratios[arm, "llama.cpp"]) in RESULTS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -232,6 +232,13 @@ def test_provenance_is_complete_and_plain(tmp_path):
     assert found["versions"]["python"] == sys.version.split()[0]
 
 
+def test_the_command_of_a_record_names_no_ones_folders(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/home/someone/bench.py", "--out", "/home/someone/x.json", "--kvpress", "env/python"]
+    )
+    assert record.provenance()["command"] == "bench.py --out x.json --kvpress env/python"
+
+
 HOLD = """
 import sys
 from pathlib import Path

@@ -295,3 +295,24 @@ def test_against_memory_each_arm_stands_where_its_own_cache_does(cells):
     assert "The full cache, a level, takes 800 KiB a row" in " ".join(
         t.get_text().replace("\n", " ") for t in fig.texts
     )
+
+
+def test_a_correlation_is_of_ranks_and_by_budget(cells, fidelity):
+    """More attention lost with every arm, and more solved: the recall falls as Pass@1 rises."""
+    here = cells[(cells["dataset"] == "Chain-A") & cells["kv_budget"].isin([64, 96])].assign(
+        pass_at_1=lambda df: df["round_us_per_row"]
+    )
+    lost = fidelity[fidelity["kv_budget"].isin([64, 96])].assign(arm=lambda df: df["arm"].str.removesuffix("+prompt"))
+    table = rp.correlation_table(lost, here)
+    assert list(table.columns) == ["Measure", "KV budget 64 (11 arms)", "KV budget 96 (11 arms)"]
+    by_measure = table.set_index("Measure").iloc[:, 0]
+    assert by_measure["Attention-mass recall (%)"] == "-1.00" and by_measure["Output error (%)"] == "+1.00"
+    beside = rp.fidelity_table(lost, here).iloc[0]
+    assert beside["Arm"] == "Random" and beside["Pass@1 (%) with 95 % interval"].startswith("50.0 (")
+
+
+def test_rankings_hold_the_arms_that_all_have_with_their_places(differences):
+    other = differences.assign(difference=-differences["difference"]).iloc[1:]
+    table = cf.rankings_table({"one": differences, "other": other})
+    assert set(table["Arm"]) == set(other["arm"]) and table["one: place"].tolist() == list(range(1, len(other) + 1))
+    assert table["other: place"].tolist() == list(range(len(other), 0, -1))
