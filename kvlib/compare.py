@@ -9,6 +9,7 @@
 `kvlib.study` does these; what they publish is read here. More samples are more seeds.
 """
 
+import io
 import itertools
 import json
 import sys
@@ -46,8 +47,8 @@ def published(results: Path, name: str) -> str:
     path = results / name
     if not path.is_file():
         raise ConfigError(
-            f"there is no {path.resolve()}; make it with `python -m kvlib.compare` run, then publish and cost, each "
-            f"with --results {results}"
+            f"there is no {path.resolve()}; make it with `python -m kvlib.compare` run, then publish, cost and replay, "
+            f"each with --results {results}"
         )
     return path.read_text()
 
@@ -70,6 +71,11 @@ def load_verdicts(results: Path) -> pd.DataFrame:
         frames.append(pd.DataFrame({**own, "problem": cell["problems"], **samples}))
     verdicts = pd.concat(frames, ignore_index=True)
     return verdicts.astype({"kv_budget": float, "correct": bool, "truncated": bool})
+
+
+def load_replays(results: Path) -> pd.DataFrame:
+    """What the replays of a published comparison found, a row per arm, KV budget and trace (kvlib.replay.fidelity)."""
+    return pd.read_csv(io.StringIO(published(results, "replays.csv")))
 
 
 def stage_verdicts(comparison: Comparison, stage: str, verdicts: pd.DataFrame, model: str) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -265,7 +266,7 @@ def provenance() -> dict:
     # A kvlib inside someone else's repository, say in its .venv, is not described by that repository.
     tracked = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     dirty = git("status", "--porcelain", "--untracked-files=no") if tracked else None
-    typed = shlex.join([Path(word).name if Path(word).is_absolute() else word for word in sys.argv])
+    typed = shlex.join([re.sub(r"(?<![^=])/.*/", "", word) for word in sys.argv])
     interactive = "a notebook" if "ipykernel" in sys.modules else typed
     return {
         "git_commit": git("rev-parse", "HEAD") if tracked else None,

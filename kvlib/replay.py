@@ -228,7 +228,7 @@ def fitted_arms(cells: Sequence[Cell], model: str, reasoner: Reasoner) -> dict[s
 
 
 def measure_fidelity(cells: Sequence[Cell], results: Path, n_traces: int = 30) -> None:
-    """Replay the first n_traces outputs of a comparison's full cache under all its arms; write results/fidelity.csv.
+    """Replay the first n_traces outputs of a comparison's full cache under all its arms; write results/replays.csv.
 
     Of its first model and dataset, at every KV budget, the prompt protected; columns as `fidelity` has them.
     """
@@ -239,8 +239,8 @@ def measure_fidelity(cells: Sequence[Cell], results: Path, n_traces: int = 30) -
     recordings = record_outputs(reasoner, full, n_traces)
     rows = fidelity(replay(reasoner, fitted_arms(ours, full.model, reasoner), sorted(kv_budgets), recordings))
     with explained(results):
-        write_atomically(results / "fidelity.csv", rows.to_csv(index=False).encode())
-    print(f"wrote {results / 'fidelity.csv'}")
+        write_atomically(results / "replays.csv", rows.to_csv(index=False).encode())
+    print(f"wrote {results / 'replays.csv'}")
 
 
 def _fidelity_by_round(recording: Recording, kept: Sequence[tuple[int, Kept]]) -> pd.DataFrame:

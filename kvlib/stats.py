@@ -200,8 +200,8 @@ def require(df: pd.DataFrame, columns: list[str], what: str) -> None:
 
 
 RUN_TO_RUN = 0.01
-"""What equal runs on an idle machine differ by, whatever their rounds say: where in memory an arm lies decides it
-(results/bench/busy-machine.md)."""
+"""What equal runs on an idle machine differ by, whatever their rounds say (results/bench/busy-machine.md): an arm that
+lies elsewhere in memory is as much faster or slower in all of a run."""
 BUSY = 0.03
 """Two arms of equal work that differ by more than this were not measured on a quiet machine."""
 

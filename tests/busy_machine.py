@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvlib.config import load_grid
 from kvlib.record import cpu_model, read_record
 from kvlib.stats import Ratio
 
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.repeats < 1 or (load_grid(args.grid).timing or {}).get("repeats", 0) < 2:
+        sys.exit("--repeats is at least 1, and the grid's timing has at least 2 repeats, without which is no interval")
     order = [state for _ in range(args.repeats) for state in STATES]
     random.Random(0).shuffle(order)
     runs = []

@@ -234,9 +234,9 @@ def test_provenance_is_complete_and_plain(tmp_path):
 
 def test_the_command_of_a_record_names_no_ones_folders(monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["/home/someone/bench.py", "--out", "/home/someone/x.json", "--kvpress", "env/python"]
+        sys, "argv", ["/home/a/bench.py", "--out=/home/a/x.json", "--in", "/home/a/y", "--kvpress", "env/python"]
     )
-    assert record.provenance()["command"] == "bench.py --out x.json --kvpress env/python"
+    assert record.provenance()["command"] == "bench.py --out=x.json --in y --kvpress env/python"
 
 
 HOLD = """

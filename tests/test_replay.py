@@ -265,7 +265,7 @@ def test_the_outputs_of_a_comparisons_full_cache_are_read_under_its_arms(tmp_pat
         " seeds: [0]}}\n"
     )
     measure_fidelity(load_grid(grid).comparison.cells, tmp_path, n_traces=3)
-    rows = pd.read_csv(tmp_path / "fidelity.csv").set_index(["arm", "kv_budget"])
+    rows = pd.read_csv(tmp_path / "replays.csv").set_index(["arm", "kv_budget"])
     assert len(rows) == 3 * (1 + 2 * 2) and set(rows["trace"]) == {0, 1, 2}
     for arm in ("random", "lagkv"):
         assert (rows.loc[arm, 400]["divergence"].abs() < 1e-6).all() and (rows.loc[arm, 400]["agreement"] == 1).all()

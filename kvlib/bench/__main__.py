@@ -1,8 +1,8 @@
 """Speed against Hugging Face's own loop, kvpress and the machine's ceilings; correctness first. `make bench`.
 
-All arms decode the same prompts with the same weights. Each is a run of its own that stays alive and advances by the
-same number of steps in every round, in a balanced order, so that a ratio compares runs at the same place, moments
-apart. Whatever is measured is printed with its interval, next to what two equal arms differ by.
+All arms but llama.cpp decode the same prompts with the same weights. Each is a run of its own that stays alive and
+advances by the same number of steps in every round, in a balanced order, so that a ratio compares runs at the same
+place, moments apart. Whatever is measured is printed with its interval, next to what two equal arms differ by.
 """
 
 import argparse

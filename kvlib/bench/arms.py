@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,11 +21,11 @@ from kvlib.cost import kv_bytes
 from kvlib.engine.attention import IMPLEMENTATION
 from kvlib.engine.decoder import Decoder, Request, decoder_for
 from kvlib.engine.fast import Layer
-from kvlib.engine.linear import Int8Linear, Linear, check_int8, fuse, joined
+from kvlib.engine.linear import PACKS, Int8Linear, Linear, check_int8, fuse, joined
 from kvlib.engine.meter import Meter
 from kvlib.engine.paired import Arm
 from kvlib.errors import ConfigError
-from kvlib.models import place_of
+from kvlib.models import fetch_model
 from kvlib.policies import Full, Policy
 
 BASELINE = "hf-sdpa"
@@ -242,8 +243,9 @@ class KVPress:
 class LlamaCpp:
     """llama.cpp's llama-batched-bench on the model's GGUF file, as many rows, threads and tokens.
 
-    Every round is a run of its own, which reports the seconds of prefill and of all steps; it begins at the prompt, so
-    that its caches are the shorter ones. seconds: of the last run's steps.
+    Every round is a run of its own, which reports the seconds of prefill and of all steps, with tokens that it makes up
+    and samples none of; it begins at the prompt, so that its caches are the shorter ones. seconds: of the last run's
+    n_steps steps.
     """
 
     def __init__(self, program: str, file: Path, sizes: Sizes):
@@ -251,30 +253,36 @@ class LlamaCpp:
         slots = sizes.batch * (sizes.n_prompt + sizes.n_new)
         self.command = [program, "-m", str(file), "-t", n_threads, "-tb", n_threads, "-c", str(slots)]
         self.command += ["-npp", str(sizes.n_prompt), "-npl", str(sizes.batch), "--output-format", "jsonl"]
-        self.sizes = sizes
+        self.n_prompt = sizes.n_prompt
 
-    def _run(self, n: int) -> dict:
+    def _run(self, n: int) -> tuple[float, float]:
+        """Seconds of prefill and of n steps."""
         try:
-            done = subprocess.run([*self.command, "-ntg", str(n)], capture_output=True, text=True)
+            done = subprocess.run([*self.command, "-ntg", str(n)], capture_output=True, text=True, errors="replace")
         except OSError as error:
             raise ConfigError(
                 f"--llama-cpp {self.command[0]} cannot be started ({error.strerror}); name the program "
                 "llama-batched-bench of llama.cpp"
             ) from error
         reported = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
-        if done.returncode or reported is None:
+        try:
+            found = json.loads(reported or "")
+            return found["t_pp"], found["t_tg"]
+        except (ValueError, KeyError) as error:
             said = (done.stderr.splitlines() or ["nothing"])[-1]
-            raise ConfigError(f"--llama-cpp {self.command[0]} ended with {done.returncode} and said: {said}")
-        return json.loads(reported)
+            raise ConfigError(
+                f"--llama-cpp {self.command[0]} reported no times; it ended with {done.returncode} and said: {said}"
+            ) from error
 
     def start(self) -> None:
-        self.prefill = self._run(1)["t_pp"]
+        self.prefill, _ = self._run(1)
 
     def advance(self, n: int) -> None:
-        self.seconds = self._run(n)["t_tg"]
+        self.n_steps = n
+        _, self.seconds = self._run(n)
 
     def live_slots(self) -> float:
-        return self.sizes.n_prompt + self.sizes.n_new / 2
+        return self.n_prompt + self.n_steps / 2
 
     def phase_seconds(self) -> dict[str, float]:
         return {}
@@ -327,7 +335,7 @@ def default_arms(name: str, device: str, peers: Peers) -> list[str]:
     arms = ["hf-eager", BASELINE, *CEILINGS, "full", "full-again"]
     arms += [policy for policy in POLICIES if policy != "dynts" or name not in ("smollm2", "qwen-coder")]
     arms += ["full-unfused"] + ["full-eager"] * (device != "cpu")
-    if device == "cpu" and name != "tiny":  # of the tiny model nothing is packed
+    if device == "cpu" and PACKS and name != "tiny":  # of the tiny model nothing is packed
         arms += ["full-unpacked", "knorm-unpacked", "full-int8", "knorm-int8"]
     return arms + [f"kvpress-{policy}" for policy in KVPRESS if peers.kvpress] + [LLAMA_CPP] * bool(peers.llama_cpp)
 
@@ -341,11 +349,11 @@ def check_arms(names: Sequence[str], model: str, sizes: Sizes, peers: Peers) -> 
         if arm.part == "int8":
             check_int8("cuda" if torch.cuda.is_available() else "cpu")
         if arm.kind == LLAMA_CPP and model not in GGUF:
-            raise ConfigError(
-                f"arm {name!r} reads GGUF files, which are those of {', '.join(GGUF)}; name it as --model"
-            )
+            raise ConfigError(f"arm {name!r} is measured on GGUF files of the hub, with --model {' or '.join(GGUF)}")
         if arm.kind == LLAMA_CPP and peers.llama_cpp is None:
             raise ConfigError(f"arm {name!r} needs --llama-cpp and the program llama-batched-bench of llama.cpp")
+        if arm.kind == LLAMA_CPP and not shutil.which(peers.llama_cpp):
+            raise ConfigError(f"--llama-cpp {peers.llama_cpp} is no program; name llama.cpp's llama-batched-bench")
         if arm.kv_budget is None:
             continue
         if arm.kind == "kvpress" and arm.of not in KVPRESS:
@@ -368,7 +376,7 @@ def build_arm(name: str, subject: Subject, sizes: Sizes, peers: Peers, folder: P
     if arm.kind == "alone":
         return Linears(subject, arm.of)
     if arm.kind == LLAMA_CPP:
-        return LlamaCpp(peers.llama_cpp, place_of(GGUF[subject.name]).fetch(), sizes)
+        return LlamaCpp(peers.llama_cpp, fetch_model(GGUF[subject.name]), sizes)
     if arm.kind == "kvpress":
         return KVPress(peers.kvpress, folder, subject, arm.of, arm.kv_budget, sizes)
     policy = Full() if arm.kv_budget is None else subject.fit(bench_policy(arm.of, arm.kv_budget, sizes))

@@ -105,15 +105,13 @@ def measure(arms: dict, n_steps: int, n_rounds: int, device: str, seconds: float
     """
     begun = time.monotonic()
     found = {name: {"seconds": [], "prefill": timed(arm.start, device)} for name, arm in arms.items()}
-    for name, arm in arms.items():
-        if isinstance(arm, LlamaCpp):
-            found[name]["prefill"] = arm.prefill
+    for name, arm in arms.items():  # llama.cpp's own, without the start of its process
+        found[name]["prefill"] = getattr(arm, "prefill", found[name]["prefill"])
     before = {name: arm.phase_seconds() for name, arm in arms.items()}
     for number in range(n_rounds):
         round_begun = time.monotonic()
         for name, (taken,) in take_turns(arms, [n_steps], number, device).items():
-            arm = arms[name]
-            found[name]["seconds"].append(arm.seconds if isinstance(arm, LlamaCpp) else taken)
+            found[name]["seconds"].append(getattr(arms[name], "seconds", taken))
         now = time.monotonic()
         left = (n_rounds - number - 1) * (now - round_begun)
         say(f"round {number + 1} of {n_rounds}; about {left:.0f} s left")

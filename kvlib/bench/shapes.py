@@ -90,7 +90,7 @@ QWEN_CODER = (
     "@ebb2015119c907b064c512bf053e945850b5875f"
 )
 GGUF = {"qwen-coder": QWEN_CODER}
-"""By the name of its sizes, the file of a model that is one in GGUF."""
+"""By the name of its sizes, the file of the hub of a model that is one."""
 
 
 @dataclass(frozen=True)

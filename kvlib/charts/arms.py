@@ -182,16 +182,16 @@ def rankings_table(rankings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     rankings: DIFFERENCE_COLUMNS by the comparison's name, as kvlib.stats.differences_to returns them.
     """
-    ranked = {
-        name: required(rows, DIFFERENCE_COLUMNS, name, DIFFERENCE_COLUMNS[1:]).set_index("arm")
-        for name, rows in rankings.items()
-    }
+    ranked = {}
+    for name, rows in rankings.items():
+        once(rows, ["arm"])
+        ranked[name] = required(rows, DIFFERENCE_COLUMNS, name, DIFFERENCE_COLUMNS[1:]).set_index("arm")
     first = next(iter(ranked.values())).sort_values("difference", ascending=False, kind="stable")
     arms = [arm for arm in first.index if all(arm in rows.index for rows in ranked.values())]
     table = {"Arm": arms}
     for name, rows in ranked.items():
         here = rows.loc[arms]
-        places = here["difference"].rank(ascending=False).astype(int)
+        places = here["difference"].rank(ascending=False, method="min").astype(int)
         table[f"{name}: place"] = places.tolist()
         table[f"{name}: difference (points) with 95 % interval"] = [signed_interval(row) for row in here.itertuples()]
     return pd.DataFrame(table)

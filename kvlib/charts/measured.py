@@ -230,8 +230,8 @@ def _notes(df, beside):
     speed = "Throughput was not measured: the study asks for no timing."
     if timed and df["throughput"].notna().any():
         here = df[df["throughput"].notna()].iloc[0]
-        repeats = f"median of {here.n_repeats:.0f} repeats; orange whiskers: {here.throughput_interval}"
-        repeats = repeats if here.n_repeats > 1 else "one repeat, so without an interval"
+        repeats = f"{here.n_repeats:.0f} rounds; orange whiskers: {here.throughput_interval}"
+        repeats = repeats if here.n_repeats > 1 else "one round, so without an interval"
         speed = f"Throughput at batch size {here.batch_size:.0f}: {repeats}"
         speed += "; hollow: the full cache." if df["kv_budget"].isna().any() else "."
     elif timed:

@@ -74,7 +74,9 @@ def fidelity_table(fidelity: pd.DataFrame, cells: pd.DataFrame | None = None) ->
 
 def correlation_table(fidelity: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlation of each measure with Pass@1 over the arms, by KV budget; arguments as above."""
-    rows = _fidelity_means(fidelity).dropna(subset="kv_budget").merge(_solved(cells), "left", ["arm", "kv_budget"])
+    rows = _fidelity_means(fidelity).dropna(subset="kv_budget").merge(_solved(cells), on=["arm", "kv_budget"])
+    if rows.empty:
+        raise ConfigError("none of the arms that were replayed is among the cells; name both of one comparison")
     table = {"Measure": [title for title, _, _ in MEASURES.values()]}
     for kv_budget, here in rows.groupby("kv_budget"):
         found = here[[*MEASURES, "pass_at_1"]].corr("spearman")["pass_at_1"]

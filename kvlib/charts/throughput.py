@@ -107,7 +107,9 @@ def _arms(record: dict) -> list[dict]:
                 "low": min(rounds),
                 "high": max(rounds),
                 "live_slots": live,
-                "roof": batch * ceilings["copy_bandwidth"] / row.get("bytes_per_step", float("nan")),
+                "roof": batch
+                * ceilings["copy_bandwidth"]
+                / (float("nan") if policy == LLAMA_CPP else row["bytes_per_step"]),
                 "linears": row.get("linears", alone),
                 "rounds": len(rounds),
                 "complete": record.get("complete", True),
@@ -163,7 +165,7 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
         f"{one['device']}, {one['dtype']}{weights}; {rounds}. "
         "All-inclusive steps. Policies stand side by side at their KV budget; hollow: by kvpress. HF's linear layers: "
         "alone, as the model has them. Roofline: the least bytes of a step (weights, live keys and values once) at the "
-        "copy bandwidth measured in the same call; in 8 bits it lies higher."
+        "copy bandwidth measured in the same call."
     ]
     with style():
         fig, axes = sheet(

@@ -48,10 +48,11 @@ class Int8Linear(nn.Module):
         self.weight = torch.ops.onednn.qlinear_prepack(weight, [1])
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
+        self.last: tuple[Tensor | None, Tensor | None] = None, None
         self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
 
     @classmethod
-    def of(cls, *linears: nn.Linear | Linear) -> "Int8Linear":
+    def of(cls, *linears: nn.Linear) -> "Int8Linear":
         """One layer of those that read the same input."""
         smallest = torch.finfo(torch.float32).tiny
         weights = [linear.weight.detach() for linear in linears]
@@ -59,10 +60,13 @@ class Int8Linear(nn.Module):
         rounded = [
             (weight / scale[:, None]).round_().to(torch.int8) for weight, scale in zip(weights, scales, strict=True)
         ]
-        biases = [weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
-                  for linear, weight in zip(linears, weights, strict=True)]  # fmt: skip
-        without = all(linear.bias is None for linear in linears)
-        return cls(torch.cat(rounded), torch.cat(scales), None if without else torch.cat(biases))
+        bias = None
+        if any(linear.bias is not None for linear in linears):
+            zeros = [weight.new_zeros(len(weight)) for weight in weights]
+            bias = torch.cat(
+                [z if own.bias is None else own.bias.detach() for own, z in zip(linears, zeros, strict=True)]
+            )
+        return cls(torch.cat(rounded), torch.cat(scales), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         step = x.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).div_(127)
@@ -73,14 +77,21 @@ class Int8Linear(nn.Module):
 
 
 class Int8Part(nn.Module):
-    """Some outputs of a layer in 8-bit integers, in the place of the linear layer that they are of."""
+    """Some outputs of a layer in 8-bit integers, in the place of the linear layer that they are of.
+
+    The whole is computed once for the parts that read the same tensor one after the other; the last lets go of it.
+    """
 
     def __init__(self, whole: Int8Linear, outputs: slice):
         super().__init__()
         self.whole, self.outputs = whole, outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.whole(x)[..., self.outputs]
+        read, out = self.whole.last
+        if read is not x:
+            out = self.whole(x)
+        self.whole.last = (None, None) if self.outputs.stop == self.whole.out_features else (x, out)
+        return out[..., self.outputs]
 
 
 def check_int8(device: str) -> None:

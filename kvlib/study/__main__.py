@@ -38,7 +38,7 @@ def main(prog: str = "python -m kvlib.study", grid: str = "notebooks/tiny.yml", 
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: %(default)s")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="default: %(default)s")
     parser.add_argument("--jobs", type=int, help="cells at a time; default: cores // threads, or a cell a GPU")
-    parser.add_argument("--results", type=Path, help="publish, cost: where to; default: results/<study>")
+    parser.add_argument("--results", type=Path, help="publish, cost, replay: where to; default: results/<study>")
     parser.add_argument("--folder", type=Path, help="verify: records to verify; default: the study's in --runs")
     given = parser.parse_args()
 

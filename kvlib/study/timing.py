@@ -83,7 +83,7 @@ def warm_up(arm: Arm, n_steps: int) -> None:
 def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     """Measure every budget of the grid `repeats` times over the same n_steps, by pairs with the full cache.
 
-    A round starts all arms afresh; on a CPU they stand side by side and advance in windows of a dozen steps in a
+    A round starts all arms afresh; on a CPU they stand side by side and advance in windows of a few steps in a
     balanced order, on CUDA, which is leased whole and may not hold all caches at once, one after the other. The full
     cache (the largest budget, in a grid without) is the reference, and the control is a second one. Cells of one
     thread are timed by that thread's processor time, which other processes cannot take; others, and CUDA, by wall time.
@@ -92,7 +92,8 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     the reference's level, of the median of the quieter half of the rounds, times the ratio of its pairs with the
     interval of that (kvlib.stats.paired_ratio); forward (the paper's) counts forward time only, goodput the tokens up
     to the end of each output by the time of all steps and the prefill; these two: median, lowest, highest. timing holds
-    the clock, the control, and the ends of the line: the speed at the smallest KV budget over that at the largest.
+    the clock, the control, and the ends of the line, where it has two: the speed at the smallest KV budget over that
+    at the largest.
     Raises ConfigError if the grid asks for no such timing.
     """
     cells = [cell for cell in grid.cells(seed) if cell.dataset == dataset]
@@ -133,11 +134,13 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             print(f"timing {dataset}: round {number + 1} of {repeats}, about {cost.clock(left)} left", flush=True)
     control = ratio_of(found[CONTROL], found[reference.cell_path])
     budgets = {cell.kv_budget: found[cell.cell_path] for cell in cells if cell.kv_budget}
-    kv_budgets = [min(budgets), max(budgets)]
-    ends = ratio_of(*(budgets[kv_budget] for kv_budget in kv_budgets))
+    ends = None
+    if len(budgets) > 1:
+        kv_budgets = [min(budgets), max(budgets)]
+        ends = {"kv_budgets": kv_budgets, **asdict(ratio_of(*(budgets[kv_budget] for kv_budget in kv_budgets)))}
     again = [python(), "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
     command = shlex.join([*again, "--seed", str(seed), "--folder", str(Path(folder).absolute())])
-    print(said_of(control, ends, kv_budgets, dataset, command), flush=True)
+    print(said_of(control, ends, dataset, command), flush=True)
     said = f"python -m kvlib.study.timing --grid {grid.path.name} --dataset {dataset} --seed {seed}"  # no one's folders
     return publish(
         folder,
@@ -155,7 +158,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
                 "window": n_steps if on_cuda else windows_of(n_steps)[0],
                 "reference": reference.kv_budget,
                 "control": {**asdict(control), "too_busy": too_busy(control)},
-                "ends": {"kv_budgets": kv_budgets, **asdict(ends)},
+                "ends": ends,
             },
             "results": {"throughput": rows_of(found, cells, reference, batch_size, n_steps)},
         },
@@ -217,13 +220,15 @@ def rows_of(found: dict[str, list[Round]], cells: list[RunConfig], reference: Ru
     return rows
 
 
-def said_of(control: Ratio, ends: Ratio, kv_budgets: Sequence[int], dataset: str, command: str) -> str:
+def said_of(control: Ratio, ends: dict | None, dataset: str, command: str) -> str:
     """What the control and the ends of the line say of a timing run, for the terminal."""
     text = f"timing {dataset}: the control, equal work, ran at {control} of its twin's speed"
     if too_busy(control):
         return f"{text}: the machine was too busy for the line to mean anything; repeat it with\n{command}"
-    smallest, largest = kv_budgets
-    return text if smallest == largest else f"{text}, KV budget {smallest} at {ends} of {largest}'s"
+    if ends is None:
+        return text
+    smallest, largest = ends["kv_budgets"]
+    return f"{text}, KV budget {smallest} at {Ratio(ends['ratio'], ends['low'], ends['high'])} of {largest}'s"
 
 
 def device_name(device: str) -> str:

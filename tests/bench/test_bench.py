@@ -5,7 +5,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,7 +270,7 @@ def test_a_name_says_what_an_arm_is():
         (["knorm@many"], "whole number"),
         (["kvpress-rkv"], "in kvpress for"),
         (["kvpress-knorm"], "needs --kvpress"),
-        (["llama.cpp"], "reads GGUF files, which are those of qwen-coder"),
+        (["llama.cpp"], "on GGUF files of the hub, with --model qwen-coder"),
         (["llama.cpp@40"], "takes no KV budget"),
         (["knorm@12"], "does not fit"),
         (["full-again@30"], "takes no KV budget"),
@@ -342,7 +341,7 @@ def test_llama_cpp_is_timed_by_what_it_reports_and_without_its_start(tmp_path):
     found = measure.measure({"llama.cpp": arm}, 8, 2, "cpu", 1e9, lambda line: None)["llama.cpp"]
     assert found["seconds"] == [0.08, 0.08] and found["prefill"] == 0.5
     row = measure.describe("llama.cpp", arm, found, None, SIZES, 8, 1e9)
-    assert row["steps"] == pytest.approx(2 * 16 / 0.16) and row["live_slots"] == 32
+    assert row["steps"] == pytest.approx(2 * 16 / 0.16) and row["live_slots"] == 28
 
 
 def test_a_record_has_llama_cpp_beside_our_arms(subject, tmp_path, monkeypatch):
@@ -350,7 +349,7 @@ def test_a_record_has_llama_cpp_beside_our_arms(subject, tmp_path, monkeypatch):
     program.write_text(PROGRAM.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setattr(arms, "GGUF", {"tiny": "model.gguf"})
-    monkeypatch.setattr(arms, "place_of", lambda name: SimpleNamespace(fetch=lambda: tmp_path / name))
+    monkeypatch.setattr(arms, "fetch_model", lambda name: tmp_path / name)
     peers, names = arms.Peers(llama_cpp=str(program)), ["full", "llama.cpp"]
     found = measure.bench(subject, SIZES, names, n_rounds=2, peers=peers, say=lambda line: None)
     assert [row["arm"] for row in found["arms"]] == names
@@ -359,7 +358,12 @@ def test_a_record_has_llama_cpp_beside_our_arms(subject, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "program, message",
-    [("no program", "cannot be started"), ("false", "ended with 1 and said: nothing"), ("true", "ended with 0")],
+    [
+        ("no program", "cannot be started"),
+        ("false", "ended with 1 and said: nothing"),
+        ("true", "ended with 0"),
+        ("echo", "reported no times"),
+    ],
 )
 def test_a_llama_cpp_that_cannot_run_is_a_sentence(tmp_path, program, message):
     with pytest.raises(ConfigError, match=message):

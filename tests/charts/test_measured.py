@@ -185,7 +185,7 @@ def test_published_and_measured_each_say_which_they_are(published, measured):
     assert "Measured here: Tiny-0.8M" in measured_text and "Published" not in measured_text
     assert TINY_CAVEAT in measured_text
     assert "Graded by" not in measured_text
-    for fact in ["a test CPU", "Wilson", "95 %", "DynTS", "batch size 20", "median of 5 repeats", "640 new tokens"]:
+    for fact in ["a test CPU", "Wilson", "95 %", "DynTS", "batch size 20", "5 rounds", "640 new tokens"]:
         assert fact in measured_text
 
 
@@ -369,7 +369,7 @@ def test_a_dataset_that_is_not_timed_yet_is_refused_by_name_or_marked(measured):
     fig = measured_figure(untimed, EXPECTED, allow_incomplete=True)
     assert "INCOMPLETE: throughput of 7 of 28 cells missing" in all_text(fig)
     left, right = panels(fig)[0]
-    assert "median of 5 repeats" in all_text(fig)
+    assert "5 rounds" in all_text(fig)
     assert len(bars(left)) == 6 and np.isnan(line_of(right).get_ydata()).all()
     shown, whole = (measured_table(df)[DEFINITION].tolist() for df in (untimed, measured))
     assert shown == ["not timed"] * 7 + whole[7:]
@@ -381,7 +381,7 @@ def test_an_interval_of_one_repeat_is_no_interval(measured):
     once = measured.assign(n_repeats=1, throughput_low=measured["throughput"], throughput_high=measured["throughput"])
     fig = measured_figure(once, EXPECTED)
     assert not [line for _, right in panels(fig) for line in right.lines if line.get_gid() == "repeats"]
-    assert "one repeat, so without an interval" in all_text(fig)
+    assert "one round, so without an interval" in all_text(fig)
     assert measured_table(once)[DEFINITION].iloc[0] == "1,008"
 
 

@@ -42,13 +42,14 @@ def test_a_mood_of_the_machine_changes_neither_shape_nor_level():
 
 
 def test_a_run_on_a_busy_machine_says_so_and_how_to_repeat_it():
-    ends, budgets, command = Ratio(1.5, 1.4, 1.6), (96, 196), "python -m kvlib.study.timing --dataset chain-a"
-    said = said_of(Ratio(1.01, 0.99, 1.03), ends, budgets, "chain-a", command)
+    ends = {"kv_budgets": [96, 196], "ratio": 1.5, "low": 1.4, "high": 1.6}
+    command = "python -m kvlib.study.timing --dataset chain-a"
+    said = said_of(Ratio(1.01, 0.99, 1.03), ends, "chain-a", command)
     assert "too busy" not in said and said.endswith("KV budget 96 at 1.500 (1.400 to 1.600) of 196's")
-    said = said_of(Ratio(1.2, 1.1, 1.3), ends, budgets, "chain-a", command)
+    said = said_of(Ratio(1.2, 1.1, 1.3), ends, "chain-a", command)
     assert "too busy for the line to mean anything" in said and said.endswith("--dataset chain-a")
     assert "1.5" not in said, "no ratio that means nothing"
-    alone = said_of(Ratio(1.0, None, None), Ratio(1.0, None, None), (96, 96), "chain-a", command)
+    alone = said_of(Ratio(1.0, None, None), None, "chain-a", command)
     assert alone.endswith("1.000 (too few rounds for an interval) of its twin's speed")
 
 
