@@ -234,7 +234,6 @@ def measure_fidelity(cells: Sequence[Cell], results: Path, n_traces: int = 30) -
     """
     full = next(cell.config for cell in cells if cell.arm == "full")
     ours = [cell for cell in cells if cell.protected and cell.config.model == full.model]
-    torch.set_num_threads(full.threads)
     reasoner, kv_budgets = load_reasoner(full.model, full.dtype, full.device), {cell.config.kv_budget for cell in ours}
     recordings = record_outputs(reasoner, full, n_traces)
     rows = fidelity(replay(reasoner, fitted_arms(ours, full.model, reasoner), sorted(kv_budgets), recordings))

@@ -212,5 +212,5 @@ def test_a_grid_without_arms_is_no_comparison():
 
 
 def test_results_that_are_not_there_are_asked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"`python -m kvlib\.compare` run, then publish and cost"):
+    with pytest.raises(ConfigError, match=r"`python -m kvlib\.compare` run, then publish, cost and replay"):
         load_verdicts(tmp_path)

@@ -95,8 +95,9 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
     assert [number for number in found if number not in RESULTS] == []
 
 
-def test_the_comparison_is_the_published_one():
-    with (ROOT / "results" / "compare" / "grid-prompt.csv").open() as file:
+@pytest.mark.parametrize("name", ["compare", "qwen-coder-policies"])
+def test_the_comparison_is_the_published_one(name):
+    with (ROOT / "results" / name / "grid-prompt.csv").open() as file:
         for row in csv.reader(file):
             assert f"| {' | '.join(row)} |" in RESULTS
 
