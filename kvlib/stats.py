@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,6 +213,11 @@ class Ratio:
     ratio: float
     low: float | None
     high: float | None
+
+    @classmethod
+    def of(cls, row: Mapping) -> "Ratio":
+        """Of a record's row, which holds more."""
+        return cls(row["ratio"], row["low"], row["high"])
 
     def __str__(self) -> str:
         interval = "too few rounds for an interval" if self.low is None else f"{self.low:.3f} to {self.high:.3f}"

@@ -89,9 +89,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for state, seconds, timing in sorted(runs, key=lambda run: list(STATES).index(run[0])):
-        control, ends = (
-            Ratio(*(timing[name][part] for part in ("ratio", "low", "high"))) for name in ("control", "ends")
-        )
+        control, ends = Ratio.of(timing["control"]), Ratio.of(timing["ends"])
         lines.append(
             f"| {state} | {seconds:.0f} | {control} | {'yes' if abs(control.ratio - 1) <= 0.02 else 'no'} | {ends} | "
             f"{'yes' if ends.low <= idle <= ends.high else 'no'} | {50 * (ends.high - ends.low) / ends.ratio:.1f} % |"

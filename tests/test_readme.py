@@ -14,7 +14,7 @@ from kvlib.charts.tables import expected_cells, measured_cells, measured_verdict
 from kvlib.charts.throughput import load_bench, throughput_table
 from kvlib.compare import load_cells, load_comparison
 from kvlib.config import load_grid
-from kvlib.stats import budget_differences
+from kvlib.stats import Ratio, budget_differences
 from kvlib.tasks.datasets import dataset_title
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,8 @@ def test_the_answer_is_that_of_the_committed_records(study):
     assert [sentence for sentence in found["sentence"] if f"- {sentence}\n" not in RESULTS] == []
     named = {name: int(b) for name, b in zip(found["dataset"], found["kv_budget"], strict=True) if not isnan(b)}
     assert named and [name for name, budget in named.items() if f"{budget} slots on {name}" not in README] == []
+    others = {"tiny": "196 slots on Chain-A; on the other three none", "qwen-coder": "on lcm none of the six"}[study]
+    assert others in README and len(named) == {"tiny": 1, "qwen-coder": 3}[study]
 
 
 def test_the_difference_between_the_ends_is_that_of_the_committed_records():
@@ -68,6 +70,12 @@ def test_the_speed_is_the_committed_record(place):
     assert f"{next(row['steps'] for row in record['arms'] if row['arm'] == 'products'):.0f} tokens/s" in RESULTS
 
 
+def test_the_ends_of_the_lines_are_those_of_the_committed_records():
+    for path in sorted((ROOT / "results" / "tiny" / "records").glob("*/timing/s0/record.json")):
+        timing = json.loads(path.read_text())["timing"]
+        assert str(Ratio.of(timing["ends"])) in RESULTS and f"{timing['control']['ratio']:.3f}" in RESULTS
+
+
 def test_the_speed_beside_llama_cpp_is_the_committed_records():
     folder = ROOT / "results" / "bench" / "llama.cpp"
     for row in throughput_table(load_bench(folder, "qwen-coder")).values.tolist():
@@ -76,6 +84,9 @@ def test_the_speed_beside_llama_cpp_is_the_committed_records():
         ratios = {(row["arm"], row["against"]): row for row in json.loads(path.read_text())["ratios"]}
         for arm in ("full", "full-int8"):
             assert "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**ratios[arm, "llama.cpp"]) in RESULTS
+    rows = {row["arm"]: row for row in json.loads((folder / "batch-8.json").read_text())["arms"]}
+    prefill = [f"{8 * 64 / rows[arm]['prefill_seconds']:.0f}" for arm in ("full-int8", "full", "llama.cpp")]
+    assert "{} tokens/s in 8 bits, {} in float32, {} by llama.cpp".format(*prefill) in RESULTS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

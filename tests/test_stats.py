@@ -242,6 +242,14 @@ def test_a_control_that_is_off_says_that_the_machine_was_too_busy(control, busy)
     assert too_busy(control) is busy
 
 
+def test_a_control_that_is_off_by_less_than_equal_runs_differ_is_not_busy():
+    rounds = made_rounds(1.0, 3, 0.1, 0)
+    assert not too_busy(paired_ratio(1.005 * rounds, rounds)), (
+        "off by more than its rounds, and by nothing that matters"
+    )
+    assert too_busy(paired_ratio(1.02 * rounds, rounds))
+
+
 def test_wilson_interval_is_the_textbook_one():
     low, high = wilson_interval(81, 263)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)

@@ -116,17 +116,13 @@ def report(record: dict) -> None:
           "goodput: tokens up to the end of each output / wall time with prefill. in rounds: time spent evicting.\n"
           "of copy: least bytes / time, as a share of a copy's bandwidth in this call.\n")  # fmt: skip
     for r in record["ratios"]:
-        print(f"{r['arm']:>22} / {r['against']:<22} {interval(r)}")
+        print(f"{r['arm']:>22} / {r['against']:<22} {Ratio.of(r)}")
     if record["noise"]:
-        print(f"\nfull and full-again are the same work: their ratio, {interval(record['noise'])}, is this run's "
+        print(f"\nfull and full-again are the same work: their ratio, {Ratio.of(record['noise'])}, is this run's "
               "noise; smaller differences say nothing")  # fmt: skip
         if record["noise"]["too_busy"]:
             print("the machine was too busy for these numbers to mean anything; repeat this on an idle one")
     print(f"peak memory of the process: {record['peak_rss_bytes'] / 1e6:.0f} MB")
-
-
-def interval(row: dict) -> Ratio:
-    return Ratio(row["ratio"], row["low"], row["high"])
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ class Peers:
     llama_cpp: str | None = None
 
 
+NO_PEERS = Peers()
+
+
 class Ours(Arm):
     """kvlib's decode loop. without: one of PARTS (see without_part). settings: more of Decoder; greedy without any."""
 

@@ -36,7 +36,7 @@ def gate(subject: Subject, sizes: Sizes, names: Sequence[str]) -> list[Check]:
     """Is what will be timed correct: the full cache against transformers, and what every policy's rounds leave."""
     checks, seen = [check_full(subject)], []
     if any(parse_arm(name, sizes).part == "int8" for name in names):
-        checks.append(check_full(subject, "int8"))
+        checks.append(check_full(subject, int8=True))
     for name in names:
         arm = parse_arm(name, sizes)
         if arm.kv_budget is None or arm.kind == "kvpress":
@@ -56,18 +56,18 @@ def judged(checks: Sequence[Check]) -> dict:
     return {"holds": all(check.holds for check in checks), "checks": [vars(check) for check in checks]}
 
 
-def check_full(subject: Subject, part: str = "") -> Check:
-    """Of the full cache (without a part, as kvlib.bench.arms has it): every logit of GATE_STEPS steps on transformers'
-    own greedy tokens, and each greedy token but near ties."""
+def check_full(subject: Subject, int8: bool = False) -> Check:
+    """Every logit of GATE_STEPS steps on transformers' own greedy tokens, and each greedy token but near ties; of 8-bit
+    products INT8_AGREEMENT of them."""
     expected = generated(subject, "eager", GATE_STEPS + 1, output_logits=True, return_dict_in_generate=True)
     tokens = expected.sequences[:, subject.prompts.shape[1] :]
     with through_transformers(subject.model, "sdpa") as model, torch.inference_mode():
         at_once = model(expected.sequences[:, :-1]).logits[:, subject.prompts.shape[1] - 1 :]
     of_transformers = distance(at_once, torch.stack(expected.logits, 1))
-    arm = Ours(subject, Full(), None, GATE_STEPS, part)
+    arm = Ours(subject, Full(), None, GATE_STEPS, "int8" if int8 else "")
     arm.start()
     decoder = arm.decoder
-    tolerance = INT8_TOLERANCE if part == "int8" else max(TOLERANCE[model.dtype], 2 * of_transformers)
+    tolerance = INT8_TOLERANCE if int8 else max(TOLERANCE[model.dtype], 2 * of_transformers)
     furthest, other, agreed = 0.0, 0, 0
     for step, wanted in enumerate(expected.logits):
         ours = decoder.token
@@ -80,9 +80,9 @@ def check_full(subject: Subject, part: str = "") -> Check:
         if step < GATE_STEPS:
             decoder.token.copy_(tokens[:, step])
             decoder.step()
-    right = agreed >= INT8_AGREEMENT * tokens.numel() if part == "int8" else not other
+    right = agreed >= INT8_AGREEMENT * tokens.numel() if int8 else not other
     return Check(
-        f"{'full-int8 near' if part else 'full cache ='} transformers",
+        f"{'full-int8 near' if int8 else 'full cache ='} transformers",
         furthest <= tolerance and right,
         f"logits differ by {furthest:.1e} of their norm (at most {tolerance:.0e}); {agreed} of {tokens.numel()} greedy "
         f"tokens agree, {other} differ that are no near ties",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from kvlib.bench.arms import KVPress, LlamaCpp, Named, Ours, Peers, build_arm, parse_arm, save_model
+from kvlib.bench.arms import NO_PEERS, KVPress, LlamaCpp, Named, Ours, Peers, build_arm, parse_arm, save_model
 from kvlib.bench.gate import check_first_tokens, gate, judged
 from kvlib.bench.shapes import Sizes, Subject
 from kvlib.charts.throughput import CEILINGS, LLAMA_CPP
@@ -37,7 +37,7 @@ def copy_bandwidth(device: str, nbytes: int | None = None) -> float:
 
 
 def ceilings(config, copy_bandwidth: float | None, itemsize: int = 2) -> dict:
-    """Of a record: what its roofline is drawn from."""
+    """Of a record: the bandwidth of its roofline, and what a step moves in the dtype of the model."""
     return {
         "copy_bandwidth": copy_bandwidth,
         "weight_bytes": minimum_bytes(config, 1, 0, itemsize),
@@ -169,7 +169,7 @@ def bench(
     *,
     n_rounds: int = 8,
     seconds: float = 480.0,
-    peers: Peers = Peers(),  # noqa: B008 - frozen
+    peers: Peers = NO_PEERS,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Gate, ceilings, warm-up, rounds. Returns the record; with a red gate it holds no measurement at all.

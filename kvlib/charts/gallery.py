@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ SETTINGS = {
     "60_your_policy": {"n_problems": 40},
 }
 """What keeps a notebook to minutes; the page says so."""
+BAR = "application/vnd.jupyter.widget-view+json"
+"""Of an output that is a progress bar, which shows how fast this machine was."""
 WIDEST, MOST_ROWS = 1100, 14  # pixels of a picture, rows of a table
 
 
@@ -50,7 +53,9 @@ def page(notebook: Path, pages: Path) -> None:
         )
     for cell in done.cells:
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = [
+                out for out in cell.outputs if out.get("name") != "stderr" and BAR not in out.get("data", {})
+            ]
             for data in (out["data"] for out in cell.outputs if "text/html" in out.get("data", {})):
                 data["text/html"] = shortened(data["text/html"])
     done.cells = [cell for cell in done.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
@@ -58,7 +63,9 @@ def page(notebook: Path, pages: Path) -> None:
     body, resources = MarkdownExporter().from_notebook_node(done, named)
     said = f"; with {', '.join(f'{name} = {value}' for name, value in settings.items())}" if settings else ""
     head = f"[All notebooks](README.md) · executed from [{notebook.name}](../../notebooks/{notebook.name}){said}\n\n"
-    (pages / named["output_files_dir"]).mkdir(parents=True, exist_ok=True)
+    # Pictures of an earlier run may have other names.
+    shutil.rmtree(pages / named["output_files_dir"], ignore_errors=True)
+    (pages / named["output_files_dir"]).mkdir(parents=True)
     for name, data in resources["outputs"].items():
         (pages / name).write_bytes(smaller(data) if name.endswith(".png") else data)
     body = body.replace(f"{ROOT}/", "")  # where this clone lies is nobody's business

@@ -97,6 +97,7 @@ def _arms(record: dict) -> list[dict]:
         n_steps = row.get("steps_per_round") or record["steps_per_round"]
         rounds = [batch * n_steps / seconds for seconds in row["seconds"]]
         budget, policy = row["kv_budget"], row["arm"].partition("@")[0]
+        moved = float("nan") if policy == LLAMA_CPP else row["bytes_per_step"]
         found.append(
             {
                 "batch": batch,
@@ -107,9 +108,7 @@ def _arms(record: dict) -> list[dict]:
                 "low": min(rounds),
                 "high": max(rounds),
                 "live_slots": live,
-                "roof": batch
-                * ceilings["copy_bandwidth"]
-                / (float("nan") if policy == LLAMA_CPP else row["bytes_per_step"]),
+                "roof": batch * ceilings["copy_bandwidth"] / moved,
                 "linears": row.get("linears", alone),
                 "rounds": len(rounds),
                 "complete": record.get("complete", True),

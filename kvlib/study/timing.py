@@ -92,9 +92,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
     the reference's level, of the median of the quieter half of the rounds, times the ratio of its pairs with the
     interval of that (kvlib.stats.paired_ratio); forward (the paper's) counts forward time only, goodput the tokens up
     to the end of each output by the time of all steps and the prefill; these two: median, lowest, highest. timing holds
-    the clock, the control, and the ends of the line, where it has two: the speed at the smallest KV budget over that
-    at the largest.
-    Raises ConfigError if the grid asks for no such timing.
+    the clock, the control and the ends of the line. Raises ConfigError if the grid asks for no such timing.
     """
     cells = [cell for cell in grid.cells(seed) if cell.dataset == dataset]
     if grid.timing is None or not cells:
@@ -133,11 +131,7 @@ def time_dataset(grid: Grid, dataset: str, seed: int, folder: Path) -> dict:
             left = (time.monotonic() - started) / (number + 1) * (repeats - number - 1)
             print(f"timing {dataset}: round {number + 1} of {repeats}, about {cost.clock(left)} left", flush=True)
     control = ratio_of(found[CONTROL], found[reference.cell_path])
-    budgets = {cell.kv_budget: found[cell.cell_path] for cell in cells if cell.kv_budget}
-    ends = None
-    if len(budgets) > 1:
-        kv_budgets = [min(budgets), max(budgets)]
-        ends = {"kv_budgets": kv_budgets, **asdict(ratio_of(*(budgets[kv_budget] for kv_budget in kv_budgets)))}
+    ends = ends_of(found, cells)
     again = [python(), "-m", "kvlib.study.timing", "--grid", str(grid.path.absolute()), "--dataset", dataset]
     command = shlex.join([*again, "--seed", str(seed), "--folder", str(Path(folder).absolute())])
     print(said_of(control, ends, dataset, command), flush=True)
@@ -195,6 +189,15 @@ def ratio_of(rounds: list[Round], reference: list[Round]) -> Ratio:
     return paired_ratio([its.seconds for its in rounds], [its.seconds for its in reference])
 
 
+def ends_of(found: dict[str, list[Round]], cells: list[RunConfig]) -> dict | None:
+    """The speed at the smallest KV budget over that at the largest, and which these are; None unless there are two."""
+    rounds = {cell.kv_budget: found[cell.cell_path] for cell in cells if cell.kv_budget}
+    if len(rounds) < 2:
+        return None
+    smallest, largest = min(rounds), max(rounds)
+    return {"kv_budgets": [smallest, largest], **asdict(ratio_of(rounds[smallest], rounds[largest]))}
+
+
 def rows_of(found: dict[str, list[Round]], cells: list[RunConfig], reference: RunConfig, n_rows: int, n_steps: int):
     """A row per budget and definition (time_dataset)."""
     totals = np.array([[sum(its.seconds) for its in rounds] for rounds in found.values()]).sum(0)
@@ -228,7 +231,7 @@ def said_of(control: Ratio, ends: dict | None, dataset: str, command: str) -> st
     if ends is None:
         return text
     smallest, largest = ends["kv_budgets"]
-    return f"{text}, KV budget {smallest} at {Ratio(ends['ratio'], ends['low'], ends['high'])} of {largest}'s"
+    return f"{text}, KV budget {smallest} at {Ratio.of(ends)} of {largest}'s"
 
 
 def device_name(device: str) -> str:

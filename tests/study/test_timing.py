@@ -34,11 +34,22 @@ def test_a_mood_of_the_machine_changes_neither_shape_nor_level():
     assert steps[96]["ratio"] == dataclasses.asdict(Ratio(2.0, 2.0 / 1.01, 2.02))
     assert steps[None]["median"] == pytest.approx(6 * 10 / 3.0), "of the quieter half of the rounds, the mood is 1"
     assert steps[96]["median"] == 2 * steps[None]["median"]
+    assert (steps[96]["low"], steps[96]["high"]) == pytest.approx(
+        (steps[96]["median"] / 1.01, steps[96]["median"] * 1.01)
+    )
     assert steps[96]["repeats"] == pytest.approx([6 * 10 / (1.5 * mood) for mood in MOODS])
     goodput = next(row for row in rows if row["kv_budget"] is None and row["definition"] == "goodput")
     assert goodput["high"] == pytest.approx(30 / 3.5), "the prefill is in its time"
     for row in rows:
         assert 0 < row["low"] <= row["median"] <= row["high"]
+
+
+def test_the_ends_of_a_line_are_its_smallest_and_largest_budget():
+    cells = [dataclasses.replace(BUDGET, kv_budget=budget) for budget in (136, 96, 196)]
+    found = {cell.cell_path: rounds(seconds) for cell, seconds in zip(cells, (0.7, 0.5, 1.0), strict=True)}
+    assert timing.ends_of(found, [*cells, FULL])["kv_budgets"] == [96, 196]
+    assert timing.ends_of(found, [*cells, FULL])["ratio"] == 2.0
+    assert timing.ends_of(found, [cells[0], FULL]) is None
 
 
 def test_a_run_on_a_busy_machine_says_so_and_how_to_repeat_it():
