@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # slots per tile of the split kernel
+BLOCK = 32  # slots per tile of the split kernel
 MASS_BLOCK = 512  # slots per program that adds mass
 MAX_SPLITS = 64
-PROGRAMS = 1024  # what the split kernel's grid aims at: two to three waves of three programs on each of 132 SMs
+PROGRAMS = 256  # what the split kernel's grid aims at: on an H100, 4 splits of 20 rows read 7 % faster than 16
 STAGES = 3  # tiles of keys and values on their way at once
+SPLIT_WARPS = 2
 NONE = tl.constexpr(-1.0e30)  # a logit that weighs nothing; finite, because exp(-inf + inf) is NaN
 
 
@@ -144,7 +145,8 @@ def decode_attention(
     split_kernel[splits, H, B](
         query, keys, values, lengths, partial, lse, logits, scaling * math.log2(math.e), *keys.stride()[:3],
         *values.stride()[:3], N, H, G=G, GROUP=max(16, triton.next_power_of_2(G)), D=D, SPLITS=splits,
-        BLOCK=BLOCK, COMPUTE=compute_type(query.dtype), MASS=with_mass, num_warps=4, num_stages=1 if wide else stages,
+        BLOCK=BLOCK, COMPUTE=compute_type(query.dtype), MASS=with_mass, num_warps=SPLIT_WARPS,
+        num_stages=1 if wide else stages,
     )  # fmt: skip
     merge_kernel[G + (triton.cdiv(N, MASS_BLOCK) if with_mass else 0), H, B](
         partial, lse, logits, lengths, out, mass if with_mass else lse,

@@ -1,6 +1,7 @@
-"""R1-Qwen-7B's true shapes through the whole path on a CPU: random weights, two rows, a round, a few dozen steps.
+"""R1-Qwen-7B's true shapes through the whole path: random weights, two rows, a round, a few dozen steps.
 
     python tests/true_shapes.py FOLDER         16 GB of disk, 20 GB of memory: reckoned, it was never run whole
+    python tests/true_shapes.py FOLDER --device cuda
     python tests/true_shapes.py FOLDER --layers 2 --width 512
 
 Writes a checkpoint of the config in kvlib.cost.SHAPES as sharded bfloat16 safetensors, with the tokenizer of
@@ -76,7 +77,7 @@ def kvlib_study(folder: Path, *command: str) -> float:
     """Run a command of kvlib.study on the grid; its seconds. Ends this process if it failed."""
     started = time.monotonic()
     python = [sys.executable, "-m", "kvlib.study", *command, "--grid", "grid.yml"]
-    done = subprocess.run(python, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(python, cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
     if done.returncode:
         sys.exit(f"kvlib.study {command[0]} failed with {done.returncode}")
     return time.monotonic() - started
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--width", type=int, help="a narrower model, of the same heads")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--tokenizer", default=QWEN_CODER, help="a model whose tokenizer to take")
     args = parser.parse_args()
     shape = dict(SHAPES[MODEL])
@@ -122,6 +124,7 @@ top_k: 20
 max_new_tokens: {N_NEW}
 batch_size: 2
 dtype: bfloat16
+device: {args.device}
 threads: {os.cpu_count()}
 """
     )

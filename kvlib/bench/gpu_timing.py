@@ -21,7 +21,7 @@ from kvlib.policies import Policy, make_policy
 
 N_PROMPT = 8
 SAMPLING = Sampling(0.6, 0.95, 20)
-PROGRAMS, STAGES = (512, 1024, 2048), (2, 3, 4)
+PROGRAMS, STAGES = (128, 256, 512), (2, 3, 4)
 """What the attention kernel is tried with."""
 
 

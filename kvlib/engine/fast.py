@@ -21,6 +21,7 @@ from kvlib.engine.cache import SlotCache, cache_shape
 from kvlib.engine.linear import Int8Linear, Int8Part, Linear, adjacent, alone, fuse
 from kvlib.kernels.append import append, rotated_heads
 from kvlib.kernels.attention import decode_attention
+from kvlib.kernels.gated import gated
 from kvlib.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
 from kvlib.policies.base import MASS, Policy
 
@@ -60,6 +61,13 @@ class Layer:
             gate_up=fuse(mlp.gate_proj, mlp.up_proj),
             down=fuse(mlp.down_proj),
         )
+
+    def activated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up `[T, I]` of `[T, d]`."""
+        product = self.gate_up
+        if type(product) is Linear and product.bias is None and not product.weight.is_mkldnn:
+            return gated(x, product.weight)
+        return silu_mul(product(x))
 
 
 def why_not_fast(model: nn.Module) -> str | None:
@@ -216,7 +224,7 @@ class FastModel:
                 normed, x = add_rms_norm(y, x, layer.attention_norm, self.eps)
             attended = attend(i, layer, layer.qkv(normed))
             normed, x = add_rms_norm(layer.output(attended.flatten(1)), x, layer.mlp_norm, self.eps)
-            y = layer.down(silu_mul(layer.gate_up(normed)))
+            y = layer.down(layer.activated(normed))
         return add_rms_norm(y, x, self.base.norm.weight, self.eps)[0]
 
     def nbytes(self) -> dict[str, int]:

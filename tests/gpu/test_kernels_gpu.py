@@ -12,6 +12,7 @@ from torch import Tensor
 from kvlib.kernels.append import append
 from kvlib.kernels.attention import decode_attention
 from kvlib.kernels.compact import compact
+from kvlib.kernels.gated import gated
 from kvlib.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
 from kvlib.kernels.redundancy import redundancy
 from kvlib.kernels.sampler import sample
@@ -118,6 +119,14 @@ def test_norms_and_activation(device, dtype):
         apart(silu_mul(gate_up), gate * gate.sigmoid() * up),
     )
     assert max(errors) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 20, 32, 33, 128])
+def test_gated_products(device, dtype, n_rows):
+    x = torch.randn(n_rows, 3584, device=device).to(dtype)
+    weight = (torch.randn(2 * 4864, 3584, device=device) / 60).to(dtype)
+    gate, up = (x.double() @ weight.double().mT).chunk(2, -1)
+    assert apart(gated(x, weight), gate * gate.sigmoid() * up) <= TOLERANCE[dtype]
 
 
 def test_redundancy(device, dtype):

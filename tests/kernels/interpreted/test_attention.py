@@ -8,6 +8,7 @@ from kvlib.kernels import append as torch_append
 from kvlib.kernels import attention_triton, pointwise
 from kvlib.kernels.append_triton import append
 from kvlib.kernels.attention_triton import BLOCK, decode_attention, n_splits
+from kvlib.kernels.gated_triton import MOST_ROWS, fits, gated
 from kvlib.kernels.pointwise_triton import add_rms_norm, rms_norm, silu_mul
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -85,13 +86,13 @@ def test_logits_far_from_zero_neither_overflow_nor_vanish():
     N, D = 2 * BLOCK + 1, 16
     lengths = torch.tensor([N, N])
     keys = torch.randn(2, 1, N, D)
-    query = torch.stack((keys[0, 0, 3], -keys[1, 0, 77]))[:, None] * 300
+    query = torch.stack((keys[0, 0, 3], -keys[1, 0, 61]))[:, None] * 300
     out = decode_attention(query, keys, keys, lengths, 1.0, None)
     torch.testing.assert_close(out.double(), exact(query, keys, keys, lengths, 1.0)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_splits_depend_on_shapes_alone_and_fill_a_card():
-    assert [n_splits(B, 4, 2628) for B in (1, 20, 64, 128, 256)] == [32, 16, 4, 2, 1]
+    assert [n_splits(B, 4, 2628) for B in (1, 20, 64, 128, 256)] == [64, 4, 1, 1, 1]
     assert n_splits(1, 1, 10**6) == attention_triton.MAX_SPLITS and n_splits(1, 1, 1) == 1
 
 
@@ -161,6 +162,23 @@ def test_silu_mul(n, dtype):
     expected = gate * gate.sigmoid() * up
     close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(silu_mul(gate_up).double(), expected, **close)
+
+
+@pytest.mark.parametrize("n_rows", [1, 20, MOST_ROWS])
+def test_gated_is_both_products_and_the_activation(n_rows):
+    torch.manual_seed(7)
+    x, weight = torch.randn(n_rows, 256).half(), torch.randn(2 * 64, 256).half() / 16
+    gate, up = (x.double() @ weight.double().mT).chunk(2, -1)
+    torch.testing.assert_close(gated(x, weight).double(), gate * gate.sigmoid() * up, rtol=4e-3, atol=4e-3)
+
+
+def test_gated_refuses_what_it_would_read_beyond():
+    """Whole tiles of few rows: what does not fit goes the plain way."""
+    x, weight = torch.zeros(2, 256), torch.zeros(128, 256)
+    assert fits(x, weight) and not fits(torch.zeros(MOST_ROWS + 1, 256), weight)
+    assert not fits(torch.zeros(2, 192), torch.zeros(128, 192)) and not fits(x, torch.zeros(96, 256))
+    with pytest.raises(AssertionError):
+        gated(torch.zeros(2, 192, dtype=torch.half), torch.zeros(128, 192, dtype=torch.half))
 
 
 def test_bfloat16_is_within_a_rounding_of_float64():

@@ -8,7 +8,7 @@ import triton.language as tl
 from kvlib.kernels import noise
 from kvlib.kernels.noise_triton import absorb, gumbel
 from kvlib.kernels.sampler import sample
-from kvlib.kernels.sampler_triton import BLOCK, sample_ids
+from kvlib.kernels.sampler_triton import BLOCK, NOISY_BLOCK, sample_ids
 
 
 @triton.jit
@@ -33,7 +33,13 @@ def test_the_hash_is_equal_bit_by_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("V", "temperature", "top_p", "top_k"),
-    [(2 * BLOCK + 7, 0.6, 0.95, 20), (BLOCK + 1, 1.3, 1.0, 0), (30, 1.0, 1.0, 3), (30, 2.0, 0.5, 64)],
+    [
+        (2 * BLOCK + 7, 0.6, 0.95, 20),
+        (50 * BLOCK + 7, 0.6, 0.95, 20),
+        (NOISY_BLOCK + 1, 1.3, 1.0, 0),
+        (30, 1.0, 1.0, 3),
+        (30, 2.0, 0.5, 64),
+    ],
 )
 def test_draws_equal_the_reference(V, temperature, top_p, top_k, dtype):
     draw = torch.Generator().manual_seed(V)
@@ -48,12 +54,23 @@ def test_draws_equal_the_reference(V, temperature, top_p, top_k, dtype):
     assert torch.equal(sample_ids(logits, request, step, temperature, top_p, top_k), expected)
 
 
-def test_of_equal_logits_exactly_k_can_be_drawn_the_lowest_ids():
+@pytest.mark.parametrize("V", [30, 20 * BLOCK])
+def test_of_equal_logits_exactly_k_can_be_drawn_the_lowest_ids(V):
     n = 40
-    logits = torch.zeros(n, 30)
-    logits[:, 29] = 1.0
+    logits = torch.zeros(n, V)
+    logits[:, V - 1] = 1.0
     drawn = sample_ids(logits, torch.arange(n), torch.zeros(n, dtype=torch.int64), 1.0, 1.0, 4)
-    assert set(drawn.tolist()) == {0, 1, 2, 29}
+    assert set(drawn.tolist()) == {0, 1, 2, V - 1}
+
+
+def test_what_may_not_be_drawn_is_not_and_the_rest_is_drawn_as_if_it_were_alone():
+    """Whole blocks of minus infinity, and fewer other logits than k, two of them in one block."""
+    n, ids = 40, torch.tensor([5, 3 * BLOCK, 3 * BLOCK + 1, 17 * BLOCK + 9])
+    logits = torch.full((n, 20 * BLOCK), -torch.inf)
+    logits[:, ids] = torch.tensor([1.0, 2.0, 0.5, 1.5])
+    keys = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    drawn = sample_ids(logits, *keys, 1.0, 1.0, 20)
+    assert torch.equal(drawn, sample(logits, *keys, 1.0, 1.0, 20)) and set(drawn.tolist()) == set(ids.tolist())
 
 
 def test_logits_that_are_nan_give_an_id_of_the_vocabulary():
