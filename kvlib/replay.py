@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import trange
+from tqdm.auto import tqdm, trange
 
 from kvlib.cell import build_decoder, prepare
 from kvlib.config import Cell, RunConfig
@@ -189,7 +189,8 @@ def replay(
                 if step < decoder.rows.max_new_tokens:
                     decoder.step()
         replays = defaultdict(list)
-        for (name, kv_budget, _, group, forcing), decoder in zip(reads, decoders, strict=True):
+        read = tqdm(zip(reads, decoders, strict=True), desc="compare", total=len(reads), unit="policy", delay=3)
+        for (name, kv_budget, _, group, forcing), decoder in read:
             replays[name, kv_budget] += _replays(decoder, group, forcing)
     return dict(replays)
 
