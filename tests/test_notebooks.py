@@ -20,6 +20,7 @@ QUICK = {
     "40_charts": {},
     "50_compare": {},
     "55_replay": {"n_traces": 1, "n_drills": 1, "kv_budgets": [96]},
+    "57_real_weights": {},
     "60_your_policy": {"n_problems": 8, "kv_budgets": [136]},
     "70_throughput": {},
 }
@@ -29,6 +30,7 @@ PICTURES = {
     "40_charts": 4,
     "50_compare": 7,
     "55_replay": 4,
+    "57_real_weights": 3,
     "60_your_policy": 1,
     "70_throughput": 1,
 }

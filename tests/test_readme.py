@@ -56,6 +56,19 @@ def test_the_difference_between_the_ends_is_that_of_the_committed_records():
     assert len(ends) == 4
 
 
+def test_the_larger_model_is_its_committed_records():
+    grid, records = load_grid(ROOT / "notebooks" / "qwen-coder-1-5b.yml"), ROOT / "results/qwen-coder-1-5b/records"
+    cells, verdicts = measured_cells(grid, records, seed=0), measured_verdicts(grid, records, 0)
+    assert len(cells) == len(expected_cells(grid, 0)) == 7
+    for row in measured_table(cells).values.tolist():
+        assert f"| {' | '.join(row)} |" in RESULTS
+    assert f"- {answers(verdicts, cells, 5.0, None)['sentence'].item()}\n" in RESULTS
+    pairs = budget_differences(verdicts).set_index(["fewer", "more"])
+    ends = pairs.loc[(min(grid.kv_budgets), max(grid.kv_budgets))]
+    told = f"{ends.difference:+.1f} ({ends.low:+.1f} to {ends.high:+.1f}) points, {ends.wins} problems won"
+    assert re.sub(r"(?<=[ (])-(?=\d)", "−", told) in RESULTS
+
+
 @pytest.mark.parametrize("place", ["", "epyc"])
 def test_the_speed_is_the_committed_record(place):
     folder = ROOT / "results" / "bench" / place
@@ -127,3 +140,20 @@ def test_the_published_comparison_is_whole():
     }
     assert there == asked
     assert (cells["n_problems"] == 200).all()
+
+
+def test_the_speed_on_a_card_is_the_committed_record():
+    arms = load_bench(ROOT / "results" / "bench" / "h100", "r1-qwen")
+    for row in throughput_table(arms).values.tolist():
+        assert f"| {' | '.join(row)} |" in RESULTS
+    speed = {(row.batch, row.kv_budget): f"{row.tokens_per_s:,.0f}" for row in arms.itertuples()}
+    told = f"{speed[20, 2500]} tokens/s at batch 20 and KV budget 2500, {speed[128, 2500]} at batch 128"
+    assert told in README
+
+
+@pytest.mark.parametrize(("name", "policy"), [("b136", "dynts"), ("b176", "dynts"), ("bfull", "full")])
+def test_a_card_and_a_processor_gave_the_same_verdicts(name, policy):
+    card = json.loads((ROOT / "results" / "bench" / "h100" / "chain-a" / f"{name}.json").read_text())
+    own = json.loads((ROOT / f"results/tiny/records/chain-a/{policy}/{name}/s0/record.json").read_text())
+    assert card["config"]["device"] == "cuda" and own["config"]["device"] == "cpu"
+    assert card["verdicts"] == own["verdicts"] and card["results"] == own["results"]

@@ -1,13 +1,15 @@
 """R1-Qwen-7B's true shapes through the whole path: random weights, two rows, a round, a few dozen steps.
 
-    python tests/true_shapes.py FOLDER         16 GB of disk, 20 GB of memory: reckoned, it was never run whole
+    python tests/true_shapes.py FOLDER                    16 GB of disk, 26 GB of memory, 15 of them the mapped weights
     python tests/true_shapes.py FOLDER --device cuda
     python tests/true_shapes.py FOLDER --layers 2 --width 512
 
 Writes a checkpoint of the config in kvlib.cost.SHAPES as sharded bfloat16 safetensors, with the tokenizer of
 Qwen2.5-Coder (from the hub's cache, or --tokenizer), a predictor of random weights, two problems of about 2,490 tokens
 and a grid with KV budget 2500; then `kvlib.study plan` and `charts` as a person types them. Prints what kvlib.cost
-reckons beside what was measured: disk, peak memory, bytes of the cache, and the records.
+reckons beside what was measured: disk, peak memory, bytes of the cache, and the records. On 16 cores of a Xeon with AMX
+the whole took 7 minutes: weights 15.231 GB and cache 0.287 GB, both as reckoned, three rounds, two valid records. On
+CUDA it was not run to its end.
 """
 
 import argparse

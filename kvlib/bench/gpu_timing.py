@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
-from kvlib.bench.arms import Linears, Ours, products_of
+from kvlib.bench.arms import Ours, products_of
 from kvlib.bench.measure import traffic
 from kvlib.bench.shapes import Subject, r1_config
 from kvlib.engine.decoder import Decoder
@@ -245,7 +245,6 @@ def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, copy
     if not decoder.finite:
         raise FloatingPointError("logits or scores are not finite")
     rates = [batch * n_steps / seconds for seconds in windows]
-    linears = Linears(replace(subject, prompts=torch.zeros(batch, 1)))
     return {
         "arm": "dynts-published",
         "batch": batch,
@@ -260,6 +259,5 @@ def time_decode(subject: Subject, scale: Scale, batch: int, kv_budget: int, copy
         "plain": reasons(decoder) if device != "cpu" else None,
         "kv_bytes": arm.kv_bytes,
         "peak_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
-        "linears": batch / seconds_of(lambda: linears.advance(1), device, 2),
         **traffic(subject.model, batch, float(np.mean(live)), n_steps * n_windows, sum(windows), copy),
     }

@@ -109,7 +109,7 @@ def _arms(record: dict) -> list[dict]:
                 "high": max(rounds),
                 "live_slots": live,
                 "roof": batch * ceilings["copy_bandwidth"] / moved,
-                "linears": row.get("linears", alone),
+                "linears": alone,
                 "rounds": len(rounds),
                 "complete": record.get("complete", True),
                 "noise": (record.get("noise") or {}).get("ratio", float("nan")),

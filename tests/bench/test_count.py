@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import kvlib
 from kvlib.bench.count import Counting, count_step, dynts, meta_decoder, minimum_bytes
-from kvlib.bench.shapes import R1, r1_config
+from kvlib.bench.shapes import r1_config
 from kvlib.config import load_grid
+from kvlib.cost import SHAPES, Step
 from kvlib.engine.evict import Round
 from kvlib.policies import make_policy
 from kvlib.study.plan import WORKSPACE_GB
@@ -128,14 +129,16 @@ def test_memory_is_what_lives_together():
     assert memory.peak == 2 * (100 + 100) and sum(memory.held.values()) <= 2 * 150
 
 
-@pytest.mark.parametrize("profile", R1)
-def test_a_profile_reckons_with_the_launches_that_are_counted(profile):
-    """Six microseconds each inside a graph; attention is two."""
-    grid = load_grid(Path(kvlib.__file__).parents[1] / "notebooks" / f"{profile}.yml")
-    config = r1_config(profile)
-    step = count_step(config, dynts(config), 20, 2350)
-    launches = step["operations"] + config.num_hidden_layers
-    assert grid.expected["step"]["launch_ms"] == pytest.approx(0.006 * launches, rel=0.1)
+def test_a_step_is_reckoned_as_the_card_was_measured():
+    """Within 5 % at every batch and KV budget of the committed record."""
+    root = Path(kvlib.__file__).parents[1]
+    step = Step(**load_grid(root / "notebooks" / "r1-qwen.yml").expected["step"])
+    record = json.loads((root / "results" / "bench" / "h100" / "r1-qwen.json").read_text())
+    shape = SHAPES["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"]
+    for arm in record["arms"]:
+        reckoned = arm["batch"] / step.seconds(shape, 2, arm["batch"], arm["live_slots"])
+        assert reckoned == pytest.approx(arm["steps"], rel=0.05)
+    assert record["gate"]["holds"] and len(record["arms"]) == 7
 
 
 @pytest.mark.slow
