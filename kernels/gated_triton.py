@@ -40,8 +40,9 @@ def gated_kernel(
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `gated` is meant for these shapes: few rows, whole tiles."""
-    return len(x) <= MOST_ROWS and weight.shape[0] % (2 * BLOCK) == 0 and weight.shape[1] % INNER == 0
+    """Whether `gated` is meant for these: few rows, whole tiles, contiguous and of one type."""
+    whole = weight.shape[0] % (2 * BLOCK) == 0 and weight.shape[1] % INNER == 0
+    return len(x) <= MOST_ROWS and whole and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
 
 
 @torch.library.custom_op("kvlib::gated", mutates_args=())
@@ -49,8 +50,7 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
     """As `kvlib.kernels.gated.gated`, where `fits`; float16 or bfloat16."""
     n_rows, d = x.shape
     n = weight.shape[0] // 2
-    assert weight.shape == (2 * n, d) and x.dtype == weight.dtype, (x.shape, weight.shape, x.dtype, weight.dtype)
-    assert x.is_contiguous() and weight.is_contiguous() and fits(x, weight), (x.shape, weight.shape)
+    assert weight.shape == (2 * n, d) and fits(x, weight), (x.shape, weight.shape, x.dtype, weight.dtype)
     out = x.new_empty(n_rows, n)
     gated_kernel[(n // BLOCK,)](
         x, weight, out, n_rows, n, d, ROWS=max(16, triton.next_power_of_2(n_rows)), BLOCK=BLOCK, INNER=INNER,

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from kvlib.kernels.append_triton import append
 from kvlib.kernels.attention_triton import decode_attention
 from kvlib.kernels.compact_triton import compact_slots
-from kvlib.kernels.gated_triton import gated
+from kvlib.kernels.gated_triton import MOST_ROWS, gated
 from kvlib.kernels.pointwise_triton import add_rms_norm, rms_norm, silu_mul
 from kvlib.kernels.redundancy_triton import mean_cosine_by_tiles
 from kvlib.kernels.sampler_triton import LARGEST_TOP_K, sample_ids
@@ -53,7 +53,8 @@ def launches() -> Iterator[tuple[str, Callable, tuple]]:
     yield "3584 + residual", add_rms_norm, (x, x, weight, 1e-6)
     yield "3584", rms_norm, (x, weight, 1e-6)
     yield "18944", silu_mul, (empty(B, 2 * 18944),)
-    yield "3584 -> 18944", gated, (empty(B, 3584), empty(2 * 18944, 3584))
+    for n_rows in (B, MOST_ROWS):
+        yield f"{n_rows} x 3584 -> 18944", gated, (empty(n_rows, 3584), empty(2 * 18944, 3584))
     for dtype, D in ((BFLOAT16, 128), (torch.float32, 64)):
         cache = empty(28, B, 4, N, D, dtype=dtype)
         positions, state = (empty(28, B, 4, N, dtype=kind) for kind in (torch.int32, torch.float32))

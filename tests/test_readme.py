@@ -10,9 +10,10 @@ import pytest
 
 from kvlib.charts.answer import answers
 from kvlib.charts.measured import measured_table
+from kvlib.charts.replays import divergence_table
 from kvlib.charts.tables import expected_cells, measured_cells, measured_verdicts
 from kvlib.charts.throughput import load_bench, throughput_table
-from kvlib.compare import load_cells, load_comparison
+from kvlib.compare import load_cells, load_comparison, load_replays
 from kvlib.config import load_grid
 from kvlib.stats import Ratio, budget_differences
 from kvlib.tasks.datasets import dataset_title
@@ -157,3 +158,11 @@ def test_a_card_and_a_processor_gave_the_same_verdicts(name, policy):
     own = json.loads((ROOT / f"results/tiny/records/chain-a/{policy}/{name}/s0/record.json").read_text())
     assert card["config"]["device"] == "cuda" and own["config"]["device"] == "cpu"
     assert card["verdicts"] == own["verdicts"] and card["results"] == own["results"]
+
+
+def test_the_replays_on_real_weights_are_the_published_ones():
+    results = ROOT / "results" / "qwen-coder-policies"
+    lost, cells = load_replays(results), load_cells(results)
+    for row in divergence_table(lost, "random").values.tolist():
+        assert f"| {' | '.join(row)} |" in RESULTS
+    assert len(cells) == 17 and lost.groupby(["arm", "kv_budget"], dropna=False).size().eq(30).all()

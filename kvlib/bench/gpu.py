@@ -87,7 +87,7 @@ def check_kernels(device: str, tests: Path | None = None) -> list[dict]:
     rows = outcomes([*command, "-k", device])
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and device != "cpu":
-        few = f"{device} and (attention or compaction) and bfloat16"
+        few = f"{device} and (attention or compaction or gated or sampler) and bfloat16"
         rows += outcomes([sanitizer, "--error-exitcode", "1", *command, "-k", few], "under compute-sanitizer: ")
     return rows
 

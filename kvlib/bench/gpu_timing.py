@@ -21,7 +21,7 @@ from kvlib.policies import Policy, make_policy
 
 N_PROMPT = 8
 SAMPLING = Sampling(0.6, 0.95, 20)
-PROGRAMS, STAGES = (128, 256, 512), (2, 3, 4)
+PROGRAMS, STAGES = (128, 256, 512, 1024), (2, 3, 4)
 """What the attention kernel is tried with."""
 
 
@@ -133,7 +133,7 @@ def profile_step(subject: Subject, scale: Scale) -> dict:
 
 @torch.inference_mode()
 def time_products(subject: Subject, scale: Scale) -> Iterator[dict]:
-    """Microseconds of each product of a step at several numbers of rows, over all layers, so that no cache helps."""
+    """Microseconds of each product, by cuBLAS, at several numbers of rows, over all layers, so that no cache helps."""
     model, repeats = subject.model, max(1, scale.windows[1] // 20)
     products, device = products_of(model), str(model.device)
     for batch in scale.products:

@@ -84,6 +84,28 @@ def correlation_table(fidelity: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame(table)
 
 
+def divergence_table(fidelity: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """KL of every arm less that of the arm `baseline` on the same traces, a column per KV budget; negative is nearer.
+
+    The interval resamples traces. Raises ConfigError where the baseline was not replayed.
+    """
+    rows = required(fidelity, FIDELITY_COLUMNS, "the replays", ["divergence"]).dropna(subset="kv_budget")
+    once(rows, ["arm", "kv_budget", "trace"])
+    if baseline not in set(rows["arm"]):
+        raise ConfigError(f"{baseline!r} is none of the arms that were replayed: {', '.join(rows['arm'].unique())}")
+    columns = {}
+    for kv_budget, here in rows.groupby("kv_budget"):
+        kl = here.pivot(index="trace", columns="arm", values="divergence")
+        less = kl.drop(columns=baseline).sub(kl[baseline], axis=0).dropna(axis=1)
+        found = pd.DataFrame([mean_interval(values.to_numpy()) for _, values in less.items()], index=less.columns)
+        columns[f"KL less that of {baseline} (nats), KV budget {kv_budget:.0f}"] = pd.Series(
+            intervals(found, [0, 1, 2], "{:+.3f}"), found.index
+        )
+    table = pd.DataFrame(columns).fillna("–")
+    nearest = rows[rows["kv_budget"] == rows["kv_budget"].min()].groupby("arm")["divergence"].mean()
+    return table.loc[nearest[nearest.index.isin(table.index)].sort_values().index].rename_axis("Arm").reset_index()
+
+
 def _solved(cells: pd.DataFrame) -> pd.DataFrame:
     cells = required(cells, CELL_COLUMNS, "the cells", ["pass_at_1"])
     once(cells, ["arm", "kv_budget"])

@@ -160,11 +160,12 @@ def throughput_figure(df: pd.DataFrame) -> Figure:
     weights = "" if one["weights"] == "real" else f", {one['weights']}"
     n = df["rounds"].min()
     rounds = f"{n} rounds, whiskers: slowest to fastest" if n > 1 else "one round, so without an interval"
+    linears = "HF's linear layers: alone, as the model has them. " if df["linears"].notna().any() else ""
+    kvpress = "; hollow: by kvpress" if df["policy"].str.startswith(PEER).any() else ""
     notes = [
         f"{one['device']}, {one['dtype']}{weights}; {rounds}. "
-        "All-inclusive steps. Policies stand side by side at their KV budget; hollow: by kvpress. HF's linear layers: "
-        "alone, as the model has them. Roofline: the least bytes of a step (weights, live keys and values once) at the "
-        "copy bandwidth measured in the same call."
+        f"All-inclusive steps. Policies stand side by side at their KV budget{kvpress}. {linears}Roofline: the least "
+        "bytes of a step (weights, live keys and values once) at the copy bandwidth measured in the same call."
     ]
     with style():
         fig, axes = sheet(
@@ -227,9 +228,10 @@ def throughput_table(df: pd.DataFrame) -> pd.DataFrame:
             "Mean live slots": texts(df["live_slots"]),
             "Roofline (tokens/s)": texts(df["roof"], "{:,.1f}"),
             "Of the roofline": texts(df["tokens_per_s"] / df["roof"], "{:.0%}"),
-            "Of the linear layers": texts(df["tokens_per_s"] / df["linears"], "{:.0%}", "not measured"),
         }
     )
+    if df["linears"].notna().any():
+        table["Of the linear layers"] = texts(df["tokens_per_s"] / df["linears"], "{:.0%}", "not measured")
     table["KV budget"] += np.where(df["evicted"], "", " (nothing evicted)")
     table[speed] += np.where(repeated, "", " (one round)")
     return table

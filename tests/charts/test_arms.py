@@ -311,6 +311,27 @@ def test_a_correlation_is_of_ranks_and_by_budget(cells, fidelity):
     assert beside["Arm"] == "Random" and beside["Pass@1 (%) with 95 % interval"].startswith("50.0 (")
 
 
+def test_a_paired_divergence_is_taken_trace_by_trace():
+    """Traces differ tenfold, arms by a tenth of each: unpaired, nothing could be told."""
+    rows = [
+        {
+            "arm": arm,
+            "kv_budget": 64,
+            "trace": trace,
+            "recall": 1,
+            "error": 0,
+            "agreement": 1,
+            "divergence": trace + less,
+        }
+        for arm, less in (("base", 0.0), ("near", -0.25), ("far", 0.5))
+        for trace in range(1, 11)
+    ]
+    table = rp.divergence_table(pd.DataFrame(rows), "base")
+    assert table.values.tolist() == [["near", "-0.250 (-0.250 to -0.250)"], ["far", "+0.500 (+0.500 to +0.500)"]]
+    with pytest.raises(ConfigError, match="none of the arms"):
+        rp.divergence_table(pd.DataFrame(rows), "absent")
+
+
 def test_rankings_hold_the_arms_that_all_have_with_their_places(differences):
     other = differences.assign(difference=-differences["difference"]).iloc[1:]
     table = cf.rankings_table({"one": differences, "other": other})
