@@ -267,7 +267,8 @@ def provenance() -> dict:
     tracked = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     dirty = git("status", "--porcelain", "--untracked-files=no") if tracked else None
     typed = shlex.join([re.sub(r"(?<![^=])/.*/", "", word) for word in sys.argv])
-    interactive = "a notebook" if "ipykernel" in sys.modules else typed
+    kernel = sys.modules.get("ipykernel.kernelapp")  # which a program may have imported without being a kernel
+    interactive = "a notebook" if kernel and kernel.IPKernelApp.initialized() else typed
     return {
         "git_commit": git("rev-parse", "HEAD") if tracked else None,
         "git_dirty": None if dirty is None else dirty != "",

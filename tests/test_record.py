@@ -1,6 +1,7 @@
 """Finished samples are never lost, repeated or trusted when damaged; a record is whole or not there."""
 
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -230,6 +231,11 @@ def test_provenance_is_complete_and_plain(tmp_path):
         "command",
     }
     assert found["versions"]["python"] == sys.version.split()[0]
+
+
+def test_a_program_that_imports_ipykernel_is_no_notebook():
+    importlib.import_module("ipykernel.kernelapp")
+    assert record.provenance()["command"] != "a notebook"
 
 
 def test_the_command_of_a_record_names_no_ones_folders(monkeypatch):

@@ -1,6 +1,7 @@
 """Records of kvlib.bench -> throughput against KV budget under its roofline, and the table beneath."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,12 @@ def _draw(ax, here: pd.DataFrame, budgets: list[int]) -> None:
         ax.plot(x, rows["tokens_per_s"], label=arm_title(name), **look)
     ax.set_yscale("log")
     low, high = here[["low", "tokens_per_s"]].min(axis=None), max(here["high"].max(), roof.max())
-    ticks = [m * 10**k for k in range(-2, 7) for m in (1, 2, 3, 5) if low / 1.3 <= m * 10**k <= high * 1.2]
+
+    def within(steps: Sequence[float]) -> list[float]:
+        return [m * 10**k for k in range(-2, 7) for m in steps if low / 1.3 <= m * 10**k <= high * 1.2]
+
+    few = within((1, 2, 3, 5))
+    ticks = few if len(few) > 2 else within((1, 1.5, 2, 2.5, 3, 4, 5, 7))
     ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xticks([*place.values()], [str(budget) for budget in budgets])
