@@ -84,8 +84,11 @@ def test_the_speed_is_the_committed_record(place):
     assert f"{next(row['steps'] for row in record['arms'] if row['arm'] == 'products'):.0f} tokens/s" in RESULTS
 
 
-def test_the_ends_of_the_lines_are_those_of_the_committed_records():
-    for path in sorted((ROOT / "results" / "tiny" / "records").glob("*/timing/s0/record.json")):
+@pytest.mark.parametrize("study", ["tiny", "qwen-coder"])
+def test_the_ends_of_the_lines_are_those_of_the_committed_records(study):
+    paths = sorted((ROOT / "results" / study / "records").glob("*/timing/s0/record.json"))
+    assert len(paths) == 4
+    for path in paths:
         timing = json.loads(path.read_text())["timing"]
         assert str(Ratio.of(timing["ends"])) in RESULTS and f"{timing['control']['ratio']:.3f}" in RESULTS
 

@@ -17,7 +17,8 @@ MEASURED_COLUMNS = [
     "model", "dataset", "policy", "device", "grader", "kv_budget", *PASS, "n_problems", "n_samples", "max_new_tokens",
     "mean_tokens", "truncated_share", "batch_halved",
 ]  # fmt: skip
-TIMED_COLUMNS = [*SPEED, "throughput_definition", "throughput_interval", "batch_size", "n_repeats", "too_busy"]
+ONE_TIMING = ["throughput_definition", "throughput_interval", "batch_size", "n_repeats"]
+TIMED_COLUMNS = [*SPEED, *ONE_TIMING, "too_busy", "ends_differ"]
 
 EXACT, PUBLISHED_RULES = "exact checker", "published rules"
 BESIDE_NOTE = (
@@ -51,6 +52,8 @@ def measured_figure(df, expected, *, allow_incomplete=False, published=()):
         throughput, throughput_low, _high         tokens/s; median and interval; all NaN: not yet timed
         throughput_definition, _interval          str, the right axis label; what the interval is
         n_repeats, too_busy                       int; bool, whether the timing's control failed
+        ends_differ                               bool, whether the smallest and the largest KV budget differ in speed
+                                                  by their paired interval; None where none was measured
         batch_size                                rows decoded together in the timing run
     expected: list of (dataset, kv_budget) that the chart promises, in the order of the panels; None = full cache.
     allow_incomplete: draw missing cells as hatched columns under a visible mark instead of raising.
@@ -252,12 +255,14 @@ def _notes(df, beside):
 
 
 def _noisy(df):
-    """The datasets whose line means nothing: equal work ran at different speeds, or one whisker spans the line."""
+    """The datasets whose line means nothing: equal work ran at different speeds, or its ends are not told apart."""
     found = []
     for dataset, line in df.dropna(subset=["kv_budget", "throughput"]).groupby("dataset", sort=False):
         spread = (line["throughput_high"] - line["throughput_low"]).max()
-        differ = line["throughput"].max() - line["throughput"].min()
-        if line["too_busy"].iloc[0] or (len(line) > 1 and spread > differ):
+        differ = line["ends_differ"].iloc[0]
+        if pd.isna(differ):  # older records have no pairs
+            differ = len(line) == 1 or spread <= line["throughput"].max() - line["throughput"].min()
+        if line["too_busy"].iloc[0] or not differ:
             found.append(dataset)
     return found
 
@@ -284,7 +289,7 @@ def _measured_rows(df):
     required(df, [*MEASURED_COLUMNS, *TIMED_COLUMNS * timed], "the measured rows", numbers[:2])
     known = df.dropna(subset=SPEED, how="all") if timed else df
     alike(df, ["model", "policy", "n_samples", "max_new_tokens"])
-    alike(known, ["device", *TIMED_COLUMNS[3:-1] * timed])
+    alike(known, ["device", *ONE_TIMING * timed])
     for dataset, group in df.groupby("dataset"):
         if group["n_problems"].nunique(dropna=False) > 1:
             raise ConfigError(f"{dataset} has cells of different n_problems; its bars cannot be compared")

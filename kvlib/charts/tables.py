@@ -131,7 +131,7 @@ def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
     definition = THROUGHPUTS.get(throughput, timing["timing"]["definition"])
     clock = timing["timing"].get("clock")  # older records, all by wall time, do not say it
     definition += f", {clock}" if clock else ""
-    control = timing["timing"].get("control")  # older records have none
+    control, ends = timing["timing"].get("control"), timing["timing"].get("ends")  # older records have none
     return {
         "throughput": speed["median"],
         "throughput_low": speed["low"],
@@ -140,6 +140,7 @@ def _speed(grid: Grid, folder: Path, cell: RunConfig, throughput: str) -> dict:
         "throughput_interval": "95 % of the pairs with the full cache" if "ratio" in speed else "lowest to highest",
         "n_repeats": len(speed["repeats"]),
         "too_busy": control is not None and control["too_busy"],
+        "ends_differ": None if not ends or ends["low"] is None else not ends["low"] <= 1 <= ends["high"],
         "batch_size": timing["timing"]["batch_size"],
         "device": timing["timing"]["device"],
     }

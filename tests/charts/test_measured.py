@@ -65,6 +65,7 @@ def measured():
         batch_size=20,
         n_repeats=5,
         too_busy=False,
+        ends_differ=None,
         throughput_interval="lowest to highest",
         max_new_tokens=640,
         mean_tokens=181.6,
@@ -391,6 +392,11 @@ def test_a_line_whose_repeats_spread_further_than_it_falls_is_said_to_tell_nothi
     busy = measured.assign(too_busy=measured["dataset"] == "Chain-D")
     assert "On Chain-D the timing is too noisy" in all_text(measured_figure(busy, EXPECTED))
     assert "too noisy" not in all_text(measured_figure(measured, EXPECTED))
+    told, untold = wide.assign(ends_differ=True), measured.assign(ends_differ=False)
+    assert "too noisy" not in all_text(measured_figure(told, EXPECTED))  # pairs tell more than whiskers
+    assert "On Chain-A, Chain-B, Chain-C, Chain-D the timing is too noisy" in all_text(
+        measured_figure(untold, EXPECTED)
+    )
 
 
 def test_where_nothing_was_solved_a_sentence_stands_for_the_bars(measured):
@@ -557,6 +563,7 @@ def r1_cells(r1_verdicts):
         batch_size=20,
         n_repeats=5,
         too_busy=False,
+        ends_differ=None,
         throughput_interval="lowest to highest",
         max_new_tokens=640,
         mean_tokens=181.6,
