@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kvlib.charts.arms import CELL_COLUMNS, Panel, budget_figure, lines_figure
-from kvlib.charts.rows import budget_text, intervals, once, required, texts
+from kvlib.charts.rows import budget_text, intervals, once, required, signed_interval, texts
 from kvlib.charts.sheet import FULL, banner, caveat_of
 from kvlib.errors import ConfigError
 from kvlib.stats import mean_interval
@@ -97,13 +97,13 @@ def divergence_table(fidelity: pd.DataFrame, baseline: str) -> pd.DataFrame:
     for kv_budget, here in rows.groupby("kv_budget"):
         kl = here.pivot(index="trace", columns="arm", values="divergence")
         less = kl.drop(columns=baseline).sub(kl[baseline], axis=0).dropna(axis=1)
-        found = pd.DataFrame([mean_interval(values.to_numpy()) for _, values in less.items()], index=less.columns)
-        columns[f"KL less that of {baseline} (nats), KV budget {kv_budget:.0f}"] = pd.Series(
-            intervals(found, [0, 1, 2], "{:+.3f}"), found.index
+        found = pd.DataFrame(
+            [mean_interval(less[arm].to_numpy()) for arm in less], columns=["difference", "low", "high"]
         )
-    table = pd.DataFrame(columns).fillna("–")
-    nearest = rows[rows["kv_budget"] == rows["kv_budget"].min()].groupby("arm")["divergence"].mean()
-    return table.loc[nearest[nearest.index.isin(table.index)].sort_values().index].rename_axis("Arm").reset_index()
+        told = [signed_interval(row, 3) for row in found.itertuples()]
+        columns[f"KL less that of {baseline} (nats), KV budget {kv_budget:.0f}"] = pd.Series(told, less.columns)
+    nearest = rows.groupby("arm")["divergence"].mean().sort_values().index.drop(baseline)
+    return pd.DataFrame(columns).reindex(nearest).fillna("–").rename_axis("Arm").reset_index()
 
 
 def _solved(cells: pd.DataFrame) -> pd.DataFrame:

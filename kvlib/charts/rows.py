@@ -73,14 +73,16 @@ def texts(values: Iterable[float], form: str = "{:.0f}", missing: str = "–") -
     return [missing if pd.isna(value) else form.format(value) for value in values]
 
 
-def signed(value: float) -> str:
-    """A difference to one digit, with a true minus, and no sign where it is 0."""
-    text = f"{value:+.1f}".replace("-", "−")
+def signed(value: float, digits: int = 1) -> str:
+    """A difference, with a true minus, and no sign where it is 0."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
     return text[1:] if float(text[1:]) == 0 else text
 
 
-def signed_interval(row) -> str:
-    return f"{signed(row.difference)} ({signed(row.low)} to {signed(row.high)})"
+def signed_interval(row, digits: int = 1) -> str:
+    """Of a row's difference, low and high; the difference alone where low is NaN."""
+    difference, low, high = (signed(value, digits) for value in (row.difference, row.low, row.high))
+    return difference if math.isnan(row.low) else f"{difference} ({low} to {high})"
 
 
 def samples_text(counts: Iterable[int]) -> str:

@@ -327,7 +327,7 @@ def test_a_paired_divergence_is_taken_trace_by_trace():
         for trace in range(1, 11)
     ]
     table = rp.divergence_table(pd.DataFrame(rows), "base")
-    assert table.values.tolist() == [["near", "-0.250 (-0.250 to -0.250)"], ["far", "+0.500 (+0.500 to +0.500)"]]
+    assert table.values.tolist() == [["near", "−0.250 (−0.250 to −0.250)"], ["far", "+0.500 (+0.500 to +0.500)"]]
     with pytest.raises(ConfigError, match="none of the arms"):
         rp.divergence_table(pd.DataFrame(rows), "absent")
 
